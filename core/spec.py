@@ -1,0 +1,117 @@
+"""Experiment specs: the defaults, what each key may be, the resolved spec and its id. Knows no tensor."""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+Spec = dict[str, Any]
+
+
+class SpecError(ValueError):
+    """A spec that cannot be run; the message is one sentence for the person who wrote it."""
+
+
+class Field(NamedTuple):
+    default: Any
+    expected: str
+    valid: Callable[[Any], bool]
+
+
+def _integer(low: int, high: int) -> tuple[str, Callable[[Any], bool]]:
+    return f"an integer from {low} to {high}", lambda v: type(v) is int and low <= v <= high
+
+
+def _number(low: float, high: float, above: bool = False) -> tuple[str, Callable[[Any], bool]]:
+    """A number in [low, high), or in (low, high) when `above`."""
+    words = f"a number {'above' if above else 'of at least'} {low:g} and below {high:g}"
+    return words, lambda v: type(v) in (int, float) and (low < v if above else low <= v) and v < high
+
+
+def _choice(*options: str) -> tuple[str, Callable[[Any], bool]]:
+    return "one of " + ", ".join(options), lambda v: isinstance(v, str) and v in options
+
+
+def _widths(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) <= 16
+        and all(type(width) is int and 1 <= width <= 65536 for width in value)
+    )
+
+
+FIELDS: dict[str, Field] = {
+    # The network
+    "widths": Field([1024, 512, 256], "a list of at most 16 integers from 1 to 65536", _widths),
+    "norm": Field("batch", *_choice("batch", "none")),
+    "activation": Field("leaky_relu", *_choice("leaky_relu", "relu", "gelu", "tanh")),
+    "dropout": Field(0.2, *_number(0, 1)),
+    # The data
+    "augment": Field("none", *_choice("none", "flip", "flip+shift")),
+    "batch_size": Field(256, *_integer(2, 45_000)),
+    "epochs": Field(20, *_integer(1, 100_000)),
+    # The optimization
+    "optimizer": Field("adam", *_choice("adam", "adamw", "sgd")),
+    "lr": Field(1e-3, *_number(0, float("inf"), above=True)),
+    "schedule": Field("constant", *_choice("constant", "linear", "cosine")),
+    "warmup_epochs": Field(0.0, *_number(0, 100_000)),
+    "weight_decay": Field(0.0, *_number(0, float("inf"))),
+    "label_smoothing": Field(0.0, *_number(0, 1)),
+    # The run
+    "precision": Field("float32", *_choice("float32", "tf32", "bfloat16")),
+    "seed": Field(0, *_integer(0, 2**31 - 1)),
+}
+
+# What decides the shape of the compiled graph; every other key reaches it as a tensor.
+STATIC = ("widths", "norm", "activation", "augment", "batch_size", "optimizer", "schedule", "precision")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """'; did you mean NEAREST?' for a name that is close to a known one, otherwise the list of all of them."""
+    # A key such as learning_rate is far from lr letter by letter, so its initials count too.
+    initials = "".join(word[0] for word in re.split(r"[^A-Za-z0-9]+", name) if word)
+    close = [initials] if initials in known else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"
+
+
+def resolve(spec: Mapping[str, Any]) -> Spec:
+    """The spec with every default filled in.
+
+    Raises:
+        SpecError: a key is unknown, or its value has the wrong type or is out of range.
+    """
+    if not isinstance(spec, Mapping):
+        raise SpecError(f"a spec is a dict, found {type(spec).__name__}")
+    for key in spec:
+        if key not in FIELDS:
+            raise SpecError(f"unknown key {key!r}{nearest(str(key), list(FIELDS))}")
+    resolved = {}
+    for key, field in FIELDS.items():
+        value = spec.get(key, field.default)
+        if not field.valid(value):
+            raise SpecError(f"{key} = {value!r}, expected {field.expected}")
+        if isinstance(field.default, float):
+            value = float(value)
+        resolved[key] = list(value) if isinstance(field.default, list) else value
+    if resolved["warmup_epochs"] > resolved["epochs"]:
+        raise SpecError(
+            f"warmup_epochs = {resolved['warmup_epochs']:g}, expected at most epochs = {resolved['epochs']}"
+        )
+    return resolved
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def spec_id(resolved: Spec) -> str:
+    """Twelve hexadecimal digits that name a resolved spec."""
+    return hashlib.sha256(canonical(resolved).encode()).hexdigest()[:12]
+
+
+def static_key(resolved: Spec) -> str:
+    """Equal for two specs that one compilation serves."""
+    return canonical([resolved[key] for key in STATIC] + [resolved["dropout"] > 0])

@@ -1,0 +1,131 @@
+"""One training step and one evaluation step as pure functions: everything they need comes in, everything they make
+goes out, and nothing is changed in place.
+
+A backward pass and an optimizer that mutates are what a functional core has not: `torch.func.grad_and_value` turns the
+loss into a function that returns its gradient, and the update is arithmetic from old parameters to new ones.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core import loader, model, optim, random
+from core.spec import Spec
+
+State = dict  # {"params", "stats", "opt", "step", "metrics"}: nested dicts of tensors
+NEVER = 2**31 - 1  # `bad_step` of an epoch in which everything was finite
+
+
+def init_state(spec: Spec) -> State:
+    """The state before the first step, on the CPU: a function of the spec and its seed alone.
+
+    `step` counts steps, int32. `metrics` are sums since the start of the epoch: the `loss` of every example (float64),
+    `correct` predictions (int64), and the first `bad_step` (int32), in which the loss or a gradient was not finite.
+    """
+    params, stats = model.init(spec, spec["seed"])
+    metrics = {
+        "loss": torch.tensor(0.0, dtype=torch.float64),
+        "correct": torch.tensor(0),
+        "bad_step": torch.tensor(NEVER, dtype=torch.int32),
+    }
+    opt = optim.OPTIMIZERS[spec["optimizer"]][0](params)
+    return {
+        "params": params,
+        "stats": stats,
+        "opt": opt,
+        "step": torch.tensor(0, dtype=torch.int32),
+        "metrics": metrics,
+    }
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
+    """Cross-entropy of each example, [batch], from logits [batch, 10]; as torch.nn.functional.cross_entropy."""
+    log_probabilities = torch.log_softmax(logits, 1)
+    hit = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
+    target = torch.where(hit, 1 - smoothing, 0.0) + smoothing / logits.shape[1]
+    return -(target * log_probabilities).sum(1)
+
+
+def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
+    """The train step of a resolved spec.
+
+    The returned function takes
+        state: as init_state makes it;
+        data: `images` uint8 [n, 3072], `labels` int64 [n], `order` int64 [steps, batch], the examples of this epoch;
+        hyper: 0-d tensors, as optim.hyper_tensors makes them;
+    and returns the state after one step.
+    """
+    update = optim.OPTIMIZERS[spec["optimizer"]][1]
+
+    def train_step(state: State, data: dict, hyper: dict) -> State:
+        step, order = state["step"], data["order"]
+        batch = order.shape[1]
+        examples = order.index_select(0, (step % order.shape[0]).view(1))[0]
+        labels = data["labels"].index_select(0, examples)
+        x = loader.normalise(data["images"].index_select(0, examples))
+        if spec["augment"] != "none":
+            x = loader.augment(x, spec["augment"], hyper["seed"], step)
+        mask = None
+        if spec["dropout"] > 0:
+            mask = random.dropout_mask(hyper["seed"], step, hyper["dropout"], sum(spec["widths"]) * batch)
+
+        def loss_function(params: dict) -> tuple[Tensor, tuple]:
+            logits, stats = model.forward(params, state["stats"], x, spec, mask, train=True)
+            losses = cross_entropy(logits, labels, hyper["label_smoothing"])
+            return losses.mean(), (stats, logits, losses)
+
+        grads, (loss, (stats, logits, losses)) = torch.func.grad_and_value(loss_function, has_aux=True)(state["params"])
+        scheduled = {**hyper, "lr": optim.scheduled_lr(spec["schedule"], hyper, step)}
+        params, opt = update(grads, state["opt"], state["params"], scheduled, step)
+        # Every gradient of an activation is summed into that of a bias, so the biases answer for all of them.
+        small = torch.stack([g.sum() for g in grads.values() if g.ndim == 1])
+        finite = (small.sum() + loss).isfinite()
+        metrics = {
+            "loss": state["metrics"]["loss"] + losses.detach().to(state["metrics"]["loss"].dtype).sum(),
+            "correct": state["metrics"]["correct"] + (logits.argmax(1) == labels).sum(),
+            "bad_step": torch.minimum(state["metrics"]["bad_step"], torch.where(finite, NEVER, step)),
+        }
+        return {"params": params, "stats": stats, "opt": opt, "step": step + 1, "metrics": metrics}
+
+    return train_step
+
+
+def evaluate(
+    params: dict,
+    stats: dict,
+    images: Tensor,
+    labels: Tensor,
+    spec: Spec,
+    examples: Tensor | None = None,
+    batch: int = 1000,
+) -> dict:
+    """Loss and accuracy in evaluation mode, over every one of the examples.
+
+    Args:
+        images: uint8 [n, 3072]. labels: int64 [n].
+        examples: int64 indices into them; None for all.
+
+    Returns:
+        `loss`, the mean cross-entropy (without label smoothing); `accuracy`; `correct` and `count`, a number for each
+        class; `n`.
+    """
+    if examples is not None:
+        labels = labels[examples]
+    n = len(labels)
+    predicted, losses = [], []
+    for start in range(0, n, batch):
+        part = slice(start, start + batch)
+        x = loader.normalise(images[part] if examples is None else images[examples[part]])
+        logits, _ = model.forward(params, stats, x, spec)
+        losses.append(F.cross_entropy(logits, labels[part], reduction="none"))
+        predicted.append(logits.argmax(1))
+    hit = torch.cat(predicted) == labels
+    return {
+        "loss": torch.cat(losses).double().sum().item() / n,
+        "accuracy": hit.sum().item() / n,
+        "correct": labels[hit].bincount(minlength=10).tolist(),
+        "count": labels.bincount(minlength=10).tolist(),
+        "n": n,
+    }

@@ -1,0 +1,394 @@
+"""The command line: run (the default), evaluate, verify, list, report."""
+
+import time
+
+CLOCK_START = time.perf_counter()  # before the imports, which are part of the time to the first step
+
+import argparse  # noqa: E402
+import contextlib  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+from rich.console import Console  # noqa: E402
+from rich.markup import escape  # noqa: E402
+from rich.progress import (  # noqa: E402
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table  # noqa: E402
+
+from core import dataset, report, store  # noqa: E402
+from core.spec import Spec, SpecError, nearest, resolve, spec_id  # noqa: E402
+from experiments import DEFAULT, EXPERIMENTS, SUITES  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent
+COMMANDS = ("run", "evaluate", "verify", "list", "report")
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+class UserError(Exception):
+    """What a user can cause and mend: one sentence and exit status 2."""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="main.py", description="CIFAR-10 with fully connected networks.")
+    commands = top.add_subparsers(dest="command", metavar="{" + ",".join(COMMANDS) + "}")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--out", type=Path, default=ROOT, metavar="DIR", help="where results.md and checkpoints/ are")
+    machine = argparse.ArgumentParser(add_help=False)
+    machine.add_argument("--data", type=Path, default=ROOT / "data", metavar="DIR", help="where CIFAR-10 is, or goes")
+    machine.add_argument(
+        "--data-url",
+        default=os.environ.get("CIFAR10_URL"),
+        metavar="URL",
+        help="address of cifar-10-python.tar.gz to try before the mirrors (also $CIFAR10_URL)",
+    )
+    machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    step = argparse.ArgumentParser(add_help=False)
+    step.add_argument("--no-compile", action="store_true", help="run the train step eager")
+
+    run = commands.add_parser("run", parents=[shared, machine, step], help="train experiments (the default)")
+    run.add_argument("names", nargs="*", metavar="NAME", help=f"experiments or suites; the suite {DEFAULT} if none")
+    run.add_argument("--epochs", type=int, metavar="N")
+    run.add_argument("--batch-size", type=int, metavar="N")
+    run.add_argument("--lr", type=float, metavar="X")
+    run.add_argument("--seed", type=int, metavar="N")
+    run.add_argument("--checkpoint-every", type=int, default=1, metavar="N", help="epochs between resume points")
+    run.add_argument("--force", action="store_true", help="train again what is finished, from the start")
+    run.add_argument("--resume-anyway", action="store_true", help="resume even where the bits will differ")
+
+    evaluate = commands.add_parser("evaluate", parents=[shared, machine], help="evaluate checkpoints on the test split")
+    evaluate.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="all under --out if none")
+    evaluate.add_argument("--json", action="store_true", help="one JSON object a line")
+
+    verify = commands.add_parser(
+        "verify", parents=[shared, machine, step], help="train again elsewhere, compare the bits"
+    )
+    verify.add_argument("names", nargs="+", metavar="NAME")
+
+    commands.add_parser("list", help="show the suites and their specs")
+    commands.add_parser("report", parents=[shared], help="rebuild results.md from the records")
+    return top
+
+
+def chosen(names: list[str], overrides: dict[str, Any]) -> list[tuple[str, Spec]]:
+    """The experiments of these names (or suites), resolved; all are checked before anything starts."""
+    picked: list[str] = []
+    for name in names or [DEFAULT]:
+        if name not in EXPERIMENTS and name not in SUITES:
+            raise UserError(f"unknown experiment {name!r}{nearest(name, [*EXPERIMENTS, *SUITES])}")
+        picked += [name] if name in EXPERIMENTS else list(SUITES[name])
+    runs = []
+    for name in dict.fromkeys(picked):
+        try:
+            runs.append((name, resolve({**EXPERIMENTS[name], **overrides})))
+        except SpecError as error:
+            raise UserError(f"experiment {name}: {error}") from None
+    return runs
+
+
+class Stop:
+    """SIGINT and SIGTERM: the first asks the run to save and stop, the second stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.stepping = False  # before the first step there is nothing to save
+
+    def __call__(self) -> bool:
+        return self.requested
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        if self.requested:
+            os._exit(128 + signum)
+        self.requested = True
+        if not self.stepping:
+            raise KeyboardInterrupt
+
+    def install(self) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._handle)
+
+
+@contextlib.contextmanager
+def progress_bar(name: str, stop: Stop) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """A listener that shows a run live: a bar, a line an epoch when it is done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    # Two refreshes a second: more would take time from the two cores that train.
+    with Progress(*columns, console=console, refresh_per_second=2, transient=True) as bars:
+        task = bars.add_task(name, total=None, note="compiling")
+
+        def listen(event: str, details: dict[str, Any]) -> None:
+            if event == "step":
+                bars.update(task, completed=details["step"])
+            elif event == "first_step":
+                stop.stepping = True
+                bars.update(task, total=details["total"], note="")
+                console.print(f"{name}: first step {details['seconds']:.1f} s after the start of the process")
+            elif event == "resumed":
+                bars.update(task, completed=details["step"])
+                bits = f", not bitwise: {details['different']}" if details["different"] else ""
+                console.print(f"{name}: resumed after step {details['step']} (epoch {details['epoch']}){escape(bits)}")
+            elif event == "epoch":
+                note = f"validation {100 * details['val_accuracy']:.2f}%"
+                bars.update(task, note=note)
+                console.print(
+                    f"{name}: epoch {details['epoch']}: train loss {details['train_loss']:.4f}, {note}, "
+                    f"{details['samples_per_second'] or 0:,} samples/s"
+                )
+            else:  # damaged, eager
+                errors.print(f"{name}: {escape(details['reason'])}")
+
+        yield listen
+
+
+def load_data(args: argparse.Namespace) -> dataset.Cifar10:
+    bar: dict[str, Any] = {}
+    with Progress(console=errors, transient=True) as bars:
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in bar:
+                bar[what] = bars.add_task(what, total=total)
+            bars.update(bar[what], completed=done)
+
+        return dataset.load(args.data, args.data_url, show)
+
+
+def train_all(args: argparse.Namespace, runs: list[tuple[str, Spec]]) -> int:
+    """Train what is not finished yet; returns the exit status."""
+    todo = []
+    for name, spec in runs:
+        run = store.Run(args.out, name, spec_id(spec))
+        record = run.finished()
+        if record and not args.force:
+            accuracy = report.percent(record["metrics"]["test"]["accuracy"])
+            console.print(f"{name} ({run.spec_id}) is finished: {accuracy} test accuracy; --force trains it again")
+        else:
+            todo.append((name, spec, run))
+    status = 0
+    if todo:
+        stop = Stop()
+        try:
+            trainer = Trainer(args, stop)
+            for name, spec, run in todo:
+                status = max(status, trainer(name, spec, run))
+        except KeyboardInterrupt as error:
+            status = 130
+            errors.print(f"{error or 'stopped before the first step'}; the same command goes on from there")
+    table(report.rebuild(args.out), {run.spec_id for run in (store.Run(args.out, n, spec_id(s)) for n, s in runs)})
+    return status
+
+
+class Trainer:
+    """Trains one experiment after another on one device, over one copy of the data."""
+
+    def __init__(self, args: argparse.Namespace, stop: Stop) -> None:
+        if args.checkpoint_every < 1:
+            raise UserError(f"--checkpoint-every {args.checkpoint_every}, expected at least 1")
+        stop.install()
+        with store.locked(args.out / "checkpoints" / "results.lock"):
+            pass  # so that an --out that cannot be written is known before anything is trained
+        from core import jit
+
+        try:
+            self.device = jit.pick_device(args.device)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        problem = jit.compiler_problem(self.device)
+        if problem and not args.no_compile:
+            errors.print(f"{problem}: the train step runs eager, which is slower")
+        self.compiled = not (args.no_compile or problem)
+        self.data = jit.place(load_data(args), self.device)
+        self.args, self.stop = args, stop
+
+    def __call__(self, name: str, spec: Spec, run: store.Run) -> int:
+        """Train one experiment; returns the exit status.
+
+        Raises:
+            KeyboardInterrupt: a signal asked to stop.
+        """
+        import torch
+
+        from core.train import Diverged, Interrupted, ResumeError, Training
+
+        self.stop.stepping = False
+        try:
+            with run.lock(), progress_bar(name, self.stop) as listen:
+                run.clean(anew=self.args.force)
+                training = Training(
+                    run,
+                    name,
+                    spec,
+                    self.data,
+                    self.device,
+                    compiled=self.compiled,
+                    every=self.args.checkpoint_every,
+                    listen=listen,
+                    should_stop=self.stop,
+                    loosely=self.args.resume_anyway,
+                    clock_start=CLOCK_START,
+                )
+                try:
+                    training()
+                    return 0
+                except (Diverged, torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    if not isinstance(error, Diverged) and "memory" not in str(error):
+                        raise
+                    reason = str(error) if isinstance(error, Diverged) else "out of memory on the device"
+                    store.write_json(run.record, training.failure(reason))
+                    errors.print(f"{name} failed: {escape(reason)}")
+                    return 1
+        except store.Held as holder:
+            errors.print(f"{name} is being trained by {holder}; taking the next one")
+            return 0
+        except Interrupted as error:
+            raise KeyboardInterrupt(str(error)) from None
+        except ResumeError as error:
+            raise UserError(str(error)) from None
+
+
+def table(records: list[dict[str, Any]], ids: set[str]) -> None:
+    """Print the runs of these spec ids."""
+    shown = Table(*(("experiment", "lr", "epochs", "train", "validation", "test", "95% interval", "time", "samples/s")))
+    for record in records:
+        if record["spec_id"] in ids and record["status"] == "finished":
+            train, validation, test = (record["metrics"][split] for split in ("train", "validation", "test"))
+            low, high = report.interval(test["accuracy"], test["n"])
+            shown.add_row(
+                record["name"],
+                f"{record['spec']['lr']:g}",
+                str(record["spec"]["epochs"]),
+                *(report.percent(split["accuracy"]) for split in (train, validation, test)),
+                f"{100 * low:.1f}-{100 * high:.1f}%",
+                f"{sum(entry['seconds'] for entry in record['history']):.0f} s",
+                f"{report.speed(record):,}",
+            )
+    if shown.rows:
+        console.print(shown)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    options = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
+    return train_all(args, chosen(args.names, {key: value for key, value in options.items() if value is not None}))
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    """Evaluate checkpoints on the test split; 1 where one differs from what its run recorded."""
+    from core import jit, network
+
+    paths = args.checkpoints or [
+        p for p in sorted((args.out / "checkpoints").glob("*/*.safetensors")) if ".step-" not in p.name
+    ]
+    if not paths:
+        raise UserError(f"no checkpoint under {args.out / 'checkpoints'}; `uv run main.py` trains some")
+    try:
+        device = jit.pick_device(args.device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    networks = [network.load(path, device) for path in paths]
+    data = jit.place(load_data(args), device)
+    status = 0
+    for path, net in zip(paths, networks, strict=True):
+        result, recorded = net.evaluate(data.test_images, data.test_labels), net.meta["test"]
+        same = result["correct"] == recorded["correct"] and abs(result["loss"] - recorded["loss"]) < 1e-4
+        status = max(status, 0 if same else 1)
+        if args.json:
+            line = {
+                "checkpoint": str(path),
+                "experiment": net.meta["name"],
+                "seed": net.meta["seed"],
+                "test_accuracy": result["accuracy"],
+                "test_loss": result["loss"],
+                "n": result["n"],
+                "recorded_test_accuracy": recorded["accuracy"],
+            }
+            print(json.dumps(line))
+            continue
+        low, high = report.interval(result["accuracy"], result["n"])
+        console.print(
+            f"{net.meta['name']} ({path}): {report.percent(result['accuracy'])} of {result['n']:,} test images "
+            f"(95% interval {100 * low:.2f}-{100 * high:.2f}%), loss {result['loss']:.4f}; "
+            + (
+                "as recorded"
+                if same
+                else f"the run recorded {report.percent(recorded['accuracy'])}, {recorded['loss']:.4f}"
+            )
+        )
+        classes = zip(dataset.CLASSES, result["correct"], result["count"], strict=True)
+        console.print("  " + ", ".join(f"{label} {100 * hit / count:.1f}%" for label, hit, count in classes))
+    return status
+
+
+def verify_command(args: argparse.Namespace) -> int:
+    """Train finished runs again in a folder of their own and compare the bits of the weights."""
+    from core.provenance import difference
+
+    status = 0
+    for name, spec in chosen(args.names, {}):
+        record = store.Run(args.out, name, spec_id(spec)).finished()
+        if record is None:
+            raise UserError(f"{name} has no finished run under {args.out}; `uv run main.py run {name}` trains it")
+        with tempfile.TemporaryDirectory() as elsewhere:
+            again = argparse.Namespace(**vars(args), checkpoint_every=10**9, force=False, resume_anyway=False)
+            again.out = Path(elsewhere)
+            if train_all(again, [(name, spec)]):
+                return 1
+            new = store.Run(again.out, name, spec_id(spec)).finished()
+        assert new is not None
+        same = new["digest"] == record["digest"]
+        status = max(status, 0 if same else 1)
+        console.print(
+            f"{name}: {'the same bits' if same else 'DIFFERENT bits'}: {new['digest']}, recorded {record['digest']}"
+        )
+        if not same and (changed := difference(record["environment"], new["environment"])):
+            console.print(f"{name}: no wonder, since the recorded run had {changed}")
+    return status
+
+
+def list_command(args: argparse.Namespace) -> int:
+    for suite, specs in SUITES.items():
+        console.print(f"{suite}{' (the default)' if suite == DEFAULT else ''}")
+        for name, spec in specs.items():
+            console.print(f"  {name}  {spec_id(resolve(spec))}  {spec}", soft_wrap=True)
+    console.print(f"every other key: {resolve({})}", soft_wrap=True)
+    return 0
+
+
+def report_command(args: argparse.Namespace) -> int:
+    console.print(f"{args.out / 'results.md'} rebuilt from {len(report.rebuild(args.out))} records")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help")):
+        argv = ["run", *argv]
+    args = parser().parse_args(argv)
+    try:
+        return globals()[f"{args.command}_command"](args)
+    except (UserError, SpecError, dataset.DataError, store.StoreError) as error:
+        errors.print(f"error: {escape(str(error))}", soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        errors.print("stopped")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -204,7 +204,9 @@ class Trainer:
             raise UserError(f"--checkpoint-every {args.checkpoint_every}, expected at least 1")
         stop.install()
         with store.locked(args.out / "checkpoints" / "results.lock"):
-            pass  # so that an --out that cannot be written is known before anything is trained
+            store.sweep(args.out, "results.md")  # and an --out that cannot be written is known before the training
+            store.sweep(args.out / "checkpoints", "learning-curves")
+        store.sweep_runs(args.out)
         from core import jit
 
         try:
@@ -226,42 +228,47 @@ class Trainer:
         """
         import torch
 
-        from core.train import Diverged, Interrupted, ResumeError, Training
+        from core.provenance import environment
+        from core.train import Diverged, Interrupted, ResumeError, Training, fail
 
         self.stop.stepping = False
         try:
             with run.lock(), progress_bar(name, self.stop) as listen:
-                run.clean(anew=self.args.force)
-                training = Training(
-                    run,
-                    name,
-                    spec,
-                    self.data,
-                    self.device,
-                    compiled=self.compiled,
-                    every=self.args.checkpoint_every,
-                    listen=listen,
-                    should_stop=self.stop,
-                    loosely=self.args.resume_anyway,
-                    clock_start=CLOCK_START,
-                )
+                if self.args.force:
+                    run.clear()
+                elif run.finished():
+                    console.print(f"{name} was finished by another process meanwhile")
+                    return 0
                 try:
-                    training()
+                    Training(
+                        run,
+                        name,
+                        spec,
+                        self.data,
+                        self.device,
+                        compiled=self.compiled,
+                        every=self.args.checkpoint_every,
+                        listen=listen,
+                        should_stop=self.stop,
+                        loosely=self.args.resume_anyway,
+                        clock_start=CLOCK_START,
+                    )()
                     return 0
                 except (Diverged, torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    if not isinstance(error, Diverged) and "memory" not in str(error):
-                        raise
-                    reason = str(error) if isinstance(error, Diverged) else "out of memory on the device"
-                    store.write_json(run.record, training.failure(reason))
+                    if isinstance(error, RuntimeError) and "memory" not in str(error):
+                        raise  # what a CPU allocator raises says so only in its message
+                    reason = str(error) if isinstance(error, Diverged) else f"out of memory on {self.device}"
+                    fail(run, name, spec, environment(self.device, self.compiled), reason)
                     errors.print(f"{name} failed: {escape(reason)}")
                     return 1
         except store.Held as holder:
             errors.print(f"{name} is being trained by {holder}; taking the next one")
             return 0
         except Interrupted as error:
-            raise KeyboardInterrupt(str(error)) from None
+            raise KeyboardInterrupt(f"{name} {error}") from None
         except ResumeError as error:
-            raise UserError(str(error)) from None
+            errors.print(f"error: {escape(str(error))}", soft_wrap=True)
+            return 2
 
 
 def table(records: list[dict[str, Any]], ids: set[str]) -> None:

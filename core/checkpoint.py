@@ -1,22 +1,25 @@
 """Tensors to safetensors and back: nothing is trusted that a damaged or hostile file could say.
 
-One metadata key holds sorted JSON, in which `sha256` is the hash of the whole file with that field full of zeros: so any
-flipped bit, in the header as in the data, is seen before a tensor is made.
+One metadata key holds sorted JSON, in which `sha256` is the hash of the whole file with that field full of zeros: so
+any flipped bit, in the header as in the data, is seen before a tensor is made.
 """
 
 import hashlib
 import json
+import math
+import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from core.spec import canonical
-from core.store import atomic_write
+from core.store import StoreError, atomic_write
 
 KEY, ZEROS = "cifar10-mlp", "0" * 64
 MAX_HEADER = 1 << 18
@@ -26,7 +29,7 @@ Tensors = dict[str, Tensor]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-class CheckpointError(Exception):
+class CheckpointError(StoreError):
     """A checkpoint that cannot be used; the message is one sentence with the path."""
 
 
@@ -54,29 +57,16 @@ def save(path: Path, tensors: Tensors, meta: dict[str, Any]) -> None:
     data = safetensors.torch.save(host, {KEY: canonical({**meta, "sha256": ZEROS})})
     del host
     total = hashlib.sha256(data).hexdigest()
-    atomic_write(path, data.replace(ZEROS.encode(), total.encode(), 1))
+    atomic_write(path, data.replace(_signature(ZEROS), _signature(total), 1))
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) < len(pairs):
-        raise ValueError("duplicate names")
-    return dict(pairs)
-
-
-def _header(raw: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The header's tensor entries, and our metadata."""
-    header = json.loads(raw, object_pairs_hook=_no_duplicates)
-    outer = header.pop("__metadata__")
-    if list(outer) != [KEY]:
-        raise ValueError("metadata of another program")
-    meta = json.loads(outer[KEY], object_pairs_hook=_no_duplicates)
-    if not (isinstance(meta, dict) and isinstance(meta["sha256"], str) and len(meta["sha256"]) == 64):
-        raise ValueError("no sha256")
-    return header, meta
+def _signature(total: str) -> bytes:
+    """The hash as it stands in the header, which is JSON in JSON."""
+    return f'\\"sha256\\":\\"{total}\\"'.encode()
 
 
 def load(path: Path, template: Callable[[dict[str, Any]], Shapes]) -> tuple[Tensors, dict[str, Any]]:
-    """Read a file that `save` wrote: tensors on the CPU, and the metadata.
+    """Read a file that `save` wrote: tensors on the CPU, which share nothing with the file, and the metadata.
 
     Args:
         template: from the metadata to the names, shapes and dtypes that the file must hold; it may raise ValueError.
@@ -85,50 +75,80 @@ def load(path: Path, template: Callable[[dict[str, Any]], Shapes]) -> tuple[Tens
         CheckpointError: the file is missing, damaged, not a checkpoint of this program, or does not fit the template.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is not a file")
         with open(path, "rb") as file:
-            size = path.stat().st_size
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise CheckpointError(
-                    f"{path} is not a checkpoint, or is truncated: {size:,} bytes, header of {length:,}"
-                )
-            raw = file.read(length)
-            header, meta = _header(raw)
-            expected = template(meta)
-            found = {
-                name: (tuple(entry["shape"]), {v: k for k, v in DTYPES.items()}.get(entry["dtype"], entry["dtype"]))
-                for name, entry in header.items()
-            }
-            if found != expected:
-                odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))[
-                    0
-                ]
-                raise CheckpointError(
-                    f"{path} does not fit its spec: tensor {odd!r} is {found.get(odd)}, expected {expected.get(odd)}"
-                )
-            # Only now is a size known that the file itself did not choose.
-            body = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in expected.values())
-            if size != 8 + length + body:
-                raise CheckpointError(
-                    f"{path} is truncated or too long: {size:,} bytes, expected {8 + length + body:,}"
-                )
-            data = file.read(body + 1)
+            return _read(file, template)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or not a checkpoint of this program: {error}") from None
-    blanked = raw.replace(meta["sha256"].encode(), ZEROS.encode(), 1)
-    total = hashlib.sha256(start)
-    total.update(blanked)
+        reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path} is damaged or not a checkpoint of this program: {reason[:300]}") from None
+
+
+def _read(file: BinaryIO, template: Callable[[dict[str, Any]], Shapes]) -> tuple[Tensors, dict[str, Any]]:
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 2 <= length <= min(MAX_HEADER, size - 8):
+        raise ValueError(f"{size:,} bytes with a header of {length:,}")
+    raw = file.read(length)
+    header, meta = _header(raw)
+    expected = template(meta)
+    ends = _fit(header, expected)
+    body = max(ends.values(), default=0)
+    if size != 8 + length + body:
+        raise ValueError(f"it is truncated or too long: {size:,} bytes, expected {8 + length + body:,}")
+
+    # Only now is a size known that the file's spec and its length agree on.
+    data = bytearray(file.read(body))
+    if len(data) != body:
+        raise ValueError("it was truncated while it was read")
+    total = hashlib.sha256(start + raw.replace(_signature(meta["sha256"]), _signature(ZEROS), 1))
     total.update(data)
     if total.hexdigest() != meta["sha256"]:
-        raise CheckpointError(f"{path} is damaged: its sha256 is not the one that was written")
-    try:
-        tensors = safetensors.torch.load(start + raw + data)
-    except Exception as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    for name, t in tensors.items():
-        if t.is_floating_point() and not t.isfinite().all():
-            raise CheckpointError(f"{path} holds NaN or infinity in {name!r}")
+        raise ValueError("its sha256 is not the one that was written")
+    tensors = {}
+    for name, (shape, dtype) in expected.items():
+        count = math.prod(shape)
+        begin = ends[name] - count * dtype.itemsize
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin) if count else torch.empty(0, dtype=dtype)
+        if flat.is_floating_point() and not flat.isfinite().all():
+            raise ValueError(f"NaN or infinity in {name}")
+        tensors[name] = flat.view(shape)
     return tensors, meta
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("duplicate names")
+    return dict(pairs)
+
+
+def _header(raw: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The header's tensor entries, and our metadata."""
+    header = json.loads(raw, object_pairs_hook=_unique)
+    outer = header.pop("__metadata__")
+    if list(outer) != [KEY]:
+        raise ValueError("metadata of another program")
+    meta = json.loads(outer[KEY], object_pairs_hook=_unique)
+    if not re.fullmatch("[0-9a-f]{64}", meta["sha256"]):
+        raise ValueError("no sha256")
+    return header, meta
+
+
+def _fit(header: dict[str, Any], expected: Shapes) -> dict[str, int]:
+    """Where in the data each tensor ends, when the header names exactly these tensors, one after another."""
+    names = {code: dtype for dtype, code in DTYPES.items()}
+    found = {name: (tuple(entry["shape"]), names.get(entry["dtype"])) for name, entry in header.items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise ValueError(f"tensor {name[:60]!r} is {found.get(name)}, expected {expected.get(name)}")
+    ends, end = {}, 0
+    for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
+        shape, dtype = expected[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        if header[name]["data_offsets"] != [begin, end] or begin % dtype.itemsize:
+            raise ValueError(f"tensor {name[:60]!r} is at {header[name]['data_offsets']}, expected {[begin, end]}")
+        ends[name] = end
+    return ends

@@ -1,6 +1,7 @@
 """CIFAR-10 (Krizhevsky 2009): find or fetch its seven files, check every byte, read them into uint8 tensors."""
 
 import hashlib
+import http.client
 import io
 import os
 import pickle
@@ -139,7 +140,8 @@ def _pull() -> str | None:
 
         from dvc.repo import Repo
 
-        logging.getLogger("dvc").setLevel(logging.CRITICAL)
+        for name in ("dvc", "dvc_data", "dvc_objects"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         in_git = (ROOT / ".git").exists()
         with Repo(str(ROOT), config=None if in_git else {"core": {"no_scm": True}}) as repo:
             repo.pull(targets=["data.dvc"])
@@ -167,8 +169,8 @@ def _download(address: str, folder: Path, progress: Progress) -> None:
                 for chunk in _chunks(response, address, progress):
                     digest.update(chunk)
                     archive.write(chunk)
-        except ValueError as error:  # not an address
-            raise OSError(str(error)) from None
+        except (ValueError, http.client.HTTPException) as error:  # not an address, or not a web server
+            raise OSError(" ".join(str(error).split())) from None
         if digest.hexdigest() != ARCHIVE_MD5:
             raise OSError(f"md5 {digest.hexdigest()}, expected {ARCHIVE_MD5}")
         archive.seek(0)

@@ -1,8 +1,10 @@
-"""The border between the pure step and the machine: compilation, donation, CUDA graphs, and where compiled code is kept.
+"""The border between the pure step and the machine: compilation, donation, CUDA graphs, where compiled code is kept.
 
 The step stays pure; only here is it turned into one that writes its new state over the old one.
 """
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,15 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core import products, store
 from core.dataset import Cifar10
-from core.spec import Spec, static_key
+from core.spec import Spec, canonical, static_key
 from core.step import State, make_train_step
 
-CACHE = Path(__file__).resolve().parent.parent / ".cache" / "inductor"
+# Inductor's own cache and the libraries made with it.
+CACHE = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".cache")))
 
 Advance = Callable[[], None]
 
 _compiled: dict[str, Callable[..., None]] = {}
+
+
+class CompileError(Exception):
+    """The step could not be compiled; the message is the first line of why."""
 
 
 def leaves(tree: dict) -> Iterator[Tensor]:
@@ -61,19 +69,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def compiler_problem(device: torch.device) -> str | None:
-    """Why torch.compile cannot work on this machine, or None."""
+    """Why the step cannot be compiled on this machine, or None."""
     compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
     if device.type == "cpu" and not any(map(shutil.which, compilers)):
         return "no C++ compiler (g++ or clang++) was found"
+    if device.type == "mps":
+        return "the step is not compiled for MPS"
     return None
-
-
-def compile_errors() -> tuple[type[Exception], ...]:
-    """What a failing compilation raises."""
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import InductorError
-
-    return TorchDynamoException, InductorError
 
 
 def synchronize(device: torch.device) -> None:
@@ -98,36 +100,109 @@ def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = Tru
     """The train step of a resolved spec, bound to standing buffers: each call advances `state` by one step.
 
     Compiled, it is one graph; specs that differ only in what reaches the step as a tensor share one compilation.
+
+    Raises:
+        CompileError: the compilation failed.
     """
     device = state["step"].device
     # "high" lets float32 products run in TF32 where the hardware has it (NVIDIA, since Ampere).
     torch.set_float32_matmul_precision("high" if spec["precision"] == "tf32" else "highest")
     step = in_place(make_train_step(spec))
-    if compiled:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
-        key = f"{static_key(spec)} {device.type}"
-        step = _compiled.setdefault(key, torch.compile(step, fullgraph=True, dynamic=False))
-        if device.type == "cuda":
-            return _cuda_graph(lambda: step(state, data, hyper), state)
-    return lambda: step(state, data, hyper)
+    if not compiled:
+        return lambda: step(state, data, hyper)
+    try:
+        return (_library if device.type == "cpu" else _cuda_graph)(spec, step, (state, data, hyper))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Dynamo, inductor, the C++ compiler and the loader each raise their own
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CompileError(reason[:200]) from error
 
 
-def _cuda_graph(advance: Advance, state: State) -> Advance:
-    """Record one step into a CUDA graph, whose replay needs no work of the host.
+def _library(spec: Spec, step: Callable[[State, dict, dict], None], trees: tuple[State, dict, dict]) -> Advance:
+    """The step as a shared library under CACHE, compiled by the first process that needs it.
+
+    Loading it takes neither Dynamo nor inductor, whose imports and tracing would cost 5 s in each process, and every
+    process runs the same machine code.
+    """
+    tensors = [t for tree in trees for t in leaves(tree)]
+    path = CACHE / f"{_fingerprint(spec, tensors)}.so"
+    if not path.exists():
+        _build(path, step, trees, tensors)
+    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+    order = json.loads(path.with_suffix(".inputs").read_text())
+    inputs = [tensors[i] for i in order]
+
+    def advance() -> None:
+        runner.run(inputs)
+
+    return advance
+
+
+def _fingerprint(spec: Spec, tensors: list[Tensor]) -> str:
+    """A hash of all that the compiled step depends on: the code, the spec's graph, the tensors, torch, the CPU."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    signature = [(str(t.dtype), list(t.shape)) for t in tensors]
+    machine = [torch.__version__, torch.backends.cpu.get_cpu_capability()]
+    code.update(canonical([static_key(spec), signature, machine]).encode())
+    return code.hexdigest()[:32]
+
+
+def _build(path: Path, step: Callable[..., None], trees: tuple[State, dict, dict], tensors: list[Tensor]) -> None:
+    """Compile the step into `path`, and beside it, as JSON, which of `tensors` are its inputs, in order.
+
+    Dynamo traces one full graph, inductor turns it into C++ and that into a shared library.
+    https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
+    """
+    import torch._inductor
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    options: dict[str, Any] = {"cpp.vec_isa_ok": True}  # this CPU runs what it reports; the trial builds cost 10 s
+    if products.prefers_onednn():
+        options["post_grad_custom_pre_pass"] = products.use_onednn
+    graphs: list[torch.fx.GraphModule] = []
+    order: list[int] = []
+
+    def capture(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., tuple]:
+        graphs.append(graph)
+
+        def note_order(*inputs: Tensor) -> tuple:
+            # Dynamo chooses which tensors are inputs, and their order; they are told by identity.
+            order.extend(next(i for i, t in enumerate(tensors) if t is x) for x in inputs)
+            return ()
+
+        return note_order
+
+    torch.compile(step, fullgraph=True, dynamic=False, backend=capture)(*trees)
+    with FakeTensorMode() as fake:
+        inputs = [fake.from_tensor(tensors[i], static_shapes=True) for i in order]
+        lowered = make_fx(graphs[0])(*inputs)
+    library = torch._inductor.aot_compile(lowered, tuple(inputs), options=options)
+    store.atomic_write(path.with_suffix(".inputs"), json.dumps(order).encode())
+    store.atomic_write(path, Path(str(library)).read_bytes())
+
+
+def _cuda_graph(spec: Spec, step: Callable[..., None], trees: tuple[State, dict, dict]) -> Advance:
+    """The compiled step recorded into a CUDA graph, whose replay needs no work of the host.
 
     Recording wants a warm-up, which compiles and takes steps; the state is put back afterwards.
     https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
+    state = trees[0]
+    compiled = _compiled.setdefault(static_key(spec), torch.compile(step, fullgraph=True, dynamic=False))
     before = [t.clone() for t in leaves(state)]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            advance()
+            compiled(*trees)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        advance()
+        compiled(*trees)
     for t, old in zip(leaves(state), before, strict=True):
         t.copy_(old)
     return graph.replay

@@ -1,4 +1,4 @@
-"""Batches from images that stay on the device as uint8: the split, the order of an epoch, gather, augment, normalise."""
+"""Batches from images that stay on the device as uint8: the split, an epoch's order, gather, augment, normalise."""
 
 import hashlib
 

@@ -38,8 +38,6 @@ def rebuild(out: Path) -> list[Record]:
         core.store.StoreError: they cannot be written; the old ones are intact.
     """
     with store.locked(out / "checkpoints" / "results.lock"):
-        store.sweep(out, "results.md")
-        store.sweep(out / "checkpoints", "learning-curves")
         records = sorted(store.records(out), key=_order)
         finished = [r for r in records if r["status"] == "finished"]
         store.atomic_write(out / PICTURE, picture(finished))
@@ -78,10 +76,8 @@ def _row(record: Record) -> list[str]:
     ]
 
 
-COLUMNS = (
-    "experiment | lr | seed | parameters | epochs | batch | train | validation | test (95% interval) | gap | test loss | "
-    "time | samples/s | device | weights"
-).split(" | ")
+COLUMNS = ["experiment", "lr", "seed", "parameters", "epochs", "batch", "train", "validation", "test (95% interval)"]
+COLUMNS += ["gap", "test loss", "time", "samples/s", "device", "weights"]
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:
@@ -108,9 +104,9 @@ def _choice(group: list[Record]) -> str:
     verdict = "more than" if lead > error else "within"
     return (
         f"Of {', '.join(r['name'] for r in group)}, which differ in the learning rate alone, the validation accuracy "
-        f"chooses **{best['name']}** ({best['spec']['lr']:g}): {percent(accuracies[0])}, {100 * lead:.2f} points before "
-        f"{second['name']}, which is {verdict} the sampling error of such a difference ({100 * error:.1f} points). The "
-        f"test split took no part in the choice; on it, {best['name']} reaches "
+        f"chooses **{best['name']}** ({best['spec']['lr']:g}): {percent(accuracies[0])}, {100 * lead:.2f} points "
+        f"before {second['name']}, which is {verdict} the sampling error of such a difference ({100 * error:.1f} points). "
+        f"The test split took no part in the choice; on it, {best['name']} reaches "
         f"{percent(best['metrics']['test']['accuracy'])}.\n"
     )
 
@@ -142,8 +138,8 @@ def _baseline(finished: list[Record]) -> str:
     (test, gap), (base_test, base_gap) = numbers(best), numbers(base)
     return (
         "\n## What the network bought over the baseline\n\n"
-        f"`baseline` is one hidden layer of {base['spec']['widths']} with {base['spec']['activation']}, without batch norm "
-        f"or dropout. Against it, {best['name']} gains {test - base_test:+.2f} points of test accuracy "
+        f"`baseline` has the hidden widths {base['spec']['widths']} and {base['spec']['activation']}, without batch "
+        f"norm or dropout. Against it, {best['name']} gains {test - base_test:+.2f} points of test accuracy "
         f"({base_test:.2f}% to {test:.2f}%), and the gap between train and test goes from {base_gap:.1f} to {gap:.1f} "
         "points.\n"
     )

@@ -4,10 +4,12 @@ import difflib
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 Spec = dict[str, Any]
+LARGEST = sys.float_info.max
 
 
 class SpecError(ValueError):
@@ -27,7 +29,8 @@ def _integer(low: int, high: int) -> tuple[str, Callable[[Any], bool]]:
 def _number(low: float, high: float, above: bool = False) -> tuple[str, Callable[[Any], bool]]:
     """A number in [low, high), or in (low, high) when `above`."""
     words = f"a number {'above' if above else 'of at least'} {low:g} and below {high:g}"
-    return words, lambda v: type(v) in (int, float) and (low < v if above else low <= v) and v < high
+    # The largest float bounds integers, which else could be too large to be made one.
+    return words, lambda v: type(v) in (int, float) and (low < v if above else low <= v) and v < min(high, LARGEST)
 
 
 def _choice(*options: str) -> tuple[str, Callable[[Any], bool]]:
@@ -93,7 +96,7 @@ def resolve(spec: Mapping[str, Any]) -> Spec:
         if not field.valid(value):
             raise SpecError(f"{key} = {value!r}, expected {field.expected}")
         if isinstance(field.default, float):
-            value = float(value)
+            value = float(value) + 0.0  # -0.0 is 0.0, and has its id
         resolved[key] = list(value) if isinstance(field.default, list) else value
     if resolved["warmup_epochs"] > resolved["epochs"]:
         raise SpecError(

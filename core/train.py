@@ -1,8 +1,8 @@
 """One run from its spec to its record: epochs, the clock, validation, resume points. Draws nothing, prints nothing."""
 
-import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +13,25 @@ from core.checkpoint import CheckpointError
 from core.dataset import DIRECTORY_HASH, Cifar10
 from core.provenance import difference, environment
 from core.spec import Spec, canonical, spec_id
-from core.store import Run, write_json
+from core.store import Run, delete, reserve, write_json
 
 KEEP = 2  # resume points
+# What an epoch leaves in the history. `seconds` are those of the steps, without the one that compiles.
+COLUMNS = {
+    "epoch": int,
+    "train_loss": float,
+    "train_accuracy": float,
+    "val_loss": float,
+    "val_accuracy": float,
+    "seconds": float,
+    "samples_per_second": int,
+}
+REMEDY = "the rest would not be the same bits; go on all the same with --resume-anyway, or start anew with --force"
 Listener = Callable[[str, dict[str, Any]], None]
 
 
 class Diverged(Exception):
-    """The loss or a gradient was not finite; the message names the first bad step."""
+    """Something is NaN or infinite; the message names the step."""
 
 
 class Interrupted(Exception):
@@ -29,6 +40,23 @@ class Interrupted(Exception):
 
 class ResumeError(Exception):
     """A resume point cannot be gone on from bit by bit; the message says why."""
+
+
+def meta(name: str, spec: Spec, environment: dict[str, Any]) -> dict[str, Any]:
+    """What every record and every file of weights says of its run."""
+    return {
+        "name": name,
+        "spec": spec,
+        "spec_id": spec_id(spec),
+        "seed": spec["seed"],
+        "data": DIRECTORY_HASH,
+        "environment": environment,
+    }
+
+
+def fail(run: Run, name: str, spec: Spec, environment: dict[str, Any], reason: str) -> None:
+    """Leave the record of a run that failed: it claims no number."""
+    write_json(run.record, {**meta(name, spec, environment), "status": "failed", "error": reason})
 
 
 def _flat(state: steps.State) -> dict[str, torch.Tensor]:
@@ -88,10 +116,9 @@ class Training:
             "labels": data.train_labels,
             "order": torch.zeros(self.steps_per_epoch, spec["batch_size"], dtype=torch.int64, device=device),
         }
-        # What a resume point carries beside the state for a whole record. `seconds` and `timed` (steps)
-        # belong to the epoch under way.
+        self.history: list[dict[str, Any]] = []
+        # What a resume point carries besides. `seconds` and `timed` (steps) belong to the epoch under way.
         self.progress: dict[str, Any] = {
-            "history": [],
             "seconds": 0.0,
             "timed": 0,
             "first_step_seconds": None,
@@ -106,12 +133,14 @@ class Training:
         """
         step = self._resume()
         total = self.spec["epochs"] * self.steps_per_epoch
+        size = sum(t.nbytes for t in _flat(self.state).values())
+        reserve(self.run.resume_point(total), size, max(1, KEEP + 1 - len(self.run.resume_points())))
         advance: jit.Advance | None = None
         while step < total:
             self._start_epoch(step)
             end = (step // self.steps_per_epoch + 1) * self.steps_per_epoch
             if advance is None:
-                advance = self._first_step()
+                advance = self._first_step(resumed=step > 0)
                 step += 1
             since = time.perf_counter()
             while step < end and not self.should_stop():
@@ -120,12 +149,11 @@ class Training:
                 self.progress["timed"] += 1
                 if step % 16 == 0:
                     self.listen("step", {"step": step})
-            bad = self._first_bad_step()  # the one wait for the device of an epoch
+            bad = int(self.state["metrics"]["bad_step"].item())  # the one wait for the device of an epoch
             self.progress["seconds"] += time.perf_counter() - since
-            if bad is not None:
+            if bad != steps.NEVER:
                 raise Diverged(
-                    f"the loss or a gradient is NaN or infinite since step {bad + 1} (epoch {self._epoch(bad)}); "
-                    f"the last good resume point is kept"
+                    f"the loss or a gradient is NaN or infinite since step {bad + 1} (epoch {self._epoch(bad)})"
                 )
             if step == end:
                 self._end_epoch(step)
@@ -136,14 +164,18 @@ class Training:
                 raise Interrupted(f"stopped after step {step} of {total}, which is saved")
         return self._finish()
 
-    def _first_step(self) -> jit.Advance:
+    def _first_step(self, resumed: bool) -> jit.Advance:
         """The first step of this process, which compiles; where that fails, the same step eager."""
         try:
             advance = jit.fuse(self.spec, self.state, self.data, self.hyper, self.environment["mode"] == "compiled")
             advance()
-        except jit.compile_errors() as error:
+        except jit.CompileError as error:
             self.environment["mode"] = "eager"
-            self.listen("eager", {"reason": f"torch.compile failed: {str(error).strip().splitlines()[0][:200]}"})
+            reason = f"torch.compile failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
+            if resumed and not self.loosely:
+                raise ResumeError(f"{reason}; {REMEDY}") from None
+            self.progress["bitwise"] = self.progress["bitwise"] and not resumed
+            self.listen("eager", {"reason": reason})
             advance = jit.fuse(self.spec, self.state, self.data, self.hyper, compiled=False)
             advance()
         jit.synchronize(self.device)
@@ -164,10 +196,6 @@ class Training:
             for name, value in self.state["metrics"].items():
                 value.fill_(steps.NEVER if name == "bad_step" else 0)
 
-    def _first_bad_step(self) -> int | None:
-        bad = int(self.state["metrics"]["bad_step"].item())
-        return None if bad == steps.NEVER else bad
-
     def _end_epoch(self, step: int) -> None:
         examples = self.steps_per_epoch * self.spec["batch_size"]
         validation = self._evaluate("validation")
@@ -178,10 +206,12 @@ class Training:
             "train_accuracy": self.state["metrics"]["correct"].item() / examples,
             "val_loss": validation["loss"],
             "val_accuracy": validation["accuracy"],
-            "seconds": round(seconds, 3),  # of the steps alone, without the one that compiles
-            "samples_per_second": round(timed * self.spec["batch_size"] / seconds) if timed else None,
+            "seconds": round(seconds, 3),
+            "samples_per_second": round(timed * self.spec["batch_size"] / seconds) if timed else 0,
         }
-        self.progress["history"].append(entry)
+        assert entry.keys() == COLUMNS.keys()
+        self._check_finite(step, {"validation loss": torch.tensor(entry["val_loss"])})
+        self.history.append(entry)
         self.progress |= {"seconds": 0.0, "timed": 0}
         self.listen("epoch", entry)
 
@@ -190,66 +220,84 @@ class Training:
         return steps.evaluate(self.state["params"], self.state["stats"], images, labels, self.spec, examples)
 
     def _meta(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "spec": self.spec,
-            "spec_id": spec_id(self.spec),
-            "seed": self.spec["seed"],
-            "data": DIRECTORY_HASH,
-            "environment": self.environment,
-        }
+        return meta(self.name, self.spec, self.environment)
 
-    def failure(self, reason: str) -> dict[str, Any]:
-        """The record of a run that failed: it claims no number."""
-        return {**self._meta(), "status": "failed", "error": reason}
+    def _check_finite(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
+        """What the flag of the step does not see: moments that overflow, running statistics, other splits."""
+        for name, t in tensors.items():
+            if t.is_floating_point() and not t.isfinite().all():
+                raise Diverged(f"{name} is NaN or infinite after step {step} (epoch {self._epoch(step - 1)})")
 
     def _save(self, step: int) -> None:
-        checkpoint.save(self.run.resume_point(step), _flat(self.state), {**self._meta(), "progress": self.progress})
-        for path in self.run.resume_points()[KEEP:]:
-            path.unlink(missing_ok=True)
+        rows = torch.tensor([list(entry.values()) for entry in self.history], dtype=torch.float64)
+        state = _flat(self.state)
+        self._check_finite(step, state)
+        checkpoint.save(
+            self.run.resume_point(step),
+            {**state, "history": rows.view(-1, len(COLUMNS))},
+            {**self._meta(), "progress": self.progress},
+        )
+        delete(*self.run.resume_points()[KEEP:])
 
     def _resume(self) -> int:
         """Load the newest good resume point; returns its step, 0 without one."""
-        points = self.run.resume_points()
-        shapes = checkpoint.shapes_of(_flat(self.state))
-        for path in points:
+        damaged = []
+        for path in self.run.resume_points():
             try:
-                tensors, meta = checkpoint.load(path, lambda _: shapes)
+                step = self._load(path)
             except CheckpointError as error:
-                self.listen("damaged", {"reason": str(error)})
+                self.listen("damaged", {"reason": f"{error}; looking for the one before"})
+                damaged.append(path)
                 continue
-            different = difference(meta["environment"], self.environment)
-            if canonical(meta["spec"]) != canonical(self.spec) or meta["data"] != DIRECTORY_HASH:
-                raise ResumeError(f"{path} is of another spec or other data; delete it, or use --force to start anew")
-            if different and not self.loosely:
-                raise ResumeError(
-                    f"{path} was made with {different}: the rest would not be the same bits; go on all the same with "
-                    f"--resume-anyway, or start anew with --force"
-                )
-            for name, value in _flat(self.state).items():
-                value.copy_(tensors[name])
-            self.progress = meta["progress"]
-            self.progress["bitwise"] = self.progress["bitwise"] and not different
-            step = int(tensors["step"])
-            self.listen("resumed", {"step": step, "epoch": self._epoch(step), "different": different})
+            delete(*damaged)  # so that the two that are kept are good
             return step
-        if points:
+        if damaged:
             raise ResumeError(f"every resume point of {self.name} is damaged; start anew with --force")
         return 0
+
+    def _load(self, path: Path) -> int:
+        """Go to where a resume point was made; returns its step."""
+        state = _flat(self.state)
+        shapes = checkpoint.shapes_of(state)
+        step = -1
+
+        def template(meta: dict[str, Any]) -> checkpoint.Shapes:
+            nonlocal step
+            if canonical(meta["spec"]) != canonical(self.spec) or meta["data"] != DIRECTORY_HASH:
+                raise ResumeError(f"{path} is of another spec or other data; delete it, or start anew with --force")
+            if meta["progress"].keys() != self.progress.keys():
+                raise ValueError("its progress is not that of a run")
+            step = int(path.name.split(".step-")[1].split(".")[0])
+            return {**shapes, "history": ((step // self.steps_per_epoch, len(COLUMNS)), torch.float64)}
+
+        tensors, meta = checkpoint.load(path, template)
+        if int(tensors["step"]) != step:
+            raise CheckpointError(f"{path} holds step {int(tensors['step'])}")
+        different = difference(meta["environment"], self.environment)
+        if different and not self.loosely:
+            raise ResumeError(f"{path} was made with {different}: {REMEDY}")
+        for name, value in state.items():
+            value.copy_(tensors[name])
+        rows = tensors["history"].tolist()
+        self.history = [{k: t(x) for (k, t), x in zip(COLUMNS.items(), row, strict=True)} for row in rows]
+        self.progress = meta["progress"]
+        self.progress["bitwise"] = self.progress["bitwise"] and not different
+        self.listen("resumed", {"step": step, "epoch": self._epoch(step), "different": different})
+        return step
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate on train, validation and test, write weights and record, drop the resume points."""
         weights = {**self.state["params"], **self.state["stats"]}
         # All in evaluation mode, unlike the running sums of the history. This is where the test split is read.
         metrics = {split: self._evaluate(split) for split in self.splits}
-        if not math.isfinite(sum(m["loss"] for m in metrics.values())):
-            raise Diverged("the network's loss is NaN or infinite after the last step")
+        losses = {f"{split} loss": torch.tensor(m["loss"]) for split, m in metrics.items()}
+        self._check_finite(int(self.state["step"]), losses)
         digest = checkpoint.digest(weights)
         record = {
             **self._meta(),
             "status": "finished",
             "parameters": sum(p.numel() for p in self.state["params"].values()),
-            "history": self.progress["history"],
+            "history": self.history,
             "first_step_seconds": self.progress["first_step_seconds"],
             "metrics": metrics,
             "digest": digest,
@@ -257,6 +305,5 @@ class Training:
         }
         checkpoint.save(self.run.weights, weights, {**self._meta(), "digest": digest, "test": metrics["test"]})
         write_json(self.run.record, record)
-        for path in self.run.resume_points():
-            path.unlink(missing_ok=True)
+        delete(*self.run.resume_points())
         return record

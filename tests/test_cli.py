@@ -1,0 +1,338 @@
+"""The command line end to end, each command in a process of its own, and its answers to bad input."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from core import checkpoint, dataset, network
+from core.spec import resolve, spec_id
+from experiments import EXPERIMENTS, SUITES
+from tests.conftest import ROOT
+
+SMOKE = spec_id(resolve(EXPERIMENTS["smoke"]))
+DEAD = "http://127.0.0.1:9"  # a proxy that is not there: no request leaves the machine
+
+
+def call(*arguments, **env):
+    """Run main.py without a terminal and without a network."""
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), DEAD)
+    clean = {key: value for key, value in os.environ.items() if key not in ("CIFAR10_URL", "FORCE_COLOR")}
+    return subprocess.run(
+        (sys.executable, str(ROOT / "main.py"), *map(str, arguments)),
+        env={**clean, **proxies, "no_proxy": "", "NO_PROXY": "", "COLUMNS": "200", **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+def assert_refused(done, *words):
+    """One sentence on stderr, exit status 2, nothing on stdout."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert str(word) in line
+
+
+def contents(out):
+    """Every file of an --out that a run may not lose, with its bytes."""
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+@pytest.fixture(scope="module")
+def official(data_dir, tmp_path_factory):
+    """The answer of a first run of smoke, and its --out, which no test may change."""
+    out = tmp_path_factory.mktemp("official")
+    done = call("run", "smoke", "--no-compile", "--device", "cpu", "--data", data_dir, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return done, out
+
+
+@pytest.fixture
+def out(official, tmp_path):
+    """A copy of the first run's --out."""
+    return shutil.copytree(official[1], tmp_path / "out")
+
+
+def weights(out):
+    return out / "checkpoints" / "smoke" / f"{SMOKE}.safetensors"
+
+
+def record(out):
+    return json.loads(weights(out).with_suffix(".json").read_text())
+
+
+# What a run does
+
+
+@pytest.mark.slow
+def test_a_run_leaves_weights_record_and_report(official):
+    done, out = official
+    assert sorted(contents(out)) == [
+        f"checkpoints/{name}" for name in ("learning-curves.svg", f"smoke/{SMOKE}.json", f"smoke/{SMOKE}.safetensors")
+    ] + ["results.md"]
+    found = record(out)
+    assert found["status"] == "finished"
+    assert found["spec"] == resolve(EXPERIMENTS["smoke"])
+    assert (found["name"], found["spec_id"], found["seed"]) == ("smoke", SMOKE, 0)
+    assert [entry["epoch"] for entry in found["history"]] == [1, 2]
+    history = {"train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds", "samples_per_second"}
+    assert all(entry.keys() == history | {"epoch"} for entry in found["history"])
+    assert found["history"][1]["train_loss"] < found["history"][0]["train_loss"]
+    assert {split: metrics["n"] for split, metrics in found["metrics"].items()} == {
+        "train": 45_000,
+        "validation": 5_000,
+        "test": 10_000,
+    }
+    assert found["metrics"]["test"]["accuracy"] > 0.3  # chance is 0.1
+    assert found["metrics"]["validation"]["accuracy"] == found["history"][1]["val_accuracy"]
+    assert found["first_step_seconds"] > 0
+    assert found["data"] == dataset.DIRECTORY_HASH
+    assert found["environment"]["mode"] == "eager"
+    assert found["environment"].keys() >= {"git", "torch", "device", "device_name", "hardware", "threads"}
+    accuracy = f"{100 * found['metrics']['test']['accuracy']:.2f}%"
+    assert accuracy in (out / "results.md").read_text()
+    assert accuracy in done.stdout
+    assert "smoke: epoch 2:" in done.stdout
+    assert "no C++ compiler" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_second_call_trains_nothing(out, data_dir):
+    before = contents(out)
+    done = call("run", "smoke", "--no-compile", "--data", "/nowhere", "--out", out)
+    assert done.returncode == 0
+    assert f"smoke ({SMOKE}) is finished: {100 * record(out)['metrics']['test']['accuracy']:.2f}%" in done.stdout
+    assert "epoch 1" not in done.stdout
+    assert contents(out) == before
+
+
+@pytest.mark.slow
+def test_force_trains_again_and_without_a_compiler_eager(out, data_dir, tmp_path):
+    """Two things in one run: --force, and a machine that has no C++ compiler and was not told --no-compile."""
+    env = {"PATH": str(tmp_path / "empty"), "CXX": ""}
+    done = call("smoke", "--force", "--device", "cpu", "--data", data_dir, "--out", out, **env)
+    assert done.returncode == 0
+    (line,) = done.stderr.strip().splitlines()
+    assert line == "no C++ compiler (g++ or clang++) was found: the train step runs eager, which is slower"
+    assert "smoke: epoch 2:" in done.stdout
+    assert "is finished" not in done.stdout
+    assert record(out)["environment"]["mode"] == "eager"
+    assert record(out)["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_overrides_make_another_run_and_leave_the_official_one_alone(out, data_dir):
+    before = contents(out)
+    options = ("--epochs", 1, "--seed", 3, "--lr", 0.01, "--batch-size", 1000)
+    done = call("run", "smoke", *options, "--no-compile", "--data", data_dir, "--out", out)
+    assert done.returncode == 0, done.stderr
+    changed = {"epochs": 1, "seed": 3, "lr": 0.01, "batch_size": 1000}
+    other = spec_id(resolve({**EXPERIMENTS["smoke"], **changed}))
+    assert other != SMOKE
+    found = json.loads((out / "checkpoints" / "smoke" / f"{other}.json").read_text())
+    assert {key: found["spec"][key] for key in changed} == changed
+    after = contents(out)
+    assert all(after[name] == before[name] for name in before if SMOKE in name)
+    assert after.keys() - before.keys() == {f"checkpoints/smoke/{other}.{kind}" for kind in ("json", "safetensors")}
+    table = [line for line in (out / "results.md").read_text().splitlines() if line.startswith("| smoke ")]
+    assert len(table) == 2
+
+
+@pytest.mark.slow
+def test_report_gives_the_bytes_that_the_run_left(out):
+    before = contents(out)
+    for path in (out / "results.md", out / "checkpoints" / "learning-curves.svg"):
+        path.unlink()
+    done = call("report", "--out", out)
+    assert done.returncode == 0
+    assert "1 records" in done.stdout
+    assert contents(out) == before
+
+
+def test_list_shows_every_suite_and_experiment():
+    done = call("list")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(suite in done.stdout for suite in SUITES)
+    for name, spec in EXPERIMENTS.items():
+        assert re.search(rf"^  {re.escape(name)}  {spec_id(resolve(spec))}  ", done.stdout, re.M)
+
+
+# Evaluation
+
+
+@pytest.mark.slow
+def test_evaluate_agrees_with_the_record(official, data_dir):
+    out = official[1]
+    done = call("evaluate", "--data", data_dir, "--out", out)
+    assert done.returncode == 0, done.stdout
+    test = record(out)["metrics"]["test"]
+    assert f"{100 * test['accuracy']:.2f}% of 10,000 test images" in done.stdout
+    assert f"loss {test['loss']:.4f}; as recorded" in done.stdout
+    assert "95% interval" in done.stdout
+    for label, hit in zip(dataset.CLASSES, test["correct"], strict=True):
+        assert f"{label} {100 * hit / 1000:.1f}%" in done.stdout
+
+
+@pytest.mark.slow
+def test_evaluate_as_json_and_a_record_that_differs(out, data_dir):
+    """Two checkpoints: one as it was written, one that claims another accuracy, which is exit status 1."""
+    tensors, meta = checkpoint.load(weights(out), network.template)
+    boast = out / "boast.safetensors"
+    correct = [meta["test"]["correct"][0] + 1, *meta["test"]["correct"][1:]]
+    claimed = {**meta["test"], "correct": correct, "accuracy": meta["test"]["accuracy"] + 1e-4}
+    checkpoint.save(boast, tensors, {**meta, "test": claimed})
+    done = call("evaluate", weights(out), boast, "--json", "--data", data_dir, "--out", out)
+    assert done.returncode == 1
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    test = record(out)["metrics"]["test"]
+    expected = {
+        "checkpoint": str(weights(out)),
+        "experiment": "smoke",
+        "seed": 0,
+        "test_accuracy": test["accuracy"],
+        "test_loss": pytest.approx(test["loss"], rel=1e-6),
+        "n": 10_000,
+        "recorded_test_accuracy": test["accuracy"],
+    }
+    assert lines == [
+        expected,
+        {**expected, "checkpoint": str(boast), "recorded_test_accuracy": claimed["accuracy"]},
+    ]
+
+
+@pytest.mark.slow
+def test_evaluate_as_json_has_nothing_else_on_stdout(official, data_dir):
+    out = official[1]
+    done = call("evaluate", "--json", "--data", data_dir, "--out", out)
+    assert done.returncode == 0
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["checkpoint"] == str(weights(out))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "lr-1e3"], ["unknown experiment 'lr-1e3'; did you mean 'lr-1e-3'?"]),
+        (["smok"], ["unknown experiment 'smok'; did you mean 'smoke'?"]),
+        (["run", "smoke", "zzzzzzzzzz"], ["unknown experiment 'zzzzzzzzzz'; known are", "lr-1e-3", "baseline"]),
+        (["run", "smoke", "--epochs", "0"], ["experiment smoke: epochs = 0, expected an integer from 1"]),
+        (["--epochs", "-1"], ["epochs = -1"]),
+        (["run", "smoke", "--batch-size", "45001"], ["batch_size = 45001, expected an integer from 2 to 45000"]),
+        (["run", "smoke", "--lr", "0"], ["lr = 0.0, expected a number above 0"]),
+        (["run", "smoke", "--lr", "nan"], ["lr = nan"]),
+        (["run", "smoke", "--seed", "-1"], ["seed = -1"]),
+        (["run", "smoke", "--checkpoint-every", "0"], ["--checkpoint-every 0, expected at least 1"]),
+        (["verify", "smoke"], ["smoke has no finished run under", "main.py run smoke"]),
+        (["verify", "smoek"], ["did you mean 'smoke'?"]),
+        (["evaluate"], ["no checkpoint under", "main.py"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_bad_arguments(tmp_path, arguments, words):
+    assert_refused(call(*arguments, "--out", tmp_path), *words)
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run", "--epochs", "many"], ["run", "--device", "tpu"], ["run", "--learning-rate", "1"]], ids=str
+)
+def test_arguments_that_do_not_parse(arguments):
+    done = call(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert arguments[1] in done.stderr
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    done = call("run", "smoke", "--device", "cuda", "--data", tmp_path, "--out", tmp_path, **hidden)
+    assert_refused(done, "device cuda is not there; present:", "cpu")
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="MPS is there")
+def test_a_device_of_another_platform(out):
+    assert_refused(call("evaluate", "--device", "mps", "--out", out), "device mps is not there")
+
+
+def test_no_data_and_no_network(tmp_path):
+    done = call("run", "smoke", "--no-compile", "--data", tmp_path / "data", "--out", tmp_path / "out")
+    assert_refused(done, tmp_path / "data", "lacks data_batch_1", "--data-url", *dataset.MIRRORS)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_damaged_data(data_dir, tmp_path, damage):
+    folder = tmp_path / dataset.FOLDER
+    folder.mkdir()
+    for name in dataset.FILES:
+        (folder / name).symlink_to(data_dir / dataset.FOLDER / name)
+    path = folder / "batches.meta"
+    data = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(data[:-1] if damage == "truncated" else data[:-1] + b"!")
+    done = call("run", "smoke", "--no-compile", "--data", tmp_path, "--out", tmp_path / "out")
+    words = {
+        "truncated": ("has 157 bytes, expected 158", f"rm '{path}'"),
+        "altered": ("is altered", f"rm '{path}'"),
+        "missing": ("lacks batches.meta", "dvc pull"),
+    }
+    assert_refused(done, folder, *words[damage])
+
+
+def test_damaged_checkpoints(out, data_dir):
+    """Missing, truncated, altered, no checkpoint at all, a folder: each is named, whatever else was asked for."""
+    good = weights(out).read_bytes()
+    bad = {
+        "truncated": good[:-1],
+        "altered": good[:-5] + bytes([good[-5] ^ 1]) + good[-4:],
+        "header": good[:30] + b"X" + good[31:],
+        "empty": b"",
+        "text": b"not a checkpoint at all, but long enough to be read as one",
+    }
+    for name, data in bad.items():
+        path = out / f"{name}.safetensors"
+        path.write_bytes(data)
+        with pytest.raises(checkpoint.CheckpointError, match=re.escape(str(path))):
+            network.load(path)
+    assert_refused(call("evaluate", weights(out), out / "truncated.safetensors"), "truncated.safetensors is truncated")
+    assert_refused(call("evaluate", out / "altered.safetensors"), "altered.safetensors is damaged")
+    assert_refused(call("evaluate", out / "gone.safetensors"), "cannot read", "gone.safetensors: No such file")
+    assert_refused(call("evaluate", out), f"cannot read {out}: Is a directory")
+
+
+@pytest.mark.parametrize("command", [["run", "smoke", "--no-compile"], ["report"]], ids=lambda value: value[0])
+@pytest.mark.parametrize("where", ["out", "checkpoints"])
+def test_an_out_that_cannot_be_written(tmp_path, data_dir, command, where):
+    """A file in the way, since permissions do not bind root; nothing is trained before it is known."""
+    out = tmp_path / "out"
+    if where == "checkpoints":
+        out.mkdir()
+    in_the_way = out if where == "out" else out / "checkpoints"
+    in_the_way.write_text("mine")
+    data = ["--data", data_dir] if command[0] == "run" else []
+    assert_refused(call(*command, *data, "--out", out), "cannot write", in_the_way)
+    assert in_the_way.read_text() == "mine"
+
+
+def test_a_folder_in_the_place_of_results(out):
+    (out / "results.md").unlink()
+    (out / "results.md").mkdir()
+    before = contents(out)
+    assert_refused(call("report", "--out", out), "cannot write", out / "results.md")
+    assert contents(out) == before

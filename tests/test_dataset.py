@@ -1,0 +1,391 @@
+"""CIFAR-10 comes from DVC or a mirror, whole, or is refused by name and with a remedy; nothing altered is unpickled."""
+
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from core import dataset
+from core.dataset import DataError
+from tests.conftest import REMOTE, ROOT, lacking
+
+DEAD = "http://127.0.0.1:9/cifar-10-python.tar.gz"  # the discard port: refused at once
+
+
+def md5(data):
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def batch(i):
+    """One of the six files of images, each of one grey but for a column that counts."""
+    images = np.full((10_000, 3072), i, dtype=np.uint8)
+    images[:, 1] = np.arange(10_000) % 251
+    return pickle.dumps({b"data": images, b"labels": [(i + n) % 10 for n in range(10_000)]}, protocol=2)
+
+
+def packed(files):
+    """A tar.gz of them, with a file beside the seven, as the official archive has."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz", compresslevel=1) as tar:
+        for name, data in {**files, "readme.html": b"<html>"}.items():
+            info = tarfile.TarInfo(f"{dataset.FOLDER}/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def contents():
+    """Name -> bytes of an invented CIFAR-10, and its archive."""
+    files = {name: batch(i) for i, name in enumerate(list(dataset.FILES)[:6])} | {"batches.meta": b"labels" * 20}
+    return files, packed(files)
+
+
+@pytest.fixture
+def fake(monkeypatch, contents):
+    """The invented CIFAR-10 as the published one, with no mirror that answers."""
+    files, archive = contents
+    monkeypatch.setattr(dataset, "FILES", {name: (md5(data), len(data)) for name, data in files.items()})
+    monkeypatch.setattr(dataset, "ARCHIVE_MD5", md5(archive))
+    monkeypatch.setattr(dataset, "ARCHIVE_BYTES", len(archive))
+    monkeypatch.setattr(dataset, "MIRRORS", (DEAD,))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return files, archive
+
+
+@pytest.fixture
+def serve():
+    """A server on loopback: serve({path: page}) gives its address; `serve.asked` are the paths it was asked for."""
+    servers = []
+    asked: list[str] = []
+
+    def start(pages):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked.append(self.path)
+                page = pages.get(self.path)
+                if page == "garbage":
+                    self.wfile.write(b"this is no HTTP at all\r\n\r\n")
+                elif page == "cut":
+                    self.send_response(200)
+                    self.send_header("Content-Length", "1000")
+                    self.end_headers()
+                    self.wfile.write(b"x" * 10)
+                elif page is None:
+                    self.send_error(404)
+                else:
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(page)))
+                    self.end_headers()
+                    self.wfile.write(page)
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    start.asked = asked
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def filled(fake, tmp_path):
+    """A data folder with the invented seven files."""
+    (tmp_path / dataset.FOLDER).mkdir()
+    for name, data in fake[0].items():
+        (tmp_path / dataset.FOLDER / name).write_bytes(data)
+    return tmp_path
+
+
+@pytest.fixture
+def no_pickle(monkeypatch):
+    """Nothing may be unpickled: as good as running it."""
+
+    def refuse(*_, **__):
+        raise AssertionError("unpickled what was not verified")
+
+    for name in ("loads", "load", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+
+
+def listing(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+SEVEN = sorted(f"{dataset.FOLDER}/{name}" for name in dataset.FILES)
+
+
+def test_hashes_are_those_that_torchvision_publishes():
+    from torchvision.datasets import CIFAR10
+
+    published = dict([*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
+    assert {name: md5 for name, (md5, _) in dataset.FILES.items()} == published
+    assert CIFAR10.tgz_md5 == dataset.ARCHIVE_MD5
+    assert CIFAR10.base_folder == dataset.FOLDER
+    assert dataset.MIRRORS[0].removeprefix("https") == CIFAR10.url.removeprefix("https")
+
+
+def test_data_dvc_tracks_the_directory_of_these_files():
+    """The hash of a DVC directory is the md5 of its listing, which follows from the hashes of the files."""
+    entries = sorted((f"{dataset.FOLDER}/{name}", md5) for name, (md5, _) in dataset.FILES.items())
+    listed = "[" + ", ".join(f'{{"md5": "{md5}", "relpath": "{path}"}}' for path, md5 in entries) + "]"
+    assert md5(listed.encode()) + ".dir" == dataset.DIRECTORY_HASH
+    tracked = (ROOT / "data.dvc").read_text()
+    assert f"md5: {dataset.DIRECTORY_HASH}\n" in tracked
+    assert f"size: {sum(size for _, size in dataset.FILES.values())}\n" in tracked
+
+
+def test_read_puts_every_image_and_label_in_its_place(filled):
+    data = dataset.read(filled)
+    assert [tuple(t.shape) for t in data] == [(50_000, 3072), (50_000,), (10_000, 3072), (10_000,)]
+    assert [t.dtype for t in data] == [torch.uint8, torch.int64] * 2
+    assert data.train_images[:, 0].tolist() == [i // 10_000 for i in range(50_000)]
+    assert (data.test_images[:, 0] == 5).all()
+    assert data.train_images[20_300, 1] == 300 % 251
+    assert data.train_labels[30_004] == 7
+    assert data.test_labels[:3].tolist() == [5, 6, 7]
+
+
+def test_real_data(cifar10):
+    assert cifar10.train_labels.bincount().tolist() == [5000] * 10
+    assert cifar10.test_labels.bincount().tolist() == [1000] * 10
+    first = [dataset.CLASSES[label] for label in cifar10.test_labels[:4]]
+    assert first == ["cat", "ship", "ship", "airplane"]
+    assert cifar10.train_images[0, [0, 1024, 2048]].tolist() == [59, 62, 63]  # red, green and blue of the first pixel
+
+
+def test_complete_data_asks_nobody(filled, monkeypatch):
+    monkeypatch.setattr(dataset, "_download", None)
+    monkeypatch.setattr(dataset, "_pull", None)
+    dataset.fetch(filled)
+
+
+def test_a_mirror_delivers_the_seven_files_and_no_other(fake, serve, tmp_path, monkeypatch):
+    files, archive = fake
+    monkeypatch.setattr(dataset, "MIRRORS", (DEAD, serve({"/a": archive}) + "/a"))
+    progress = []
+    data = dataset.load(tmp_path, progress=lambda *event: progress.append(event))
+    assert listing(tmp_path) == SEVEN
+    assert all((tmp_path / dataset.FOLDER / name).read_bytes() == content for name, content in files.items())
+    assert len(data.train_labels) == 50_000
+    assert progress[-1] == (dataset.MIRRORS[1], len(archive), len(archive))
+
+
+def test_the_address_that_was_given_comes_first(fake, serve, tmp_path, monkeypatch):
+    base = serve({"/mine": fake[1], "/official": fake[1]})
+    monkeypatch.setattr(dataset, "MIRRORS", (base + "/official",))
+    dataset.fetch(tmp_path, base + "/mine")
+    assert serve.asked == ["/mine"]
+
+
+def test_an_address_that_fails_is_followed_by_the_mirrors(fake, serve, tmp_path, monkeypatch):
+    base = serve({"/official": fake[1]})
+    monkeypatch.setattr(dataset, "MIRRORS", (base + "/official",))
+    dataset.fetch(tmp_path, base + "/mine")
+    assert serve.asked == ["/mine", "/official"]
+    assert listing(tmp_path) == SEVEN
+
+
+def test_only_what_is_missing_is_replaced(fake, serve, filled):
+    kept, lost = (filled / dataset.FOLDER / name for name in ("data_batch_2", "test_batch"))
+    lost.unlink()
+    before = kept.stat()
+    dataset.fetch(filled, serve({"/a": fake[1]}) + "/a")
+    assert lost.read_bytes() == fake[0]["test_batch"]
+    assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("page", ["altered", "short", "long", "none", "garbage", "cut"])
+def test_a_bad_archive_is_refused_and_leaves_nothing(fake, serve, tmp_path, page, no_pickle):
+    archive = fake[1]
+    pages = {
+        "altered": archive[:-100] + bytes([archive[-100] ^ 1]) + archive[-99:],
+        "short": archive[:-1],
+        "long": archive + b"x",
+    }
+    address = serve({"/a": pages.get(page, page if page in ("garbage", "cut") else None)}) + "/a"
+    with pytest.raises(DataError) as refused:
+        dataset.load(tmp_path, address)
+    assert address in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["nonsense", "http://", "http://a b/c", "ftp://127.0.0.1:9/x", "file:///nowhere/x", "http://127.0.0.1:x/"],
+)
+def test_an_address_that_is_none_is_refused(fake, tmp_path, address):
+    with pytest.raises(DataError) as refused:
+        dataset.load(tmp_path, address)
+    assert address in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_nobody_delivers(fake, tmp_path):
+    with pytest.raises(DataError) as refused:
+        dataset.load(tmp_path)
+    message = str(refused.value)
+    assert all(name in message for name in dataset.FILES)
+    assert DEAD in message
+    assert "dvc pull" in message
+    assert "--data-url" in message
+    assert "\n" not in message
+
+
+def test_a_missing_file_is_named(fake, filled):
+    (filled / dataset.FOLDER / "data_batch_4").unlink()
+    with pytest.raises(DataError, match=r"lacks data_batch_4 and nothing delivered it \(.*\); run `uv run dvc pull`"):
+        dataset.load(filled)
+
+
+@pytest.mark.parametrize("name", dataset.FILES)
+def test_one_flipped_bit_is_refused_and_never_unpickled(filled, name, no_pickle):
+    """Size and time of the file are as they were, which is all that some tools look at."""
+    path = filled / dataset.FOLDER / name
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(DataError) as refused:
+        dataset.verified(filled, name)
+    assert f"{path} is altered" in str(refused.value)
+    assert f"rm '{path}'" in str(refused.value)
+
+
+def test_load_refuses_before_it_unpickles_an_altered_file(filled, no_pickle):
+    path = filled / dataset.FOLDER / "data_batch_1"
+    path.write_bytes(b"c" + path.read_bytes()[1:])
+    with pytest.raises(DataError, match="data_batch_1 is altered"):
+        dataset.load(filled)
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: b"", lambda data: data + b"x"])
+def test_a_file_of_another_size_is_refused(filled, change, no_pickle):
+    path = filled / dataset.FOLDER / "data_batch_1"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(
+        DataError, match=rf"^{path} has [\d,]+ bytes, expected [\d,]+; delete it \(rm '{path}'\)[^\n]*$"
+    ):
+        dataset.load(filled)
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(filled):
+    path = filled / dataset.FOLDER / "batches.meta"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match=rf"^cannot read {path}: Is a directory; [^\n]*$"):
+        dataset.load(filled)
+
+
+def test_what_is_unpickled_are_the_bytes_that_were_hashed(filled, monkeypatch):
+    """A file that changes between the two must not slip through: it is read once."""
+    reads: list[str] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: (reads.append(self.name), read_bytes(self))[1])
+    dataset.read(filled)
+    assert sorted(reads) == sorted(dataset.FILES)
+
+
+def test_the_remedy_works(fake, serve, filled):
+    """What the message says to do mends it."""
+    path = filled / dataset.FOLDER / "data_batch_3"
+    path.write_bytes(b"")
+    address = serve({"/a": fake[1]}) + "/a"
+    with pytest.raises(DataError):
+        dataset.load(filled, address)
+    path.unlink()
+    dataset.load(filled, address)
+
+
+# With DVC: a copy of the project outside Git, its remote beside it as the real one lies.
+
+
+@pytest.fixture
+def project(tmp_path):
+    if not REMOTE.exists():
+        lacking(f"the DVC remote {REMOTE} is not there")
+    copy = tmp_path / "project"
+    for name in ("core", "experiments"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / ".dvc").mkdir()
+    for name in ("main.py", "data.dvc", ".dvc/config"):
+        shutil.copy(ROOT / name, copy / name)
+    remote = tmp_path / "shared" / "dvc-remote"
+    for path in REMOTE.rglob("*"):
+        if path.is_file():
+            link = remote / path.relative_to(REMOTE)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+    return copy
+
+
+def fetch_in(project):
+    """Fetch there in a process of its own, with no network but loopback."""
+    program = (
+        "import sys; from core import dataset\n"
+        "try: dataset.fetch(dataset.ROOT / 'data')\n"
+        "except dataset.DataError as error: sys.exit(str(error))"
+    )
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    env = {**os.environ, **proxies, "no_proxy": "", "NO_PROXY": "", "PYTHONPATH": ""}
+    return subprocess.run((sys.executable, "-c", program), cwd=project, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_dvc_delivers_in_a_copy_without_git(project):
+    done = fetch_in(project)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert listing(project / "data") == SEVEN
+    for name in dataset.FILES:
+        dataset.verified(project / "data", name)
+    assert (project / "data.dvc").read_text() == (ROOT / "data.dvc").read_text()
+
+
+@pytest.mark.slow
+def test_a_tampered_remote_is_not_believed(project):
+    """`verify = true` in .dvc/config: without it DVC hands over what it finds."""
+    digest, _ = dataset.FILES["batches.meta"]
+    stored = project.parent / "shared" / "dvc-remote" / "files" / "md5" / digest[:2] / digest[2:]
+    data = bytearray(stored.read_bytes())
+    data[0] ^= 1
+    stored.unlink()
+    stored.write_bytes(data)
+    done = fetch_in(project)
+    assert done.returncode == 1
+    assert "lacks" in done.stderr
+    assert "batches.meta" in done.stderr
+    assert "DVC: " in done.stderr
+    assert not (project / "data" / dataset.FOLDER / "batches.meta").exists()
+
+
+@pytest.mark.slow
+def test_no_network_and_no_remote(project):
+    shutil.rmtree(project.parent / "shared")
+    done = fetch_in(project)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "lacks data_batch_1" in done.stderr
+    assert "DVC: " in done.stderr
+    assert all(mirror in done.stderr for mirror in dataset.MIRRORS)
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,144 @@
+"""The split, the order of an epoch, normalisation and augmentation."""
+
+import numpy as np
+import pytest
+import torch
+
+from core import loader, random
+
+
+@pytest.fixture(scope="module")
+def labels():
+    """50,000 labels in no order, every class 5,000 times, as in CIFAR-10."""
+    generator = torch.Generator().manual_seed(1)
+    return (torch.arange(50_000) % 10)[torch.randperm(50_000, generator=generator)]
+
+
+def test_split_is_disjoint_complete_and_stratified(labels):
+    train, validation = loader.split(labels)
+    assert (len(train), len(validation)) == (45_000, 5_000)
+    assert torch.equal(torch.cat([train, validation]).sort().values, torch.arange(50_000))
+    assert labels[train].bincount().tolist() == [4500] * 10
+    assert labels[validation].bincount().tolist() == [500] * 10
+
+
+def test_split_is_fixed(labels):
+    first = loader.split(labels)
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    again = loader.split(labels)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_split_takes_validation_from_everywhere(labels):
+    """Not the first 500 of a class: the files of CIFAR-10 need not be alike."""
+    _, validation = loader.split(labels)
+    quarters = (validation // 12_500).bincount(minlength=4)
+    assert (quarters > 1000).all()
+
+
+def test_split_of_the_real_labels(cifar10):
+    train, validation = loader.split(cifar10.train_labels)
+    assert cifar10.train_labels[train].bincount().tolist() == [4500] * 10
+    assert cifar10.train_labels[validation].bincount().tolist() == [500] * 10
+
+
+@pytest.mark.parametrize("batch_size", [2, 7, 64, 1000])
+def test_epoch_order_is_a_permutation_without_its_tail(batch_size):
+    examples = torch.arange(1000) * 3
+    order = loader.epoch_order(examples, batch_size, seed=0, epoch=0)
+    assert order.shape == (1000 // batch_size, batch_size)
+    flat = order.flatten()
+    assert len(flat.unique()) == len(flat)
+    assert torch.isin(flat, examples).all()
+
+
+def test_epoch_order_is_a_function_of_seed_and_epoch():
+    examples = torch.arange(1000)
+    orders = {(s, e): loader.epoch_order(examples, 100, s, e).flatten() for s in range(4) for e in range(4)}
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    assert all(torch.equal(loader.epoch_order(examples, 100, *key).flatten(), o) for key, o in orders.items())
+    assert torch.equal(torch.get_rng_state(), before)
+    # (1, 0) and (0, 1) too: the sum of seed and epoch would not do.
+    assert len({tuple(order.tolist()) for order in orders.values()}) == len(orders)
+    places = torch.stack([order.argsort() for order in orders.values()]).double()
+    off_diagonal = torch.corrcoef(places) - torch.eye(len(orders))
+    assert off_diagonal.abs().max() < 6 / 1000**0.5
+
+
+def test_every_example_is_left_out_by_some_epoch_only():
+    seen = [set(loader.epoch_order(torch.arange(10), 4, 0, epoch).flatten().tolist()) for epoch in range(20)]
+    assert all(len(s) == 8 for s in seen)
+    assert set.union(*seen) == set(range(10))
+
+
+def test_normalise_against_a_naive_computation(invented):
+    images = invented.train_images[:5]
+    planes = images.view(5, 3, 32, 32).numpy().astype(np.float64) / 255
+    mean, std = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616])
+    expected = (planes - mean[:, None, None]) / std[:, None, None]
+    found = loader.normalise(images)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.view(5, 3, 32, 32).numpy(), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_normalise_constants_are_the_statistics_of_the_training_images(cifar10):
+    values = np.arange(256) / 255
+    for channel in range(3):
+        counts = np.zeros(256, dtype=np.int64)
+        for part in cifar10.train_images.view(-1, 3, 1024)[:, channel].split(10_000):
+            counts += np.bincount(part.flatten().numpy(), minlength=256)
+        mean = (counts * values).sum() / counts.sum()
+        std = ((counts * (values - mean) ** 2).sum() / counts.sum()) ** 0.5
+        assert abs(mean - loader.MEAN[channel]) < 1e-4
+        assert abs(std - loader.STD[channel]) < 1e-4
+
+
+def naive_augment(image, draws, shift):
+    """One image [3, 32, 32] as a reader would move and mirror it."""
+    if shift:
+        down, right = ((int(d) + 32768) * 5 // 65536 for d in draws[1:])
+        image = np.pad(image, ((0, 0), (2, 2), (2, 2)))[:, down : down + 32, right : right + 32]
+    return image[:, :, ::-1] if draws[0] >= 0 else image
+
+
+@pytest.mark.parametrize("kind", ["flip", "flip+shift"])
+def test_augment_against_a_loop_over_images(invented, kind):
+    seed, step = torch.tensor(3, dtype=torch.int32), torch.tensor(17, dtype=torch.int32)
+    x = loader.normalise(invented.train_images[:33])
+    before = x.clone()
+    draws = random.bits16(seed, random.AUGMENT, step, 99).view(3, 33).numpy()
+    expected = [
+        naive_augment(image, draws[:, i], kind == "flip+shift") for i, image in enumerate(x.view(-1, 3, 32, 32).numpy())
+    ]
+    assert np.array_equal(loader.augment(x, kind, seed, step).view(-1, 3, 32, 32).numpy(), np.stack(expected))
+    assert torch.equal(x, before)
+
+
+def test_augment_reaches_every_mirror_and_move_about_equally():
+    """One bright pixel in the middle says what became of each image."""
+    n = 20_000
+    x = torch.zeros(n, 3, 32, 32)
+    x[:, :, 16, 10] = 1
+    zero = torch.tensor(0, dtype=torch.int32)
+    place = loader.augment(x.view(n, -1), "flip+shift", zero, zero).view(n, 3, 1024)[:, 0].argmax(1)
+    row, column = place // 32, place % 32
+    mirrored = column > 15
+    assert abs(mirrored.double().mean() - 0.5) < 6 * 0.5 / n**0.5
+    down, right = row - 16 + 2, torch.where(mirrored, 31 - column, column) - 10 + 2
+    counts = (down * 5 + right).bincount(minlength=25)
+    assert len(counts) == 25
+    assert (counts - n / 25).abs().max() < 6 * (n / 25) ** 0.5
+
+
+def test_augment_changes_with_seed_and_step(invented):
+    x = loader.normalise(invented.train_images[:64])
+
+    def draw(seed, step):
+        return loader.augment(x, "flip+shift", *torch.tensor([seed, step], dtype=torch.int32))
+
+    assert torch.equal(draw(0, 0), draw(0, 0))
+    assert not torch.equal(draw(0, 0), draw(0, 1))
+    assert not torch.equal(draw(0, 0), draw(1, 0))

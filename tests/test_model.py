@@ -1,0 +1,279 @@
+"""The network against torch.nn: forward, gradients, batch norm, dropout, initialisation, names."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from core import model, random
+from core.spec import resolve
+
+VARIANTS = [
+    {},
+    {"dropout": 0.0},
+    {"norm": "none"},
+    {"norm": "none", "dropout": 0.0, "activation": "relu", "widths": [24]},
+    {"activation": "gelu"},
+    {"activation": "tanh", "widths": [8, 8, 8, 8]},
+    {"widths": []},
+]
+BATCH = 20
+
+
+def double(tensors):
+    return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def images(batch=BATCH, dtype=torch.float64):
+    return torch.randn(batch, 3072, dtype=dtype)
+
+
+@pytest.fixture(params=VARIANTS, ids=str)
+def spec(request, small_spec):
+    return small_spec(**request.param)
+
+
+@pytest.fixture
+def twins(spec, sequential):
+    """Parameters and statistics in float64, with values that no initialisation has, and the module with the same."""
+    params, stats = map(double, model.init(spec, 0))
+    params = {name: p + 0.1 * torch.randn_like(p) if p.ndim == 1 else p for name, p in params.items()}
+    stats = {n: s + 0.2 * torch.rand_like(s) if s.is_floating_point() else s + 3 for n, s in stats.items()}
+    module = sequential(spec).double()
+    module.load_state_dict({**params, **stats}, strict=True)
+    return params, stats, module
+
+
+def test_names_and_shapes_are_those_of_sequential(spec, sequential):
+    params, stats = model.init(spec, 0)
+    module = sequential(spec)
+    module.load_state_dict({**params, **stats}, strict=True)
+    assert set(params) == {name for name, _ in module.named_parameters()}
+    assert set(stats) == {name for name, _ in module.named_buffers()}
+    assert {**params, **stats}.keys() == module.state_dict().keys()
+    assert all(t.dtype == {**params, **stats}[name].dtype for name, t in module.state_dict().items())
+    expected = [{name: tuple(t.shape) for name, t in group.items()} for group in (params, stats)]
+    assert list(model.shapes(spec)) == expected
+
+
+def test_evaluation_mode(spec, twins):
+    params, stats, module = twins
+    x = images()
+    logits, after = model.forward(params, stats, x, spec)
+    assert logits.shape == (BATCH, 10)
+    torch.testing.assert_close(logits, module.eval()(x), rtol=1e-11, atol=1e-11)
+    assert after.keys() == stats.keys()
+    assert all(torch.equal(after[name], stats[name]) for name in stats)
+
+
+def test_evaluation_mode_sees_each_image_alone(spec, twins):
+    params, stats, _ = twins
+    x = images()
+    together, _ = model.forward(params, stats, x, spec)
+    alone = torch.cat([model.forward(params, stats, x[i : i + 1], spec)[0] for i in range(BATCH)])
+    torch.testing.assert_close(together, alone, rtol=1e-11, atol=1e-11)
+
+
+def test_images_may_come_as_planes(spec, twins):
+    params, stats, _ = twins
+    x = images()
+    assert torch.equal(
+        model.forward(params, stats, x, spec)[0], model.forward(params, stats, x.view(-1, 3, 32, 32), spec)[0]
+    )
+
+
+def mask_for(spec, batch=BATCH):
+    """The draw for all layers, and the same cut into layers."""
+    seed, step = torch.tensor([1, 2], dtype=torch.int32)
+    sizes = [width * batch for width in spec["widths"]]
+    mask = random.dropout_mask(seed, step, torch.tensor(spec["dropout"]), sum(sizes)).double()
+    return mask, list(mask.split(sizes))
+
+
+def test_train_mode_forward_gradients_and_statistics(spec, twins, sequential):
+    """With the dropout masks handed to both."""
+    params, stats, _ = twins
+    masks = None
+    mask = None
+    if spec["dropout"] > 0:
+        mask, masks = mask_for(spec)
+    module = sequential(spec, masks).double()
+    module.load_state_dict({**params, **stats}, strict=True)
+    x, labels = images(), torch.arange(BATCH) % 10
+
+    def loss(params):
+        logits, after = model.forward(params, stats, x, spec, mask, train=True)
+        return F.cross_entropy(logits, labels), (logits, after)
+
+    grads, (_, (logits, after)) = torch.func.grad_and_value(loss, has_aux=True)(params)
+    expected = module.train()(x)
+    F.cross_entropy(expected, labels).backward()
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(
+            grads[name], parameter.grad, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    buffers = dict(module.named_buffers())
+    assert after.keys() == buffers.keys()
+    for name, value in after.items():
+        torch.testing.assert_close(value, buffers[name], rtol=1e-12, atol=1e-12)
+
+
+def test_train_mode_in_float32(sequential):
+    """The default network's layers at the precision in which they are trained."""
+    spec = resolve({"dropout": 0.0})
+    params, stats = model.init(spec, 0)
+    module = sequential(spec)
+    module.load_state_dict({**params, **stats}, strict=True)
+    x = images(64, torch.float32)
+    logits, after = model.forward(params, stats, x, spec, train=True)
+    torch.testing.assert_close(logits, module.train()(x), rtol=1e-4, atol=1e-5)
+    for name, value in module.named_buffers():
+        torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_forward_changes_nothing(spec, twins):
+    params, stats, _ = twins
+    x = images()
+    before = {name: t.clone() for name, t in {**params, **stats, "x": x}.items()}
+    model.forward(params, stats, x, spec, train=True)
+    assert all(torch.equal(t, before[name]) for name, t in {**params, **stats, "x": x}.items())
+
+
+def test_train_mode_differs_from_evaluation_mode(small_spec):
+    spec = small_spec()
+    params, stats = map(double, model.init(spec, 0))
+    x = images()
+    evaluated, _ = model.forward(params, stats, x, spec)
+    normalised, _ = model.forward(params, stats, x, spec, train=True)
+    dropped, _ = model.forward(params, stats, x, spec, mask_for(spec)[0], train=True)
+    assert not torch.allclose(evaluated, normalised)
+    assert not torch.allclose(normalised, dropped)
+
+
+@pytest.mark.parametrize(("features", "batch"), [(5, 2), (7, 3), (64, 128)])
+def test_batch_norm_against_torch(features, batch):
+    z = torch.randn(features, batch, dtype=torch.float64) * 3 + 7
+    weight, bias = torch.randn(2, features, dtype=torch.float64)
+    mean, variance = torch.randn(features, dtype=torch.float64), torch.rand(features, dtype=torch.float64)
+    running = mean.clone(), variance.clone()
+    expected = F.batch_norm(z.t(), *running, weight, bias, training=True, momentum=0.1, eps=1e-5)
+    out, batch_mean, batch_variance = model.batch_norm(z, weight, bias)
+    torch.testing.assert_close(out.t(), expected, rtol=1e-12, atol=1e-12)
+    for before, now, after in zip((mean, variance), (batch_mean, batch_variance), running, strict=True):
+        torch.testing.assert_close(0.9 * before + 0.1 * now, after, rtol=1e-12, atol=1e-12)
+
+
+def test_batch_norm_gradients_against_torch():
+    inputs = [torch.randn(6, 9, dtype=torch.float64), *torch.randn(2, 6, dtype=torch.float64)]
+    weights = torch.randn(6, 9, dtype=torch.float64)
+
+    def ours(z, weight, bias):
+        return (model.batch_norm(z, weight, bias)[0] * weights).sum()
+
+    def theirs(z, weight, bias):
+        return (F.batch_norm(z.t(), None, None, weight, bias, training=True).t() * weights).sum()
+
+    for a, b in zip(*(torch.func.grad(f, argnums=(0, 1, 2))(*inputs) for f in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_statistics_follow_several_batches(small_spec, sequential):
+    spec = small_spec(dropout=0.0)
+    params, stats = map(double, model.init(spec, 0))
+    module = sequential(spec).double().train()
+    module.load_state_dict({**params, **stats}, strict=True)
+    for _ in range(5):
+        x = images()
+        _, stats = model.forward(params, stats, x, spec, train=True)
+        module(x)
+    for name, value in module.named_buffers():
+        torch.testing.assert_close(stats[name], value, rtol=1e-12, atol=1e-12)
+    assert stats["2.num_batches_tracked"] == 5
+
+
+def test_dropout_scales_so_that_the_mean_stays():
+    """A linear layer behind a mask gives, on average over many draws, what it gives without."""
+    spec = resolve({"widths": [4096], "norm": "none", "activation": "relu", "dropout": 0.3})
+    params, stats = model.init(spec, 0)
+    x = images(1, torch.float32)
+    without, _ = model.forward(params, stats, x, spec)
+    n = 400
+    drawn = torch.stack(
+        [
+            model.forward(
+                params,
+                stats,
+                x,
+                spec,
+                random.dropout_mask(*torch.tensor([0, i], dtype=torch.int32), torch.tensor(0.3), 4096),
+                train=True,
+            )[0]
+            for i in range(n)
+        ]
+    )
+    error = (drawn.mean(0) - without).abs() / (drawn.std(0) / n**0.5)
+    assert error.max() < 6
+    assert drawn.std(0).min() > 0
+
+
+def test_dropout_drops_activations_of_every_hidden_layer(small_spec):
+    """A mask of zeros leaves only the last bias, whichever layer it is put on."""
+    spec = small_spec(widths=[8, 6, 4], norm="none")
+    params, stats = map(double, model.init(spec, 0))
+    sizes = [width * BATCH for width in spec["widths"]]
+    for layer in range(3):
+        masks = [torch.ones(size, dtype=torch.float64) for size in sizes]
+        masks[layer].zero_()
+        logits, _ = model.forward(params, stats, images(), spec, torch.cat(masks), train=True)
+        torch.testing.assert_close(logits, logits[:1].expand(BATCH, 10), rtol=0, atol=1e-12)
+
+
+def test_init_is_distributed_as_linear():
+    """Two-sample Kolmogorov-Smirnov at 1e-6 and fixed seeds, weights and biases of every layer."""
+    spec = resolve({"widths": [400, 300, 2000]})
+    params, _ = model.init(spec, 0)
+    inputs = 3072
+    for width, i in zip([400, 300, 2000, 10], [1, 5, 9, 13], strict=True):
+        linear = nn.Linear(inputs, width)
+        for ours, theirs in ((params[f"{i}.weight"], linear.weight), (params[f"{i}.bias"], linear.bias)):
+            assert ours.shape == theirs.shape
+            assert ours.abs().max() <= inputs**-0.5
+            a, b = ours.flatten().sort().values, theirs.detach().flatten().sort().values
+            where = torch.cat([a, b])
+            apart = (torch.searchsorted(a, where, right=True) - torch.searchsorted(b, where, right=True)).abs().max()
+            assert apart / len(a) < 2.7 * (2 / len(a)) ** 0.5
+        inputs = width
+
+
+def test_init_of_batch_norm_is_the_identity():
+    params, stats = model.init(resolve({}), 0)
+    reference = nn.BatchNorm1d(1024).state_dict()
+    for name, value in {**params, **stats}.items():
+        if name.startswith("2."):
+            assert torch.equal(value, reference[name.removeprefix("2.")])
+
+
+def test_init_is_a_function_of_the_seed(small_spec):
+    before = torch.get_rng_state()
+    one, again, other = (model.init(small_spec(), seed)[0] for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    linear = [name for name, p in one.items() if p.ndim == 2]
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in linear)
+    assert not any(torch.isin(one[linear[0]].flatten()[:100], one[name]).any() for name in linear[1:])
+
+
+def test_parameters_of_the_default_network():
+    params, _ = model.shapes(resolve({}))
+    assert sum(torch.Size(shape).numel() for shape in params.values()) == 3_809_034
+
+
+def test_bfloat16_products_are_near_float32(small_spec):
+    params, stats = model.init(small_spec(), 0)
+    x = images(dtype=torch.float32)
+    full, _ = model.forward(params, stats, x, small_spec())
+    half, _ = model.forward(params, stats, x, small_spec(precision="bfloat16"))
+    assert half.dtype == torch.float32
+    assert not torch.equal(full, half)
+    torch.testing.assert_close(half, full, rtol=0.05, atol=0.05)

@@ -1,0 +1,182 @@
+"""The counter-based draws: published answers, an independent reference, the same bits everywhere, independence.
+
+Statistical bounds are six standard deviations wide and the draws are fixed, so a test here either always passes or
+never does.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from core import random
+
+# From kat_vectors of Random123 (Salmon et al.), "threefry2x32 20": counter, key, answer.
+KNOWN_ANSWERS = [
+    ((0x00000000, 0x00000000), (0x00000000, 0x00000000), (0x6B200159, 0x99BA4EFE)),
+    ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
+    ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
+]
+COUNTS = [1, 2, 3, 4, 5, 63, 64, 1001]
+
+
+def reference(key, counter):
+    """Threefry-2x32-20 in unsigned NumPy arithmetic, after the paper."""
+    ks = [np.uint32(key[0]), np.uint32(key[1])]
+    ks.append(np.uint32(ks[0] ^ ks[1] ^ np.uint32(0x1BD11BDA)))
+    x0, x1 = np.atleast_1d(counter[0]).astype(np.uint32), np.atleast_1d(counter[1]).astype(np.uint32)
+    with np.errstate(over="ignore"):
+        x0, x1 = x0 + ks[0], x1 + ks[1]
+        for i in range(20):
+            r = np.uint32((13, 15, 26, 6, 17, 29, 16, 24)[i % 8])
+            x0 = x0 + x1
+            x1 = (x1 << r | x1 >> (np.uint32(32) - r)) ^ x0
+            if i % 4 == 3:
+                n = i // 4 + 1
+                x0, x1 = x0 + ks[n % 3], x1 + ks[(n + 1) % 3] + np.uint32(n)
+    return x0, x1
+
+
+def reference_bits(seed, stream, step, count):
+    blocks = np.arange(-(-count // 4), dtype=np.uint32)
+    words = np.stack(reference((seed, stream), (blocks, np.full_like(blocks, step))), 1).astype("<u4")
+    return words.view("<i2").reshape(-1)[:count]
+
+
+def int32(value):
+    return torch.tensor(np.uint32(value).view(np.int32).item(), dtype=torch.int32)
+
+
+def bits(seed=0, stream=random.DROPOUT, step=0, count=1 << 16):
+    return random.bits16(int32(seed), stream, int32(step), count)
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
+def test_known_answers(counter, key, answer):
+    drawn = random.threefry2x32(tuple(map(int32, key)), tuple(map(int32, counter)))
+    assert tuple(np.int32(word.item()).view(np.uint32) for word in drawn) == answer
+    assert tuple(word.item() for word in reference(key, counter)) == answer
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize(("seed", "step"), [(0, 0), (1, 7), (2**31 - 1, 2**31 - 1)])
+def test_bits_are_those_of_the_reference(seed, step, count):
+    for stream in (random.DROPOUT, random.AUGMENT):
+        drawn = bits(seed, stream, step, count)
+        assert drawn.dtype == torch.int16
+        assert drawn.shape == (count,)
+        assert np.array_equal(drawn.numpy(), reference_bits(seed, stream, step, count))
+
+
+def test_a_longer_draw_begins_with_the_shorter():
+    longest = bits(count=COUNTS[-1])
+    assert all(torch.equal(bits(count=count), longest[:count]) for count in COUNTS)
+
+
+@pytest.mark.slow
+def test_compiled_bits_are_those_of_eager():
+    """Odd sizes and step, since vector code has a tail."""
+    compiled = torch.compile(random.bits16, fullgraph=True, dynamic=False)
+    assert torch.equal(compiled(int32(3), random.DROPOUT, int32(11), 1003), bits(3, step=11, count=1003))
+
+
+def test_vmapped_bits_are_those_of_each_alone():
+    seeds, steps = torch.tensor([0, 1, 77], dtype=torch.int32), torch.tensor([5, 5, 6], dtype=torch.int32)
+    together = torch.func.vmap(lambda seed, step: random.bits16(seed, random.DROPOUT, step, 37))(seeds, steps)
+    alone = [random.bits16(seed, random.DROPOUT, step, 37) for seed, step in zip(seeds, steps, strict=True)]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_vmapped_masks_are_those_of_each_alone():
+    seeds, rates = torch.tensor([4, 5], dtype=torch.int32), torch.tensor([0.2, 0.7])
+    together = torch.func.vmap(lambda seed, rate: random.dropout_mask(seed, int32(2), rate, 41))(seeds, rates)
+    alone = [random.dropout_mask(seed, int32(2), rate, 41) for seed, rate in zip(seeds, rates, strict=True)]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_the_global_generator_neither_matters_nor_moves():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    drawn = bits()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(bits(), drawn)
+
+
+def chi_square(cells, n_cells):
+    counts = torch.bincount(cells.long(), minlength=n_cells).double()
+    expected = len(cells) / n_cells
+    return ((counts - expected) ** 2 / expected).sum().item()
+
+
+def within_chance(chi, degrees):
+    return abs(chi - degrees) < 6 * (2 * degrees) ** 0.5
+
+
+@pytest.mark.parametrize("shift", [0, 8])
+@pytest.mark.parametrize("lane", [0, 1, 2, 3])
+def test_bytes_are_uniform(shift, lane):
+    """In each of the four draws that share a block, and in the high and the low byte of each."""
+    drawn = bits(count=1 << 18)[lane::4].int() + 32768
+    assert within_chance(chi_square((drawn >> shift) & 255, 256), 255)
+
+
+ORIGIN = {"seed": 0, "stream": random.DROPOUT, "step": 0}
+NEIGHBOURS = [
+    {"seed": 1},
+    {"seed": 2},
+    {"seed": 1 << 16},
+    {"step": 1},
+    {"step": 2},
+    {"step": 1 << 16},
+    {"stream": random.AUGMENT},
+    {"seed": 1, "step": 1},
+    {"seed": random.AUGMENT, "stream": 0},
+]
+
+
+def unrelated(a, b):
+    """Neither a correlation of the values nor one of their top four bits."""
+    n = len(a)
+    correlation = torch.corrcoef(torch.stack([a, b]).double())[0, 1].item()
+    pairs = ((a.int() + 32768) >> 12) * 16 + ((b.int() + 32768) >> 12)
+    return abs(correlation) < 6 / n**0.5 and within_chance(chi_square(pairs, 256), 255)
+
+
+@pytest.mark.parametrize("other", NEIGHBOURS, ids=str)
+def test_seeds_streams_and_steps_are_independent(other):
+    assert unrelated(bits(**ORIGIN), bits(**{**ORIGIN, **other}))
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3, 4, 64, 256, 32768])
+def test_places_in_a_draw_are_independent(lag):
+    """A lag is the distance between two units, two examples or two layers of one mask."""
+    drawn = bits(count=(1 << 16) + lag)
+    assert unrelated(drawn[:-lag], drawn[lag:])
+
+
+def test_the_measure_of_independence_can_fail():
+    drawn = bits()
+    assert not unrelated(drawn, drawn)
+    assert not unrelated(drawn, drawn.roll(1) // 2 + drawn // 2)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.2, 0.5, 0.9, 1 - 2**-12])
+def test_mask_keeps_the_mean_and_drops_the_rate(rate):
+    n = 1 << 20
+    mask = random.dropout_mask(int32(0), int32(0), torch.tensor(rate), n)
+    assert mask.dtype == torch.float32
+    assert set(mask.unique().tolist()) <= {0.0, (1 / (1 - torch.tensor(rate))).item()}
+    dropped = (mask == 0).double().mean().item()
+    assert abs(dropped - rate) <= 6 * (rate * (1 - rate) / n) ** 0.5 + 2**-16
+    assert abs(mask.double().mean().item() - 1) <= (6 * (rate * (1 - rate) / n) ** 0.5 + 2**-16) / (1 - rate)
+    if rate == 0:
+        assert (mask == 1).all()
+
+
+def test_layers_of_one_mask_are_independent():
+    """The mask is one draw for all hidden layers: no two of them may share its pattern."""
+    width, batch = 128, 64
+    mask = random.dropout_mask(int32(0), int32(3), torch.tensor(0.5), 3 * width * batch)
+    layers = (mask > 0).double().view(3, -1)
+    correlations = torch.corrcoef(layers) - torch.eye(3)
+    assert correlations.abs().max() < 6 / (width * batch) ** 0.5

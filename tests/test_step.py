@@ -1,0 +1,252 @@
+"""The train step and the evaluation step: pure, right against torch.nn and torch.optim, and honest about NaN."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core import loader, model, optim, step
+
+
+def leaves(tree, prefix=""):
+    """(path, tensor) of nested dicts."""
+    for key, value in tree.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
+        else:
+            yield from leaves(value, f"{prefix}{key}/")
+
+
+def tree_map(function, *trees):
+    """A function of the tensors at the same place in each tree."""
+    return {
+        key: function(*(tree[key] for tree in trees))
+        if isinstance(value, Tensor)
+        else tree_map(function, *(tree[key] for tree in trees))
+        for key, value in trees[0].items()
+    }
+
+
+def close(one, other, rtol, atol, but=()):
+    one, other = dict(leaves(one)), dict(leaves(other))
+    assert one.keys() == other.keys()
+    for path in one:
+        if not path.endswith(tuple(but) or "//"):
+            torch.testing.assert_close(one[path], other[path], rtol=rtol, atol=atol, msg=lambda m, p=path: f"{p}: {m}")
+
+
+VARIANTS = [
+    {},
+    {"norm": "none", "optimizer": "sgd", "schedule": "cosine"},
+    {"augment": "flip+shift", "optimizer": "adamw", "weight_decay": 0.1, "label_smoothing": 0.1},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_the_step_is_pure(small_spec, step_inputs, changes):
+    """Its inputs are as before, its outputs share no memory with them, and it gives the same bits again."""
+    spec = small_spec(**changes)
+    inputs = dict(zip(("state", "data", "hyper"), step_inputs(spec), strict=True))
+    before = {path: t.clone() for path, t in leaves(inputs)}
+    train_step = step.make_train_step(spec)
+    generator = torch.get_rng_state()
+    one, other = train_step(**inputs), train_step(**inputs)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(t, before[path]) for path, t in leaves(inputs))
+    assert {path: (t.dtype, t.shape) for path, t in leaves(one)} == {
+        path: (t.dtype, t.shape) for path, t in leaves(inputs["state"])
+    }
+    memory = {t.untyped_storage().data_ptr() for _, t in leaves(inputs)}
+    assert not memory & {t.untyped_storage().data_ptr() for _, t in leaves(one)}
+    close(one, other, 0, 0)
+    assert int(one["step"]) == 1
+
+
+def batches(data, steps):
+    for i in range(steps):
+        examples = data["order"][i % len(data["order"])]
+        yield data["images"][examples], data["labels"][examples]
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_three_steps_against_a_module_in_float64(small_spec, step_inputs, sequential, monkeypatch, norm):
+    """In float64, so that Adam does not turn the rounding error of a zero gradient (a bias before batch norm has one)
+    into a step of its own."""
+    normalise = loader.normalise
+    monkeypatch.setattr(loader, "normalise", lambda images: normalise(images).double())
+    spec = small_spec(dropout=0.0, norm=norm, weight_decay=0.01)
+    state, data, hyper = step_inputs(spec)
+    state = tree_map(lambda t: t.double() if t.dtype == torch.float32 else t, state)
+    module = sequential(spec).double().train()
+    module.load_state_dict({**state["params"], **state["stats"]}, strict=True)
+    adam = torch.optim.Adam(module.parameters(), lr=spec["lr"], weight_decay=0.01)
+    train_step = step.make_train_step(spec)
+    for images, labels in batches(data, 3):
+        adam.zero_grad()
+        F.cross_entropy(module(loader.normalise(images)), labels).backward()
+        adam.step()
+        state = train_step(state, data, hyper)
+        for name, value in module.state_dict().items():
+            ours = {**state["params"], **state["stats"]}[name]
+            torch.testing.assert_close(ours, value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_ten_losses_against_a_module(small_spec, step_inputs, sequential):
+    """In the float32 of a real run, loss and number of right answers step by step."""
+    spec = small_spec(dropout=0.0)
+    state, data, hyper = step_inputs(spec)
+    module = sequential(spec).train()
+    module.load_state_dict({**state["params"], **state["stats"]}, strict=True)
+    adam = torch.optim.Adam(module.parameters(), lr=spec["lr"])
+    train_step = step.make_train_step(spec)
+    total = 0.0
+    for images, labels in batches(data, 10):
+        adam.zero_grad()
+        loss = F.cross_entropy(module(loader.normalise(images)), labels)
+        loss.backward()
+        adam.step()
+        state = train_step(state, data, hyper)
+        ours = state["metrics"]["loss"].item() / len(labels) - total
+        total += ours
+        assert ours == pytest.approx(loss.item(), rel=1e-4)
+    assert int(state["step"]) == 10
+
+
+def test_the_loss_falls_on_real_images(small_spec, cifar10_slice):
+    """All that a run has (dropout, batch norm, Adam) on 512 images, ten times over."""
+    spec = small_spec(widths=[64, 32])
+    images, labels = (t[:512] for t in cifar10_slice)
+    train_step, state = step.make_train_step(spec), step.init_state(spec)
+    hyper = optim.hyper_tensors(spec, 8, torch.device("cpu"))
+    before = step.evaluate(state["params"], state["stats"], images, labels, spec)
+    for epoch in range(10):
+        order = loader.epoch_order(torch.arange(512), 64, spec["seed"], epoch)
+        for _ in range(8):
+            state = train_step(state, {"images": images, "labels": labels, "order": order}, hyper)
+    after = step.evaluate(state["params"], state["stats"], images, labels, spec)
+    assert after["loss"] < 0.7 * before["loss"]
+    assert after["accuracy"] > 0.5
+    assert int(state["metrics"]["bad_step"]) == step.NEVER
+
+
+def test_metrics_are_sums_over_the_examples(small_spec, step_inputs):
+    spec = small_spec(dropout=0.0)
+    state, data, hyper = step_inputs(spec)
+    images, labels = next(batches(data, 1))
+    logits, _ = model.forward(state["params"], state["stats"], loader.normalise(images), spec, train=True)
+    after = step.make_train_step(spec)(state, data, hyper)
+    assert after["metrics"]["loss"].item() == pytest.approx(F.cross_entropy(logits, labels, reduction="sum").item())
+    assert after["metrics"]["correct"].item() == (logits.argmax(1) == labels).sum().item()
+
+
+def test_the_place_in_the_order_follows_the_step(small_spec, step_inputs):
+    """Step n takes row n, and after the last row the first one of the next epoch's order."""
+    spec = small_spec(dropout=0.0)
+    state, data, hyper = step_inputs(spec)
+    train_step = step.make_train_step(spec)
+    for n in (0, 3, 7, 8, 19):
+        at = {**state, "step": torch.tensor(n, dtype=torch.int32)}
+        alone = {**data, "order": data["order"][n % 8][None]}
+        close(train_step(at, data, hyper), train_step(at, alone, hyper), 0, 0)
+
+
+def test_seed_and_step_change_the_mask_and_nothing_else_does(small_spec, step_inputs):
+    spec = small_spec()
+    state, data, hyper = step_inputs(spec)
+    data = {**data, "order": data["order"][:1]}
+    train_step = step.make_train_step(spec)
+
+    def loss(seed=0, n=0):
+        at = {**state, "step": torch.tensor(n, dtype=torch.int32)}
+        return train_step(at, data, {**hyper, "seed": torch.tensor(seed, dtype=torch.int32)})["metrics"]["loss"].item()
+
+    assert loss() == loss()
+    assert len({loss(), loss(seed=1), loss(n=1), loss(n=2)}) == 4
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "label_smoothing", "dropout"])
+def test_every_hyper_parameter_reaches_the_step(small_spec, step_inputs, name):
+    spec = small_spec(optimizer="sgd")
+    state, data, hyper = step_inputs(spec)
+    train_step = step.make_train_step(spec)
+    one = train_step(state, data, hyper)["params"]["1.weight"]
+    other = train_step(state, data, {**hyper, name: hyper[name] + 0.25})["params"]["1.weight"]
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_cross_entropy_against_torch(smoothing):
+    logits, labels = torch.randn(50, 10, dtype=torch.float64) * 5, torch.arange(50) % 10
+    expected = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    ours = step.cross_entropy(logits, labels, torch.tensor(smoothing, dtype=torch.float64))
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_first_bad_step_is_kept(small_spec, step_inputs, bad):
+    """Even where a later step is finite again: what it trained is not to be trusted."""
+    spec = small_spec()
+    state, data, hyper = step_inputs(spec)
+    train_step = step.make_train_step(spec)
+    for n in range(6):
+        if n == 3:
+            good = state
+            state = {**state, "params": {**state["params"], "9.weight": state["params"]["9.weight"] * bad}}
+        state = train_step(state, data, hyper)
+        assert int(state["metrics"]["bad_step"]) == (step.NEVER if n < 3 else 3)
+        if n == 3:
+            state = {**good, "step": state["step"], "metrics": state["metrics"]}
+    assert all(t.isfinite().all() for t in state["params"].values())
+
+
+def test_a_learning_rate_that_diverges_is_noticed(small_spec, step_inputs):
+    spec = small_spec(optimizer="sgd", lr=1e30, norm="none", dropout=0.0)
+    state, data, hyper = step_inputs(spec)
+    train_step = step.make_train_step(spec)
+    for _ in range(4):
+        state = train_step(state, data, hyper)
+    assert 0 < int(state["metrics"]["bad_step"]) < 4
+
+
+@pytest.mark.parametrize("changes", [VARIANTS[0], VARIANTS[2]], ids=str)
+def test_a_vmapped_step_equals_each_seed_alone(small_spec, step_inputs, changes):
+    """A cohort of two seeds (and two learning rates) with an order of its own each; the images are shared."""
+    specs = [small_spec(**changes, seed=0), small_spec(**changes, seed=1, lr=5e-4)]
+    train_step = step.make_train_step(specs[0])
+    inputs = [step_inputs(spec) for spec in specs]
+    alone = [train_step(*each) for each in inputs]
+    state, data, hyper = (tree_map(lambda *t: torch.stack(t), *trees) for trees in zip(*inputs, strict=True))
+    data |= {name: inputs[0][1][name] for name in ("images", "labels")}
+    axes = (0, {"images": None, "labels": None, "order": 0}, 0)
+    together = torch.func.vmap(train_step, in_dims=axes)(state, data, hyper)
+    for i, one in enumerate(alone):
+        # A bias before batch norm has a gradient of rounding errors, which Adam scales up to a whole step.
+        close(tree_map(lambda t, i=i: t[i], together), one, 1e-5, 1e-5, but=("1.bias", "5.bias"))
+
+
+def test_initial_state_is_a_function_of_the_spec(small_spec):
+    close(step.init_state(small_spec()), step.init_state(small_spec()), 0, 0)
+    one, other = step.init_state(small_spec(seed=1)), step.init_state(small_spec(seed=2))
+    assert not torch.equal(one["params"]["1.weight"], other["params"]["1.weight"])
+    assert int(one["step"]) == 0
+    assert int(one["metrics"]["bad_step"]) == step.NEVER
+
+
+@pytest.mark.parametrize("chosen", [None, torch.arange(90, 7, -3)], ids=["all", "some"])
+def test_evaluation_counts_every_example(small_spec, invented, sequential, chosen):
+    """The tail that does not fill a batch too."""
+    spec = small_spec()
+    params, stats = model.init(spec, 0)
+    module = sequential(spec).eval()
+    module.load_state_dict({**params, **stats}, strict=True)
+    images, labels = invented.test_images, invented.test_labels
+    found = step.evaluate(params, stats, images, labels, spec, chosen, batch=13)
+    if chosen is not None:
+        images, labels = images[chosen], labels[chosen]
+    logits = module(loader.normalise(images)).detach()
+    right = logits.argmax(1) == labels
+    assert found["n"] == len(labels) == sum(found["count"])
+    assert found["correct"] == [int(right[labels == c].sum()) for c in range(10)]
+    assert found["count"] == [int((labels == c).sum()) for c in range(10)]
+    assert found["accuracy"] == right.sum().item() / len(labels)
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)

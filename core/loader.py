@@ -66,14 +66,14 @@ def augment(images: Tensor, kind: str, seed: Tensor, step: Tensor) -> Tensor:
         seed, step: int32 scalars that, with the place in the batch, decide what is drawn.
     """
     batch, device = len(images), images.device
-    draws = random.bits16(seed, random.AUGMENT, step, 3 * batch).view(3, batch).int() + 32768  # 0..65535
+    draws = random.bits(seed, random.AUGMENT, step, 3 * batch).view(3, batch)
     column = torch.arange(32, device=device)
-    columns = torch.where(draws[0, :, None] < 32768, column, 31 - column)  # [batch, 32], to read from
+    columns = torch.where(draws[0, :, None] < 0, column, 31 - column)  # [batch, 32], to read from
     images = images.view(batch, 3, 32, 32)
     rows = column.expand(batch, 32)
     if kind == "flip+shift":
         images = F.pad(images, (MAX_SHIFT,) * 4)
-        moves = draws[1:] * (2 * MAX_SHIFT + 1) // 65536  # [2, batch], 0..4
+        moves = ((draws[1:] >> 16) + 32768) * (2 * MAX_SHIFT + 1) >> 16  # [2, batch], 0..4
         rows, columns = rows + moves[0, :, None], columns + moves[1, :, None]
     width = images.shape[-1]
     index = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, 1024).expand(batch, 3, 1024)

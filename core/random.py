@@ -28,28 +28,27 @@ def threefry2x32(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor]) -> 
     return x0, x1
 
 
-def bits16(seed: Tensor, stream: int, step: Tensor, count: int) -> Tensor:
-    """Draws of 16 random bits, int16 [count], uniform in -32768..32767.
-
-    Four draws share a block: a dropout mask costs a quarter of one block per element, and its rate is still exact to
-    2**-16.
+def bits(seed: Tensor, stream: int, step: Tensor, count: int) -> Tensor:
+    """Draws of 32 random bits, int32 [count]; two share a block.
 
     Args:
         seed: int32 scalar.
         stream: what the draws are for, a constant of this module.
         step: int32 scalar.
-        count: how many, at most 2**33.
+        count: how many, at most 2**32.
     """
-    index = torch.arange(-(-count // 4), dtype=torch.int32, device=seed.device)
+    index = torch.arange(-(-count // 2), dtype=torch.int32, device=seed.device)
     x0, x1 = threefry2x32((seed, torch.full_like(seed, stream)), (index, step))
-    return ((x1.long() << 32) | (x0.long() & 0xFFFFFFFF)).view(torch.int16)[:count]
+    # Seen as int32, the two words of a block lie side by side. A view of another size also makes inductor keep the draws
+    # in a buffer; written as a stack, it would evaluate the rounds anew in each of the kernels that read them.
+    return ((x1.long() << 32) | (x0.long() & 0xFFFFFFFF)).view(torch.int32)[:count]
 
 
 def dropout_mask(seed: Tensor, step: Tensor, rate: Tensor, count: int) -> Tensor:
-    """float32 [count]: 0 with probability `rate` (to 2**-16), otherwise 1 / (1 - rate).
+    """float32 [count]: 0 with probability `rate` (to 2**-24), otherwise 1 / (1 - rate).
 
     Args:
         rate: float32 scalar in [0, 1).
     """
-    threshold = (rate * 65536 - 32768).round().to(torch.int16)
-    return torch.where(bits16(seed, DROPOUT, step, count) < threshold, 0.0, 1 / (1 - rate))
+    threshold = (rate * 2.0**32 - 2.0**31).to(torch.int32)
+    return torch.where(bits(seed, DROPOUT, step, count) < threshold, 0.0, 1 / (1 - rate))

@@ -105,8 +105,8 @@ def _choice(group: list[Record]) -> str:
     return (
         f"Of {', '.join(r['name'] for r in group)}, which differ in the learning rate alone, the validation accuracy "
         f"chooses **{best['name']}** ({best['spec']['lr']:g}): {percent(accuracies[0])}, {100 * lead:.2f} points "
-        f"before {second['name']}, which is {verdict} the sampling error of such a difference ({100 * error:.1f} points). "
-        f"The test split took no part in the choice; on it, {best['name']} reaches "
+        f"before {second['name']}, which is {verdict} the sampling error of such a difference ({100 * error:.1f} "
+        f"points). The test split took no part in the choice; on it, {best['name']} reaches "
         f"{percent(best['metrics']['test']['accuracy'])}.\n"
     )
 
@@ -149,9 +149,9 @@ def markdown(records: list[Record]) -> str:
     """The text of results.md."""
     finished = [r for r in records if r["status"] == "finished"]
     parts = [
-        "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit. Accuracies are in evaluation "
-        "mode on all 45,000 train, 5,000 validation and 10,000 test images; the test split is read once, after the last "
-        "epoch. The gap is train minus test, in points. The time is that of the training steps, without compilation. "
+        "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit. Accuracies are in "
+        "evaluation mode on all 45,000 train, 5,000 validation and 10,000 test images; the test split is read once, after the "
+        "last epoch. The gap is train minus test, in points. The time is that of the training steps, without compilation. "
         "`weights` is the start of the sha256 of the final weights.\n\n",
         _table(COLUMNS, [_row(record) for record in records]),
     ]

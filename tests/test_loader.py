@@ -99,7 +99,7 @@ def test_normalise_constants_are_the_statistics_of_the_training_images(cifar10):
 def naive_augment(image, draws, shift):
     """One image [3, 32, 32] as a reader would move and mirror it."""
     if shift:
-        down, right = ((int(d) + 32768) * 5 // 65536 for d in draws[1:])
+        down, right = (((int(d) >> 16) + 32768) * 5 // 65536 for d in draws[1:])
         image = np.pad(image, ((0, 0), (2, 2), (2, 2)))[:, down : down + 32, right : right + 32]
     return image[:, :, ::-1] if draws[0] >= 0 else image
 
@@ -109,7 +109,7 @@ def test_augment_against_a_loop_over_images(invented, kind):
     seed, step = torch.tensor(3, dtype=torch.int32), torch.tensor(17, dtype=torch.int32)
     x = loader.normalise(invented.train_images[:33])
     before = x.clone()
-    draws = random.bits16(seed, random.AUGMENT, step, 99).view(3, 33).numpy()
+    draws = random.bits(seed, random.AUGMENT, step, 99).view(3, 33).numpy()
     expected = [
         naive_augment(image, draws[:, i], kind == "flip+shift") for i, image in enumerate(x.view(-1, 3, 32, 32).numpy())
     ]

@@ -1,0 +1,184 @@
+"""A run is a function of (spec, seed, data): the same bits again, and after a stop anywhere."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from core import checkpoint, train
+from core.spec import resolve, spec_id
+from core.store import Run
+from experiments import EXPERIMENTS
+from tests.conftest import ROOT
+from tests.test_cli import call
+
+CPU = torch.device("cpu")
+
+
+def digest(out, name, **changes):
+    run = Run(out, name, spec_id(resolve({**EXPERIMENTS[name], **changes})))
+    return json.loads(run.record.read_text())["digest"]
+
+
+@pytest.mark.slow
+def test_processes_threads_and_compile_caches(data_dir, tmp_path):
+    """Compiled: two threads and a warm cache, one thread, and two threads with a cache that is empty."""
+    digests = []
+    for i, env in enumerate(
+        ({}, {"OMP_NUM_THREADS": "1"}, {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "2"})
+    ):
+        out = tmp_path / str(i)
+        done = call("run", "smoke", "--device", "cpu", "--data", data_dir, "--out", out, **env)
+        assert done.returncode == 0, done.stderr
+        digests.append(digest(out, "smoke"))
+    assert len(set(digests)) == 1
+    other = tmp_path / "other"
+    assert call("run", "smoke", "--seed", 1, "--data", data_dir, "--out", other).returncode == 0
+    assert digest(other, "smoke", seed=1) != digests[0]  # a digest that never changes would prove nothing
+
+
+@pytest.mark.slow
+def test_verify_trains_again_and_compares(data_dir, tmp_path):
+    assert call("run", "smoke", "--data", data_dir, "--out", tmp_path).returncode == 0
+    done = call("verify", "smoke", "--data", data_dir, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "smoke: the same bits" in done.stdout
+    record = Run(tmp_path, "smoke", spec_id(resolve(EXPERIMENTS["smoke"]))).record
+    record.write_text(record.read_text().replace(digest(tmp_path, "smoke"), "0" * 64))
+    done = call("verify", "smoke", "--data", data_dir, "--out", tmp_path)
+    assert done.returncode == 1
+    assert "DIFFERENT bits" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_default_network_compiled_interrupted_and_resumed(data_dir, tmp_path):
+    """The main job's own network: stopped by SIGTERM in the middle of its second epoch, and not stopped at all."""
+    options = ("--epochs", "2", "--device", "cpu", "--data", str(data_dir))
+    whole = call("run", "lr-1e-3", *options, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        (sys.executable, str(ROOT / "main.py"), "run", "lr-1e-3", *options, "--out", str(tmp_path / "cut")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if "epoch 1" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "goes on from there" in errors
+    again = call("run", "lr-1e-3", *options, "--out", tmp_path / "cut")
+    assert again.returncode == 0, again.stderr
+    assert "resumed after step" in again.stdout
+    assert digest(tmp_path / "cut", "lr-1e-3", epochs=2) == digest(tmp_path / "whole", "lr-1e-3", epochs=2)
+
+
+@pytest.fixture
+def training(tmp_path, invented, small_spec):
+    """A training of three epochs of 15 steps, eager, that can be stopped after any number of steps."""
+    spec = small_spec(epochs=3)
+
+    def make(out, stop_after=10**9, **options):
+        run = Run(tmp_path / out, "x", spec_id(spec))
+        run.folder.mkdir(parents=True, exist_ok=True)
+        left = iter(range(stop_after))
+        options = {"compiled": False, **options}
+        return train.Training(run, "x", spec, invented, CPU, should_stop=lambda: next(left, None) is None, **options)
+
+    return make
+
+
+def stopped(training, out, after):
+    """A run folder that was left in mid-run, and the newest of its resume points."""
+    first = training(out, after)
+    with pytest.raises(train.Interrupted):
+        first()
+    return first.run.resume_points()[0]
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, 14, 15, 16, 29, 40])
+def test_a_resumed_run_is_the_uninterrupted_one(training, after):
+    whole = training("whole")()
+    stopped(training, "cut", after)
+    events = []
+    again = training("cut", listen=lambda event, details: events.append(event))()
+    assert events[0] == "resumed"
+    assert again["digest"] == whole["digest"]
+    assert again["metrics"] == whole["metrics"]
+    timeless = [[{k: v for k, v in e.items() if "second" not in k} for e in r["history"]] for r in (again, whole)]
+    assert timeless[0] == timeless[1]
+    assert again["bitwise"]
+    assert not training("cut").run.resume_points()
+
+
+@pytest.mark.parametrize("group", ["opt/exp_avg/", "opt/exp_avg_sq/", "stats/", "params/1.weight"])
+def test_each_part_of_the_state_matters(training, group):
+    """The negative control: without it, the comparison above could not fail."""
+    whole = training("whole")()
+    path = stopped(training, "cut", 20)
+    tensors, meta = checkpoint.load(path, lambda _: shapes(path))
+    dropped = {name: torch.zeros_like(t) if name.startswith(group) else t for name, t in tensors.items()}
+    checkpoint.save(path, dropped, meta)
+    assert training("cut")()["digest"] != whole["digest"]
+
+
+def shapes(path):
+    """What a resume point says of itself, which a program that trusts nothing would not ask."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return checkpoint.shapes_of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+@pytest.mark.parametrize("key", ["torch", "hardware", "mode", "device"])
+def test_resuming_elsewhere_is_refused_or_marked(training, key):
+    path = stopped(training, "cut", 20)
+    tensors, meta = checkpoint.load(path, lambda _: shapes(path))
+    checkpoint.save(path, tensors, {**meta, "environment": {**meta["environment"], key: "another"}})
+    with pytest.raises(train.ResumeError, match=f"{key} another .*--resume-anyway"):
+        training("cut")()
+    assert training("cut", loosely=True)()["bitwise"] is False
+
+
+@pytest.mark.parametrize("change", [{"data": "other"}, {"spec": {"lr": 1}}])
+def test_resuming_on_other_data_or_another_spec_is_refused(training, change):
+    path = stopped(training, "cut", 20)
+    tensors, meta = checkpoint.load(path, lambda _: shapes(path))
+    checkpoint.save(path, tensors, {**meta, **change})
+    with pytest.raises(train.ResumeError, match="another spec or other data"):
+        training("cut", loosely=True)()
+
+
+def test_the_newest_damaged_falls_back_to_the_one_before_loudly(training):
+    whole = training("whole")()
+    newest = stopped(training, "cut", 40)
+    points = training("cut").run.resume_points()
+    assert len(points) == train.KEEP
+    newest.write_bytes(newest.read_bytes()[:-1])
+    events = []
+    again = training("cut", listen=lambda *event: events.append(event))()
+    assert [event for event, _ in events[:2]] == ["damaged", "resumed"]
+    assert str(newest) in events[0][1]["reason"]
+    assert again["digest"] == whole["digest"]
+
+
+def test_all_damaged_is_refused_and_nothing_restarts(training):
+    stopped(training, "cut", 40)
+    points = training("cut").run.resume_points()
+    for path in points:
+        path.write_bytes(b"")
+    with pytest.raises(train.ResumeError, match="every resume point of x is damaged"):
+        training("cut")()
+    assert training("cut").run.resume_points() == points
+
+
+def test_two_runs_of_one_folder_are_the_same_bits(training, tmp_path):
+    first = training("a")()
+    shutil.rmtree(tmp_path / "a")
+    assert training("a")()["digest"] == first["digest"]

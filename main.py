@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
+from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
 from rich.progress import (  # noqa: E402
@@ -154,7 +155,7 @@ def progress_bar(name: str, stop: Stop) -> Iterator[Callable[[str, dict[str, Any
                     f"{details['samples_per_second'] or 0:,} samples/s"
                 )
             else:  # damaged, eager
-                errors.print(f"{name}: {escape(details['reason'])}")
+                errors.print(f"{name}: {escape(details['reason'])}", soft_wrap=True)
 
         yield listen
 
@@ -191,7 +192,9 @@ def train_all(args: argparse.Namespace, runs: list[tuple[str, Spec]]) -> int:
                 status = max(status, trainer(name, spec, run))
         except KeyboardInterrupt as error:
             status = 130
-            errors.print(f"{error or 'stopped before the first step'}; the same command goes on from there")
+            errors.print(
+                f"{error or 'stopped before the first step'}; the same command goes on from there", soft_wrap=True
+            )
     table(report.rebuild(args.out), {run.spec_id for run in (store.Run(args.out, n, spec_id(s)) for n, s in runs)})
     return status
 
@@ -259,10 +262,10 @@ class Trainer:
                         raise  # what a CPU allocator raises says so only in its message
                     reason = str(error) if isinstance(error, Diverged) else f"out of memory on {self.device}"
                     fail(run, name, spec, environment(self.device, self.compiled), reason)
-                    errors.print(f"{name} failed: {escape(reason)}")
+                    errors.print(f"{name} failed: {escape(reason)}", soft_wrap=True)
                     return 1
         except store.Held as holder:
-            errors.print(f"{name} is being trained by {holder}; taking the next one")
+            errors.print(f"{name} is being trained by {holder}; taking the next one", soft_wrap=True)
             return 0
         except Interrupted as error:
             raise KeyboardInterrupt(f"{name} {error}") from None
@@ -273,7 +276,7 @@ class Trainer:
 
 def table(records: list[dict[str, Any]], ids: set[str]) -> None:
     """Print the runs of these spec ids."""
-    shown = Table(*(("experiment", "lr", "epochs", "train", "validation", "test", "95% interval", "time", "samples/s")))
+    shown = Table("experiment", "lr", "epochs", "train", "validation", "test", "95%", "samples/s", box=box.SIMPLE)
     for record in records:
         if record["spec_id"] in ids and record["status"] == "finished":
             train, validation, test = (record["metrics"][split] for split in ("train", "validation", "test"))
@@ -283,8 +286,7 @@ def table(records: list[dict[str, Any]], ids: set[str]) -> None:
                 f"{record['spec']['lr']:g}",
                 str(record["spec"]["epochs"]),
                 *(report.percent(split["accuracy"]) for split in (train, validation, test)),
-                f"{100 * low:.1f}-{100 * high:.1f}%",
-                f"{sum(entry['seconds'] for entry in record['history']):.0f} s",
+                f"{100 * low:.1f}-{100 * high:.1f}",
                 f"{report.speed(record):,}",
             )
     if shown.rows:

@@ -22,6 +22,10 @@ from core.step import State, make_train_step
 # Inductor's own cache and the libraries made with it.
 CACHE = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".cache")))
 
+# The code that a compiled step is made of, as it is when this process imports it.
+SOURCES = ("jit", "loader", "model", "optim", "products", "random", "step")
+CODE = hashlib.sha256(b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in SOURCES)).hexdigest()
+
 Advance = Callable[[], None]
 
 _compiled: dict[str, Callable[..., None]] = {}
@@ -141,13 +145,9 @@ def _library(spec: Spec, step: Callable[[State, dict, dict], None], trees: tuple
 
 def _fingerprint(spec: Spec, tensors: list[Tensor]) -> str:
     """A hash of all that the compiled step depends on: the code, the spec's graph, the tensors, torch, the CPU."""
-    code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(path.read_bytes())
     signature = [(str(t.dtype), list(t.shape)) for t in tensors]
     machine = [torch.__version__, torch.backends.cpu.get_cpu_capability()]
-    code.update(canonical([static_key(spec), signature, machine]).encode())
-    return code.hexdigest()[:32]
+    return hashlib.sha256(canonical([CODE, static_key(spec), signature, machine]).encode()).hexdigest()[:32]
 
 
 def _build(path: Path, step: Callable[..., None], trees: tuple[State, dict, dict], tensors: list[Tensor]) -> None:
@@ -160,7 +160,11 @@ def _build(path: Path, step: Callable[..., None], trees: tuple[State, dict, dict
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    options: dict[str, Any] = {"cpp.vec_isa_ok": True}  # this CPU runs what it reports; the trial builds cost 10 s
+    options: dict[str, Any] = {
+        "cpp.vec_isa_ok": True,  # this CPU runs what it reports; the trial builds cost 10 s
+        # Smaller loops stay on one thread: a sum that is shared between threads depends on how many there are.
+        "cpp.min_chunk_size": 1 << 14,
+    }
     if products.prefers_onednn():
         options["post_grad_custom_pre_pass"] = products.use_onednn
     graphs: list[torch.fx.GraphModule] = []

@@ -39,8 +39,8 @@ def bits(seed: Tensor, stream: int, step: Tensor, count: int) -> Tensor:
     """
     index = torch.arange(-(-count // 2), dtype=torch.int32, device=seed.device)
     x0, x1 = threefry2x32((seed, torch.full_like(seed, stream)), (index, step))
-    # Seen as int32, the two words of a block lie side by side. A view of another size also makes inductor keep the draws
-    # in a buffer; written as a stack, it would evaluate the rounds anew in each of the kernels that read them.
+    # Seen as int32, the two words of a block lie side by side. A view of another size also makes inductor keep the
+    # draws in a buffer; from a stack, it would evaluate the rounds anew in each of the kernels that read them.
     return ((x1.long() << 32) | (x0.long() & 0xFFFFFFFF)).view(torch.int32)[:count]
 
 

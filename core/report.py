@@ -149,9 +149,9 @@ def markdown(records: list[Record]) -> str:
     """The text of results.md."""
     finished = [r for r in records if r["status"] == "finished"]
     parts = [
-        "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit. Accuracies are in "
-        "evaluation mode on all 45,000 train, 5,000 validation and 10,000 test images; the test split is read once, after the "
-        "last epoch. The gap is train minus test, in points. The time is that of the training steps, without compilation. "
+        "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit. Accuracies are measured in "
+        "evaluation mode on all 45,000 train, 5,000 validation and 10,000 test images; the test split is read once, at "
+        "the end of a run. The gap is train minus test, in points. The time is that of the steps, without compilation. "
         "`weights` is the start of the sha256 of the final weights.\n\n",
         _table(COLUMNS, [_row(record) for record in records]),
     ]

@@ -1,0 +1,119 @@
+"""Fixtures, the check that the machine was idle, and the comparison table at the end of the run."""
+
+import datetime
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from core import dataset
+
+IDLE = 0.05  # of the processors' time may be used by others
+BATCHES = (128, 512)
+
+
+class Board:
+    """What the benchmarks found, for the table: results of the epoch by batch size, then lines and warnings."""
+
+    def __init__(self) -> None:
+        self.epochs: dict[int, dict[str, Any]] = {}
+        self.lines: list[str] = []
+        self.warnings: list[str] = []
+
+
+board_key = pytest.StashKey[Board]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[board_key] = Board()
+
+
+@pytest.fixture(scope="session")
+def board(request: pytest.FixtureRequest) -> Board:
+    return request.config.stash[board_key]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def idle(request: pytest.FixtureRequest, board: Board) -> None:
+    """Warn if something else was running before the measurements of a file."""
+    from benchmarks.arena import busy_share
+
+    share = busy_share()
+    if share is not None and share > IDLE:
+        board.warnings.append(f"the machine was {share:.0%} busy before {request.node.name}: do not trust its figures")
+
+
+@pytest.fixture(scope="session")
+def data() -> dataset.Cifar10:
+    """CIFAR-10 on the device that main.py would take."""
+    from core import jit
+
+    if dataset.missing(dataset.ROOT / "data"):
+        pytest.skip("CIFAR-10 is not in data/; `uv run dvc pull` fetches it")
+    return jit.place(dataset.load(dataset.ROOT / "data"), jit.pick_device("auto"))
+
+
+@pytest.fixture(scope="module")
+def epochs(data: dataset.Cifar10, board: Board) -> Iterator[Callable[[int], dict[str, Any]]]:
+    """A function from a batch size to the result of every contestant, over an epoch in interleaved rounds."""
+    from benchmarks import arena, peers
+
+    rounds = 9  # of 39 steps at batch 128: the whole epoch of 45,000 images
+    workers: dict[str, arena.Worker] = {}
+
+    def measure(batch: int) -> dict[str, Any]:
+        if batch not in board.epochs:
+            steps = 45_000 // batch // rounds
+            for name in arena.CONTESTANTS:
+                if not peers.missing(name):
+                    workers.setdefault(name, arena.Worker(name)).build(batch)
+            plays = {name: lambda w=worker: w.run(steps) for name, worker in workers.items()}
+            seconds = arena.interleave(plays, rounds)
+            board.epochs[batch] = {
+                name: arena.Result(seconds[name], steps * batch, worker.loss) for name, worker in workers.items()
+            }
+        return board.epochs[batch]
+
+    yield measure
+    for worker in workers.values():
+        worker.close()
+
+
+def fastest_peer(results: dict[str, Any]) -> str:
+    from benchmarks.peers import PEERS
+
+    return max((name for name in PEERS if name in results), key=lambda name: results[name].samples_per_second)
+
+
+def ratios(results: dict[str, Any], name: str) -> dict[str, float]:
+    """How many times as fast a contestant was as the seed style, the fastest peer and the limit."""
+    from benchmarks import limits, peers
+
+    against = {"to_seed": peers.SEED, "to_fastest_peer": fastest_peer(results), "to_limit": limits.LIMIT}
+    return {key: results[name].ratio(results[other]) for key, other in against.items()}
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    board = config.stash[board_key]
+    if not (board.epochs or board.lines or board.warnings):
+        return
+    write = terminalreporter.write_line
+    today = datetime.date.today().isoformat()
+    terminalreporter.section(f"comparison, {today}, {platform.processor() or platform.machine()}")
+    for batch, results in board.epochs.items():
+        from benchmarks import arena, peers
+
+        write(f"Epoch at batch {batch}; the fastest peer is {fastest_peer(results)}, the limit is products + Adam:")
+        write(f"  {'':<16} {'samples/s':>10} {'to seed':>9} {'to peer':>9} {'to limit':>9} {'loss':>7}")
+        for name in arena.CONTESTANTS:
+            if name not in results:
+                write(f"  {name:<16} {peers.missing(name)}")
+                continue
+            cells = "".join(f" {ratio:>9.2f}" for ratio in ratios(results, name).values())
+            loss = "" if results[name].loss is None else f"{results[name].loss:.3f}"
+            write(f"  {name:<16} {results[name].samples_per_second:>10,.0f}{cells} {loss:>7}")
+    for line in board.lines:
+        write(line)
+    for warning in board.warnings:
+        write(f"WARNING: {warning}", yellow=True)

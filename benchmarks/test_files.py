@@ -1,0 +1,36 @@
+"""A checkpoint written and read: the state of the default network with its optimizer."""
+
+import pytest
+
+from core import checkpoint
+from core import step as steps
+from core.spec import resolve
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    state = steps.init_state(resolve({}))
+    parts = (state["params"], state["stats"], *state["opt"].values())
+    return {f"{i}/{name}": t for i, part in enumerate(parts) for name, t in part.items()}
+
+
+def speed(benchmark, tensors):
+    """Put megabytes a second into the benchmark's extra_info."""
+    if benchmark.stats:
+        size = sum(t.nbytes for t in tensors.values())
+        benchmark.extra_info["megabytes_per_second"] = round(size / 1e6 / benchmark.stats.stats.median)
+
+
+@pytest.mark.benchmark(group="files")
+def test_write(tensors, tmp_path, benchmark):
+    path = tmp_path / "state.safetensors"
+    benchmark.pedantic(checkpoint.save, args=(path, tensors, {}), rounds=10, warmup_rounds=2)
+    speed(benchmark, tensors)
+
+
+@pytest.mark.benchmark(group="files")
+def test_read(tensors, tmp_path, benchmark):
+    path, shapes = tmp_path / "state.safetensors", checkpoint.shapes_of(tensors)
+    checkpoint.save(path, tensors, {})
+    benchmark.pedantic(checkpoint.load, args=(path, lambda _: shapes), rounds=10, warmup_rounds=2)
+    speed(benchmark, tensors)

@@ -1,0 +1,70 @@
+"""The fused step against the limits, and what it costs outside the compiled graph."""
+
+import time
+
+import pytest
+
+from benchmarks import arena, limits, peers
+
+
+@pytest.fixture(scope="module")
+def steps(data):
+    """A function from a batch size to the result of ours and the limits, in rounds of a few steps."""
+    done = {}
+
+    def measure(batch: int) -> dict[str, arena.Result]:
+        if batch not in done:
+            work = peers.Work(data, batch)
+            contestants = {name: arena.CONTESTANTS[name](work) for name in (arena.OURS, *limits.LIMITS)}
+            plays = {name: arena.timed(lambda c=c: c.run(1)) for name, c in contestants.items()}
+            seconds = arena.interleave(plays, 60)
+            done[batch] = {name: arena.Result(seconds[name], batch, c.loss()) for name, c in contestants.items()}
+        return done[batch]
+
+    return measure
+
+
+@pytest.mark.benchmark(group="step", timer=arena.replay)
+@pytest.mark.parametrize("name", [arena.OURS, *limits.LIMITS])
+@pytest.mark.parametrize("batch", [128, 256, 512])
+def test_step(batch, name, steps, benchmark):
+    results = steps(batch)
+    benchmark.extra_info |= {
+        "samples_per_second": round(results[name].samples_per_second),
+        "to_limit": round(results[name].ratio(results[limits.LIMIT]), 3),
+        "loss": results[name].loss,
+    }
+    arena.replay.report(benchmark, results[name].seconds)
+
+
+@pytest.mark.benchmark(group="overhead", timer=arena.replay)
+def test_overhead(data, benchmark, board, monkeypatch):
+    """The seconds of a step of batch 128 that pass outside the compiled graph: guards, and the way in and out."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    work = peers.Work(data, 128)
+    if work.device.type != "cpu":
+        pytest.skip("on this device the step is not a call of the compiled graph but a replay")
+    inside = [0.0]
+    call = CompiledFxGraph.__call__
+
+    def watched(graph, inputs):
+        start = time.perf_counter()
+        try:
+            return call(graph, inputs)
+        finally:
+            inside[0] += time.perf_counter() - start
+
+    monkeypatch.setattr(CompiledFxGraph, "__call__", watched)
+    advance = arena.timed(peers.Ours(work).advance)
+    outside, whole = [], []
+    for _ in range(110):
+        inside[0] = 0.0
+        whole.append(advance())
+        outside.append(whole[-1] - inside[0])
+    if not inside[0]:
+        pytest.skip("the step does not pass through CompiledFxGraph.__call__, which is what this times")
+    share = sum(outside[10:]) / sum(whole[10:])
+    benchmark.extra_info["share_of_step"] = round(share, 5)
+    board.lines.append(f"Outside the compiled graph at batch 128: {share:.2%} of the step")
+    arena.replay.report(benchmark, outside[10:])

@@ -67,7 +67,7 @@ def serve(pipe: Any, name: str) -> None:
             pipe.send(None)
         else:
             assert contestant is not None
-            seconds = timed(lambda c=contestant: c.run(value))()
+            seconds = timed(lambda c=contestant, n=value: c.run(n))()
             pipe.send((seconds, contestant.loss()))
 
 

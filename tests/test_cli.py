@@ -310,10 +310,10 @@ def test_damaged_checkpoints(out, data_dir):
         path.write_bytes(data)
         with pytest.raises(checkpoint.CheckpointError, match=re.escape(str(path))):
             network.load(path)
-    assert_refused(call("evaluate", weights(out), out / "truncated.safetensors"), "truncated.safetensors is truncated")
+    assert_refused(call("evaluate", weights(out), out / "truncated.safetensors"), "truncated.safetensors", "truncated")
     assert_refused(call("evaluate", out / "altered.safetensors"), "altered.safetensors is damaged")
     assert_refused(call("evaluate", out / "gone.safetensors"), "cannot read", "gone.safetensors: No such file")
-    assert_refused(call("evaluate", out), f"cannot read {out}: Is a directory")
+    assert_refused(call("evaluate", out), out, "not a file")
 
 
 @pytest.mark.parametrize("command", [["run", "smoke", "--no-compile"], ["report"]], ids=lambda value: value[0])

@@ -111,6 +111,8 @@ class Stop:
 
     def _handle(self, signum: int, frame: Any) -> None:
         if self.requested:
+            if console.is_terminal:
+                os.write(1, b"\x1b[?25h\n")  # the progress bar hid the cursor
             os._exit(128 + signum)
         self.requested = True
         if not self.stepping:
@@ -175,6 +177,7 @@ def load_data(args: argparse.Namespace) -> dataset.Cifar10:
 def train_all(args: argparse.Namespace, runs: list[tuple[str, Spec]]) -> int:
     """Train what is not finished yet; returns the exit status."""
     todo = []
+    store.sweep_all(args.out)  # so that an --out that cannot be written is known before the training, too
     for name, spec in runs:
         run = store.Run(args.out, name, spec_id(spec))
         record = run.finished()
@@ -186,14 +189,17 @@ def train_all(args: argparse.Namespace, runs: list[tuple[str, Spec]]) -> int:
     status = 0
     if todo:
         stop = Stop()
+        stop.install()
         try:
             trainer = Trainer(args, stop)
             for name, spec, run in todo:
                 status = max(status, trainer(name, spec, run))
+                if stop():  # too late for this run, which is finished
+                    raise KeyboardInterrupt(f"stopped after {name}")
         except KeyboardInterrupt as error:
             status = 130
             errors.print(
-                f"{error or 'stopped before the first step'}; the same command goes on from there", soft_wrap=True
+                f"{str(error) or 'stopped before the first step'}; the same command goes on from there", soft_wrap=True
             )
     table(report.rebuild(args.out), {run.spec_id for run in (store.Run(args.out, n, spec_id(s)) for n, s in runs)})
     return status
@@ -205,11 +211,6 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, stop: Stop) -> None:
         if args.checkpoint_every < 1:
             raise UserError(f"--checkpoint-every {args.checkpoint_every}, expected at least 1")
-        stop.install()
-        with store.locked(args.out / "checkpoints" / "results.lock"):
-            store.sweep(args.out, "results.md")  # and an --out that cannot be written is known before the training
-            store.sweep(args.out / "checkpoints", "learning-curves")
-        store.sweep_runs(args.out)
         from core import jit
 
         try:
@@ -234,7 +235,6 @@ class Trainer:
         from core.provenance import environment
         from core.train import Diverged, Interrupted, ResumeError, Training, fail
 
-        self.stop.stepping = False
         try:
             with run.lock(), progress_bar(name, self.stop) as listen:
                 if self.args.force:
@@ -272,6 +272,8 @@ class Trainer:
         except ResumeError as error:
             errors.print(f"error: {escape(str(error))}", soft_wrap=True)
             return 2
+        finally:
+            self.stop.stepping = False
 
 
 def table(records: list[dict[str, Any]], ids: set[str]) -> None:
@@ -357,8 +359,9 @@ def verify_command(args: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory() as elsewhere:
             again = argparse.Namespace(**vars(args), checkpoint_every=10**9, force=False, resume_anyway=False)
             again.out = Path(elsewhere)
-            if train_all(again, [(name, spec)]):
-                return 1
+            again.no_compile = args.no_compile or record["environment"]["mode"] == "eager"
+            if failed := train_all(again, [(name, spec)]):
+                return failed
             new = store.Run(again.out, name, spec_id(spec)).finished()
         assert new is not None
         same = new["digest"] == record["digest"]
@@ -366,7 +369,10 @@ def verify_command(args: argparse.Namespace) -> int:
         console.print(
             f"{name}: {'the same bits' if same else 'DIFFERENT bits'}: {new['digest']}, recorded {record['digest']}"
         )
-        if not same and (changed := difference(record["environment"], new["environment"])):
+        changed = difference(record["environment"], new["environment"])
+        if not record["bitwise"]:
+            changed = "been resumed with --resume-anyway"
+        if not same and changed:
             console.print(f"{name}: no wonder, since the recorded run had {changed}")
     return status
 

@@ -80,19 +80,27 @@ class Worker:
         self.process = context.Process(target=serve, args=(theirs, name), daemon=True)
         self.process.start()
         theirs.close()
+        self.name = name
         self.loss: float | None = None
 
+    def _ask(self, command: str, value: int) -> Any:
+        try:
+            self.pipe.send((command, value))
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            raise RuntimeError(f"{self.name} ended at {command} {value}, status {self.process.exitcode}") from None
+
     def build(self, batch: int) -> None:
-        self.pipe.send(("build", batch))
-        self.pipe.recv()
+        self._ask("build", batch)
 
     def run(self, steps: int) -> float:
-        self.pipe.send(("run", steps))
-        seconds, self.loss = self.pipe.recv()
+        seconds, self.loss = self._ask("run", steps)
         return seconds
 
     def close(self) -> None:
-        self.pipe.send(None)
+        if self.process.is_alive():
+            self.pipe.send(None)
         self.process.join()
 
 

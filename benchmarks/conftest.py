@@ -66,8 +66,11 @@ def epochs(data: dataset.Cifar10, board: Board) -> Iterator[Callable[[int], dict
         if batch not in board.epochs:
             steps = 45_000 // batch // rounds
             for name in arena.CONTESTANTS:
-                if not peers.missing(name):
-                    workers.setdefault(name, arena.Worker(name)).build(batch)
+                if peers.missing(name):
+                    continue
+                if name not in workers:
+                    workers[name] = arena.Worker(name)
+                workers[name].build(batch)
             plays = {name: lambda w=worker: w.run(steps) for name, worker in workers.items()}
             seconds = arena.interleave(plays, rounds)
             board.epochs[batch] = {

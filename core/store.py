@@ -165,11 +165,17 @@ class Run:
         return record if record and record["status"] == "finished" else None
 
 
-def sweep_runs(out: Path) -> None:
-    """Delete what killed processes left beside the runs under `out`: temporary files, resume points of finished runs.
+def sweep_all(out: Path) -> None:
+    """Delete what killed processes left under `out`: temporary files, and resume points of finished runs.
 
     A run that another process is at work on is left alone.
+
+    Raises:
+        StoreError: `out` cannot be written.
     """
+    with locked(out / "checkpoints" / "results.lock"):
+        sweep(out, "results.md")
+        sweep(out / "checkpoints", "learning-curves")
     left = [p for p in (out / "checkpoints").glob("*/*") if p.suffix == ".tmp" or ".step-" in p.name]
     for folder, run_id in sorted({(path.parent, path.name.split(".")[0]) for path in left}):
         run = Run(out, folder.name, run_id)

@@ -2,31 +2,18 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from core import checkpoint, jit, loader, optim
+from core import checkpoint, jit, loader, optim, resume
 from core import step as steps
-from core.checkpoint import CheckpointError
 from core.dataset import DIRECTORY_HASH, Cifar10
-from core.provenance import difference, environment
-from core.spec import Spec, canonical, spec_id
+from core.provenance import environment
+from core.resume import KEEP, ResumeError
+from core.spec import Spec, spec_id
 from core.store import Run, delete, reserve, write_json
 
-KEEP = 2  # resume points
-# What an epoch leaves in the history. `seconds` are those of the steps, without the one that compiles.
-COLUMNS = {
-    "epoch": int,
-    "train_loss": float,
-    "train_accuracy": float,
-    "val_loss": float,
-    "val_accuracy": float,
-    "seconds": float,
-    "samples_per_second": int,
-}
-REMEDY = "the rest would not be the same bits; go on all the same with --resume-anyway, or start anew with --force"
 Listener = Callable[[str, dict[str, Any]], None]
 
 
@@ -36,10 +23,6 @@ class Diverged(Exception):
 
 class Interrupted(Exception):
     """Asked to stop; everything is saved."""
-
-
-class ResumeError(Exception):
-    """A resume point cannot be gone on from bit by bit; the message says why."""
 
 
 def meta(name: str, spec: Spec, environment: dict[str, Any]) -> dict[str, Any]:
@@ -116,14 +99,9 @@ class Training:
             "labels": data.train_labels,
             "order": torch.zeros(self.steps_per_epoch, spec["batch_size"], dtype=torch.int64, device=device),
         }
-        self.history: list[dict[str, Any]] = []
+        self.history: resume.History = []
         # What a resume point carries besides. `seconds` and `timed` (steps) belong to the epoch under way.
-        self.progress: dict[str, Any] = {
-            "seconds": 0.0,
-            "timed": 0,
-            "first_step_seconds": None,
-            "bitwise": True,
-        }
+        self.progress: dict[str, Any] = {"seconds": 0.0, "timed": 0, "first_step_seconds": None, "bitwise": True}
 
     def __call__(self) -> dict[str, Any]:
         """Train to the end; returns the record, which is then on disk.
@@ -173,7 +151,7 @@ class Training:
             self.environment["mode"] = "eager"
             reason = f"torch.compile failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
             if resumed and not self.loosely:
-                raise ResumeError(f"{reason}; {REMEDY}") from None
+                raise ResumeError(f"{reason}; {resume.REMEDY}") from None
             self.progress["bitwise"] = self.progress["bitwise"] and not resumed
             self.listen("eager", {"reason": reason})
             advance = jit.fuse(self.spec, self.state, self.data, self.hyper, compiled=False)
@@ -209,7 +187,6 @@ class Training:
             "seconds": round(seconds, 3),
             "samples_per_second": round(timed * self.spec["batch_size"] / seconds) if timed else 0,
         }
-        assert entry.keys() == COLUMNS.keys()
         self._check_finite(step, {"validation loss": torch.tensor(entry["val_loss"])})
         self.history.append(entry)
         self.progress |= {"seconds": 0.0, "timed": 0}
@@ -229,61 +206,23 @@ class Training:
                 raise Diverged(f"{name} is NaN or infinite after step {step} (epoch {self._epoch(step - 1)})")
 
     def _save(self, step: int) -> None:
-        rows = torch.tensor([list(entry.values()) for entry in self.history], dtype=torch.float64)
         state = _flat(self.state)
         self._check_finite(step, state)
-        checkpoint.save(
-            self.run.resume_point(step),
-            {**state, "history": rows.view(-1, len(COLUMNS))},
-            {**self._meta(), "progress": self.progress},
-        )
-        delete(*self.run.resume_points()[KEEP:])
+        resume.save(self.run, state, self.history, {**self._meta(), "progress": self.progress})
 
     def _resume(self) -> int:
-        """Load the newest good resume point; returns its step, 0 without one."""
-        damaged = []
-        for path in self.run.resume_points():
-            try:
-                step = self._load(path)
-            except CheckpointError as error:
-                self.listen("damaged", {"reason": f"{error}; looking for the one before"})
-                damaged.append(path)
-                continue
-            delete(*damaged)  # so that the two that are kept are good
-            return step
-        if damaged:
-            raise ResumeError(f"every resume point of {self.name} is damaged; start anew with --force")
-        return 0
-
-    def _load(self, path: Path) -> int:
-        """Go to where a resume point was made; returns its step."""
+        """Go to the newest good resume point; returns its step, 0 without one."""
         state = _flat(self.state)
-        shapes = checkpoint.shapes_of(state)
-        step = -1
-
-        def template(meta: dict[str, Any]) -> checkpoint.Shapes:
-            nonlocal step
-            if canonical(meta["spec"]) != canonical(self.spec) or meta["data"] != DIRECTORY_HASH:
-                raise ResumeError(f"{path} is of another spec or other data; delete it, or start anew with --force")
-            if meta["progress"].keys() != self.progress.keys():
-                raise ValueError("its progress is not that of a run")
-            step = int(path.name.split(".step-")[1].split(".")[0])
-            return {**shapes, "history": ((step // self.steps_per_epoch, len(COLUMNS)), torch.float64)}
-
-        tensors, meta = checkpoint.load(path, template)
-        if int(tensors["step"]) != step:
-            raise CheckpointError(f"{path} holds step {int(tensors['step'])}")
-        different = difference(meta["environment"], self.environment)
-        if different and not self.loosely:
-            raise ResumeError(f"{path} was made with {different}: {REMEDY}")
+        meta = {**self._meta(), "progress": self.progress}
+        point = resume.newest(self.run, meta, state, self.steps_per_epoch, self.loosely, self.listen)
+        if point is None:
+            return 0
         for name, value in state.items():
-            value.copy_(tensors[name])
-        rows = tensors["history"].tolist()
-        self.history = [{k: t(x) for (k, t), x in zip(COLUMNS.items(), row, strict=True)} for row in rows]
-        self.progress = meta["progress"]
-        self.progress["bitwise"] = self.progress["bitwise"] and not different
-        self.listen("resumed", {"step": step, "epoch": self._epoch(step), "different": different})
-        return step
+            value.copy_(point.state[name])
+        self.history, self.progress = point.history, point.progress
+        self.progress["bitwise"] = self.progress["bitwise"] and not point.different
+        self.listen("resumed", {"step": point.step, "epoch": self._epoch(point.step), "different": point.different})
+        return point.step
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate on train, validation and test, write weights and record, drop the resume points."""

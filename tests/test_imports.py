@@ -24,7 +24,8 @@ ALLOWED = {
     "step": {"spec", "random", "loader", "model", "optim"},
     "jit": {"spec", "store", "dataset", "products", "step"},
     "network": {"spec", "checkpoint", "loader", "model", "step"},
-    "train": {"spec", "store", "checkpoint", "dataset", "jit", "loader", "optim", "provenance", "step"},
+    "resume": {"spec", "store", "checkpoint", "provenance"},
+    "train": {"spec", "store", "checkpoint", "dataset", "jit", "loader", "optim", "provenance", "resume", "step"},
 }
 COMPILER = {"jit", "products"}  # products is a part of jit: only jit may import it
 MAIN = {"spec", "store", "dataset", "report", "jit", "network", "train", "provenance"}

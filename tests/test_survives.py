@@ -1,235 +1,393 @@
-"""Nothing is lost whatever happens: processes that are really killed, full disks, two at once, numbers that explode."""
+"""Nothing is lost whatever happens: processes of main.py are killed, stopped, starved of disk and memory, and go on."""
 
 import json
+import os
 import random
-import resource
+import re
 import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import pytest
-import torch
 
-import main
-from core import checkpoint, train
+from core import checkpoint
+from core.resume import KEEP
 from core.spec import resolve, spec_id
-from core.store import Run, StoreError, records
+from core.store import Run, read_record
 from experiments import EXPERIMENTS
 from tests.conftest import ROOT
 from tests.test_cli import call
-from tests.test_reproducible import digest, shapes
+from tests.test_reproducible import shapes
 
-KILLS = 20
+pytestmark = pytest.mark.slow
+EPOCHS = 20
+SMOKE = ("run", "smoke", "--no-compile", "--device", "cpu", "--epochs", EPOCHS)
+OTHERS = ("run", "smoke", "baseline", "--no-compile", "--device", "cpu", "--epochs", 2)
 
 
-def start(*arguments, script=None, **options):
-    """main.py as a process that can be watched; `script` is run in its place."""
-    command = ["-c", script] if script else [str(ROOT / "main.py")]
-    return subprocess.Popen(
-        (sys.executable, *command, *map(str, arguments)),
+class Process(NamedTuple):
+    """One process of main.py that the nursery started."""
+
+    pid: int
+    log: object
+    ask: object
+
+    def signal(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self):
+        """Its exit status, negative where a signal ended it."""
+        return self.ask({"wait": self.pid})
+
+    def output(self):
+        return self.log.read_text()
+
+    def until(self, words):
+        """Wait for words in its output."""
+        for _ in range(6000):
+            if words in self.output():
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"no {words!r} in: {self.output()}")
+
+
+@pytest.fixture(scope="module")
+def start(data_dir, tmp_path_factory):
+    """Starts a process of main.py with these arguments, after executing `patch` in it."""
+    logs = tmp_path_factory.mktemp("logs")
+    # One thread: OpenMP's others would not be there in a forked process.
+    server = subprocess.Popen(
+        (sys.executable, str(ROOT / "tests" / "nursery.py"), str(data_dir)),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         text=True,
-        cwd=ROOT,
-        **options,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"},
     )
 
+    def ask(request):
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
 
-def wait_for(process, words):
-    """Read what a process prints until a line has these words."""
-    for line in process.stdout:
-        if words in line:
-            return
-    pytest.fail(f"the process ended without {words!r}: {process.stderr.read()}")
+    def start(*argv, out, patch=""):
+        log = logs / str(len(list(logs.iterdir())))
+        log.touch()
+        argv = [*map(str, argv), "--out", str(out)]
+        return Process(ask({"argv": argv, "log": str(log), "patch": patch}), log, ask)
+
+    yield start
+    server.stdin.close()
+    server.wait(timeout=30)
 
 
-def assert_whole(out):
-    """Every file that is there is whole: records parse, checkpoints load, results.md ends as it should."""
-    records(out)
-    for path in out.glob("checkpoints/*/*.safetensors"):
+def run_of(out, name="smoke", epochs=EPOCHS):
+    return Run(out, name, spec_id(resolve({**EXPERIMENTS[name], "epochs": epochs})))
+
+
+def digest(out, name="smoke", epochs=EPOCHS):
+    return read_record(run_of(out, name, epochs).record)["digest"]
+
+
+def finish(start, *argv, out):
+    done = start(*argv, out=out)
+    assert done.wait() == 0, done.output()
+    return done.output()
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """The digest of the run that nothing happens to."""
+    out = tmp_path_factory.mktemp("whole")
+    finish(start, *SMOKE, out=out)
+    return digest(out)
+
+
+def assert_nothing_torn(out):
+    """Whatever has its final name is whole."""
+    for path in out.rglob("*.safetensors"):
         checkpoint.load(path, lambda _, path=path: shapes(path))
-    if (out / "results.md").exists():
-        assert (out / "results.md").read_text().endswith("\n")
+    for path in out.glob("checkpoints/*/*.json"):
+        read_record(path)
+    for path in out.glob("results.md"):
+        assert re.fullmatch(r"# Results\n.*\n", path.read_text(), re.DOTALL)
 
 
-def leftovers(out):
-    return [str(path) for path in out.rglob("*") if path.suffix == ".tmp" or ".step-" in path.name]
+def assert_nothing_left(out):
+    """After the end of a run there is neither a temporary file nor a resume point."""
+    left = [path.name for path in out.rglob("*") if ".tmp" in path.name or ".step-" in path.name]
+    assert not left
 
 
-# Kills itself at the N-th renaming of a file, before it (even N) or after it (odd N); saves are most of these.
-SUICIDAL = """
-import os, signal, sys
-sys.argv[0] = "main.py"
-n = int(sys.argv.pop(1))
-rename, count = os.replace, 0
-def replace(*paths):
-    global count
-    count += 1
-    if count == n // 2 and n % 2 == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(*paths)
-    if count == n // 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-os.replace = replace
-import main
-sys.exit(main.main(sys.argv[1:]))
+# SIGKILL
+
+
+def test_killed_at_twenty_random_moments(start, whole, tmp_path):
+    draw, kills, resumed, runs = random.Random(4), 0, 0, 0
+    while kills < 20:
+        out = tmp_path / str(runs)
+        process = start(*SMOKE, out=out)
+        if kills % 2:  # half of them anywhere, start-up included; the others while it trains and saves
+            process.until("epoch")
+        time.sleep(draw.uniform(0, 0.6))
+        process.signal(signal.SIGKILL)  # of one that has ended already it is a zombie, which takes it
+        ended = process.wait()
+        kills += ended == -signal.SIGKILL
+        resumed += "resumed after step" in process.output()
+        assert_nothing_torn(out)
+        if ended != -signal.SIGKILL:
+            assert ended == 0, process.output()
+            assert digest(out) == whole
+            runs += 1
+    finish(start, *SMOKE, out=out)
+    assert digest(out) == whole
+    assert_nothing_left(out)
+    assert resumed >= 5  # else the moments were all before the first resume point
+
+
+KILL_IN_FSYNC = """
+import os, signal
+calls, fsync = iter(range({n})), os.fsync
+os.fsync = lambda file: fsync(file) if next(calls, None) is not None else os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment(data_dir, tmp_path):
-    """Kills at random moments, and inside saves; then the run ends with the bits of one that nobody killed."""
-    options = ("run", "smoke", "--epochs", 12, "--no-compile", "--device", "cpu", "--data", data_dir)
-    whole = call(*options, "--out", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    out, draw = tmp_path / "killed", random.Random(0)
-    killed = 0
-    for n in range(4, 13):
-        process = start(n, *options, "--out", out, script=SUICIDAL)
-        process.communicate(timeout=120)
-        killed += process.returncode == -signal.SIGKILL
-        assert_whole(out)
-    assert killed >= 7
-    while killed < KILLS:
-        process = start(*options, "--out", out)
-        try:
-            process.communicate(timeout=draw.uniform(0.3, 3.5))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            killed += 1
-        else:  # it got to the end: once more from the start
-            assert digest(out, "smoke", epochs=12) == digest(tmp_path / "whole", "smoke", epochs=12)
-            Run(out, "smoke", spec_id(resolve({**EXPERIMENTS["smoke"], "epochs": 12}))).clear()
-        assert_whole(out)
-    last = call(*options, "--out", out)
-    assert last.returncode == 0, last.stderr
-    assert digest(out, "smoke", epochs=12) == digest(tmp_path / "whole", "smoke", epochs=12)
-    assert not leftovers(out)
-    assert call("evaluate", "--data", data_dir, "--out", out).returncode == 0
+def test_killed_inside_every_write(start, tmp_path):
+    """At each fsync, where a file is written and not yet renamed, or renamed and its folder not yet synced."""
+    options = (*SMOKE[:-1], 1)
+    finish(start, *options, out=tmp_path / "whole")
+    n = 0
+    while True:
+        out = tmp_path / str(n)
+        process = start(*options, out=out, patch=KILL_IN_FSYNC.format(n=n))
+        if process.wait() == 0:
+            break
+        assert_nothing_torn(out)
+        # A killed write leaves its temporary file, a completed one none.
+        assert len(list(out.rglob("*.tmp"))) == (n + 1) % 2
+        finish(start, *options, out=out)
+        assert digest(out, epochs=1) == digest(tmp_path / "whole", epochs=1)
+        assert_nothing_left(out)
+        assert (out / "results.md").read_text().count("| smoke |") == 1
+        n += 1
+    assert n >= 12  # the owner of the lock, the resume point, the weights, record, picture, results.md; two syncs each
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(signum, data_dir, tmp_path):
-    options = ("run", "smoke", "--epochs", 300, "--no-compile", "--device", "cpu", "--data", data_dir)
-    process = start(*options, "--out", tmp_path)
-    wait_for(process, "epoch 1:")
-    sent = time.monotonic()
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert time.monotonic() - sent < 30
-    assert "which is saved; the same command goes on from there" in errors
-    assert "Traceback" not in errors
-    run = Run(tmp_path, "smoke", spec_id(resolve({**EXPERIMENTS["smoke"], "epochs": 300})))
-    step = int(run.resume_points()[0].name.split("-")[-1].split(".")[0])
-    again = start(*options, "--out", tmp_path)
-    wait_for(again, f"resumed after step {step} ")
-    again.send_signal(signum)
-    again.send_signal(signum)  # the second stops at once
-    again.communicate(timeout=30)
-    assert again.returncode != 0
-    assert_whole(tmp_path)
-
-
-@pytest.mark.slow
-def test_two_processes_share_an_out(data_dir, tmp_path):
-    """The second says who holds the run, takes the next one, and the lock of the first goes with its death."""
-    options = ("--no-compile", "--device", "cpu", "--data", data_dir, "--out", tmp_path)
-    first = start("run", "smoke", "--epochs", 300, *options)
-    wait_for(first, "first step")
-    second = call("run", "smoke", "--epochs", 300, *options)
-    assert second.returncode == 0, second.stderr
-    assert f"smoke is being trained by process {first.pid} on " in second.stderr
-    assert call("run", "smoke", *options).returncode == 0  # another id, so another lock
-    first.kill()
-    first.communicate()
-    third = start("run", "smoke", "--epochs", 300, *options)
-    wait_for(third, "resumed after step")
-    third.kill()
-    third.communicate()
-    assert digest(tmp_path, "smoke")
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_named_and_nothing_is_torn(data_dir, tmp_path):
-    """A limit on the size of files stands for the disk: known before an epoch is spent, and the old files intact."""
-    options = ("--no-compile", "--device", "cpu", "--data", str(data_dir), "--out", str(tmp_path))
-    assert call("run", "smoke", *options).returncode == 0
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file() and path.suffix != ".lock"}
-
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    process = start("run", "smoke", "--seed", "1", *options, preexec_fn=limited)
-    printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "epoch 1" not in printed
-    (line,) = errors.strip().splitlines()
-    assert line.startswith(f"error: cannot write {tmp_path}/checkpoints/smoke/")
-    assert not leftovers(tmp_path)
-    assert {path: path.read_bytes() for path in before} == before
-
-
-@pytest.mark.slow
-def test_numbers_that_explode_fail_one_experiment_alone(data_dir, tmp_path, monkeypatch):
-    """Its record and results.md claim no number, the experiment after it is trained, the exit status says so."""
-    monkeypatch.setitem(EXPERIMENTS, "explodes", {**EXPERIMENTS["smoke"], "lr": 1e30})
-    status = main.main(
-        ["run", "explodes", "smoke", "--no-compile", "--device", "cpu", "--data", str(data_dir), "--out", str(tmp_path)]
+def test_a_compiled_run_that_is_killed(data_dir, tmp_path):
+    """Without the nursery, compiled, on all of the data."""
+    arguments = ("run", "smoke", "--epochs", "6", "--device", "cpu", "--data", str(data_dir))
+    assert call(*arguments, "--out", tmp_path / "whole").returncode == 0
+    process = subprocess.Popen(
+        (sys.executable, str(ROOT / "main.py"), *arguments, "--out", str(tmp_path / "cut")),
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    assert status == 1
-    failed, finished = sorted(records(tmp_path), key=lambda r: r["status"])
-    assert failed["status"] == "failed"
-    assert "NaN or infinite since step" in failed["error"]
-    assert finished["status"] == "finished"
-    assert "metrics" not in failed
-    (row,) = [line for line in (tmp_path / "results.md").read_text().splitlines() if line.startswith("| explodes")]
-    assert not any(character.isdigit() for character in row.split("|", 4)[4])
+    for line in process.stdout:
+        if "epoch 2" in line:
+            process.kill()
+    assert process.wait() == -signal.SIGKILL
+    again = call(*arguments, "--out", tmp_path / "cut")
+    assert "smoke: resumed after step" in again.stdout, again.stderr
+    assert digest(tmp_path / "cut", epochs=6) == digest(tmp_path / "whole", epochs=6)
+    assert_nothing_left(tmp_path / "cut")
 
 
-def test_the_first_bad_step_is_named(tmp_path, invented, small_spec, monkeypatch):
-    """One weight becomes infinite before step 20, in the middle of the second epoch."""
-    run = Run(tmp_path, "x", "0" * 12)
-    run.folder.mkdir(parents=True)
-    training = train.Training(run, "x", small_spec(epochs=3), invented, torch.device("cpu"), compiled=False)
-    fuse = train.jit.fuse
-
-    def poisoned(spec, state, *rest):
-        advance = fuse(spec, state, *rest)
-
-        def step():
-            if int(state["step"]) == 19:
-                state["params"]["1.weight"][0, 0] = float("inf")
-            advance()
-
-        return step
-
-    monkeypatch.setattr(train.jit, "fuse", poisoned)
-    with pytest.raises(train.Diverged, match=r"since step 20 \(epoch 2\)"):
-        training()
-    assert [path.name.split("-")[1] for path in run.resume_points()] == ["0000000015.safetensors"]
-    assert not run.record.exists()
+# SIGINT and SIGTERM
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=str)
-def test_out_of_memory_fails_one_experiment_in_one_line(error, data_dir, tmp_path, monkeypatch, capsys):
-    def exhausted(_):
-        raise error
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(start, whole, tmp_path, number):
+    process = start(*SMOKE, out=tmp_path)
+    process.until("epoch 3")
+    since = time.monotonic()
+    process.signal(number)
+    assert process.wait() == 130
+    assert time.monotonic() - since < 5
+    (line,) = (line for line in process.output().splitlines() if "stopped" in line)
+    step = int(line.split("after step ")[1].split()[0])
+    assert step >= 30
+    assert line.endswith("which is saved; the same command goes on from there")
+    assert run_of(tmp_path).resume_points()[0] == run_of(tmp_path).resume_point(step)
+    assert f"resumed after step {step} " in finish(start, *SMOKE, out=tmp_path)
+    assert digest(tmp_path) == whole
 
-    monkeypatch.setattr(train.Training, "__call__", exhausted)
-    arguments = ["run", "smoke", "--no-compile", "--device", "cpu", "--data", str(data_dir), "--out", str(tmp_path)]
-    assert main.main(arguments) == 1
-    assert capsys.readouterr().err.strip() == "smoke failed: out of memory on cpu"
-    assert [record["status"] for record in records(tmp_path)] == ["failed"]
+
+def test_a_signal_before_the_first_step(start, tmp_path):
+    patch = "import time, core.jit\ncore.jit.fuse = lambda *_: (print('compiling', flush=True), time.sleep(60))"
+    process = start(*SMOKE, out=tmp_path, patch=patch)
+    process.until("compiling")
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 130
+    assert "stopped before the first step; the same command goes on" in process.output()
 
 
-def test_a_damaged_record_is_named(tmp_path):
-    path = tmp_path / "checkpoints" / "smoke" / f"{'0' * 12}.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"status": "finished"}))
-    with pytest.raises(StoreError, match=str(path)):
-        records(tmp_path)
+def test_a_second_signal_stops_at_once(start, tmp_path):
+    """Even a save that does not come to an end."""
+    patch = "import time, core.resume\ncore.resume.save = lambda *_: (print('saving', flush=True), time.sleep(60))"
+    process = start(*SMOKE, out=tmp_path, patch=patch)
+    process.until("saving")
+    process.signal(signal.SIGINT)
+    time.sleep(0.2)
+    since = time.monotonic()
+    process.signal(signal.SIGINT)
+    assert process.wait() == 128 + signal.SIGINT
+    assert time.monotonic() - since < 2
+
+
+def test_a_signal_in_the_last_epoch_starts_no_other_experiment(start, tmp_path):
+    patch = """
+import os, signal, core.train
+finish = core.train.Training._finish
+core.train.Training._finish = lambda self: (os.kill(os.getpid(), signal.SIGTERM), finish(self))
+"""
+    process = start(*OTHERS[:-1], 1, out=tmp_path, patch=patch)
+    assert process.wait() == 130
+    assert digest(tmp_path, epochs=1)
+    assert not (tmp_path / "checkpoints" / "baseline").exists()
+
+
+# Two processes
+
+
+def test_two_processes_share_the_experiments(start, tmp_path):
+    epochs, out = 4, tmp_path / "both"
+    both = (*OTHERS[:-1], epochs)
+    slowly = "import time, core.resume as r\nsave = r.save\nr.save = lambda *a: (time.sleep(0.5), save(*a))"
+    first = start(*both, out=out, patch=slowly)
+    first.until("smoke: epoch 1:")
+    second = start(*both, out=out)
+    second.until("taking the next one")
+    assert f"smoke is being trained by process {first.pid} on" in second.output()
+    second.until("baseline: epoch 1:")
+    assert first.wait() == 0, first.output()
+    assert second.wait() == 0, second.output()
+    assert "baseline is being trained by process" in first.output() or "baseline was finished by" in first.output()
+    finish(start, *SMOKE[:-1], epochs, out=tmp_path / "alone")
+    assert digest(out, epochs=epochs) == digest(tmp_path / "alone", epochs=epochs)
+    rows = [line for line in (out / "results.md").read_text().splitlines() if f" | {epochs} | " in line]
+    assert {row.split(" | ")[0] for row in rows} == {"| smoke", "| baseline"}
+    assert_nothing_left(out)
+
+
+# The disk
+
+
+LIMIT = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({n}, {n}))"
+
+
+def test_a_disk_that_is_too_full_is_known_before_an_epoch(start, tmp_path):
+    for i, patch in enumerate(
+        (LIMIT.format(n=100_000), "import shutil\nshutil.disk_usage = lambda _: shutil._ntuple_diskusage(9, 0, 9)")
+    ):
+        out = tmp_path / str(i)
+        process = start(*SMOKE, out=out, patch=patch)
+        assert process.wait() == 2
+        assert f"cannot write {run_of(out).resume_point(10 * EPOCHS)}: " in process.output()
+        assert "epoch" not in process.output()
+        assert_nothing_left(out)
+
+
+def test_a_disk_that_fills_up_on_the_way(start, whole, tmp_path):
+    patch = (
+        """
+import core.resume
+save, saves = core.resume.save, iter(range(4))
+def fill_up(*arguments):
+    if next(saves, None) is None:
+        """
+        + LIMIT.format(n=100_000).replace("\n", "; ")
+        + """
+    save(*arguments)
+core.resume.save = fill_up
+"""
+    )
+    process = start(*SMOKE, out=tmp_path, patch=patch)
+    assert process.wait() == 2
+    assert f"error: cannot write {run_of(tmp_path).resume_point(50)}: File too large" in process.output()
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert run_of(tmp_path).resume_points() == [run_of(tmp_path).resume_point(n) for n in (40, 30)]
+    assert_nothing_torn(tmp_path)
+    finish(start, *SMOKE, out=tmp_path)
+    assert digest(tmp_path) == whole
+
+
+def test_results_that_cannot_be_written_stay_as_they_are(start, tmp_path):
+    finish(start, *SMOKE[:-1], 1, out=tmp_path)
+    before = (tmp_path / "results.md").read_bytes()
+    process = start("report", out=tmp_path, patch=LIMIT.format(n=500))
+    assert process.wait() == 2
+    assert f"error: cannot write {tmp_path}" in process.output()
+    assert (tmp_path / "results.md").read_bytes() == before
+    assert_nothing_left(tmp_path)
+
+
+# NaN and memory
+
+
+def assert_failed_alone(process, out, reason):
+    """Smoke has failed in one line and claims no number, and the experiment after it has been trained."""
+    assert process.wait() == 1, process.output()
+    (line,) = (line for line in process.output().splitlines() if "smoke failed" in line)
+    assert reason in line
+    (record,) = map(read_record, out.glob("checkpoints/smoke/*.json"))
+    assert record["status"] == "failed"
+    assert reason in record["error"]
+    assert not {"metrics", "digest"} & record.keys()
+    text = (out / "results.md").read_text()
+    (row,) = (line for line in text.splitlines() if line.startswith("| smoke"))
+    assert "%" not in row
+    assert "| baseline" in text
+    assert digest(out, "baseline", 2)
+
+
+def test_a_run_that_diverges(start, tmp_path):
+    patch = "import experiments\nexperiments.EXPERIMENTS['smoke']['lr'] = 1e30"
+    process = start(*OTHERS, out=tmp_path, patch=patch)
+    assert_failed_alone(process, tmp_path, "NaN or infinite since step 2 (epoch 1)")
+
+
+def test_a_run_that_diverges_later_keeps_its_resume_points(start, tmp_path):
+    patch = """
+import torch, core.jit
+fuse = core.jit.fuse
+def poisoned(spec, state, *rest):
+    advance = fuse(spec, state, *rest)
+    def step():
+        if int(state["step"]) == 37:
+            state["params"]["1.weight"].view(-1)[5] = torch.nan
+        advance()
+    return step
+core.jit.fuse = poisoned
+"""
+    process = start(*SMOKE, out=tmp_path, patch=patch)
+    assert process.wait() == 1
+    assert "NaN or infinite since step 38 (epoch 4)" in process.output()
+    points = run_of(tmp_path).resume_points()
+    assert points == [run_of(tmp_path).resume_point(n) for n in (30, 20)][:KEEP]
+    assert_nothing_torn(tmp_path)
+
+
+def test_a_run_that_needs_more_memory_than_there_is(start, tmp_path):
+    """An allocation that truly fails: 17 GB under a limit of 8."""
+    patch = """
+import experiments, resource
+experiments.EXPERIMENTS['smoke']['widths'] = [65536, 65536]
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+"""
+    assert_failed_alone(start(*OTHERS, out=tmp_path, patch=patch), tmp_path, "out of memory on cpu")
+
+
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError('CUDA out of memory')", "MemoryError()"])
+def test_other_words_for_too_little_memory(start, tmp_path, error):
+    """What a device or Python raises, which cannot be had at will."""
+    patch = f"""
+import torch, core.train
+advance = core.train.Training.__call__
+def exhausted(self):
+    if self.name == "smoke":
+        raise {error}
+    advance(self)
+core.train.Training.__call__ = exhausted
+"""
+    assert_failed_alone(start(*OTHERS, out=tmp_path, patch=patch), tmp_path, "out of memory on cpu")

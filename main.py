@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
 from rich.progress import (  # noqa: E402
@@ -278,7 +277,9 @@ class Trainer:
 
 def table(records: list[dict[str, Any]], ids: set[str]) -> None:
     """Print the runs of these spec ids."""
-    shown = Table("experiment", "lr", "epochs", "train", "validation", "test", "95%", "samples/s", box=box.SIMPLE)
+    shown = Table(
+        "experiment", "lr", "epochs", "train", "validation", "test", "95%", "samples/s", box=None, pad_edge=False
+    )
     for record in records:
         if record["spec_id"] in ids and record["status"] == "finished":
             train, validation, test = (record["metrics"][split] for split in ("train", "validation", "test"))

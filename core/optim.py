@@ -34,17 +34,19 @@ def _adam(grads: Tensors, opt: OptState, params: Tensors, hyper: Tensors, step: 
     # their own; written as BETA ** t, it evaluates the power in the loop over the weights.
     step_size = lr / (1 - torch.exp(t * math.log(BETA1)))
     root_correction = torch.rsqrt(1 - torch.exp(t * math.log(BETA2)))
+    dtype = next(iter(params.values())).dtype
+    step_size, root_correction = step_size.to(dtype), root_correction.to(dtype)
+    decay, kept = decay.to(dtype), (1 - lr * decay).to(dtype)
     new_params, exp_avg, exp_avg_sq = {}, {}, {}
     for name, p in params.items():
-        dtype = p.dtype
         g = grads[name]
         if decoupled:
-            p = p * (1 - lr * decay).to(dtype)
+            p = p * kept
         else:
-            g = g + decay.to(dtype) * p
+            g = g + decay * p
         m = torch.lerp(opt["exp_avg"][name], g, 1 - BETA1)
         v = opt["exp_avg_sq"][name] * BETA2 + g * g * (1 - BETA2)
-        new_params[name] = p - step_size.to(dtype) * (m / (v.sqrt() * root_correction.to(dtype) + EPS))
+        new_params[name] = p - step_size * (m / (v.sqrt() * root_correction + EPS))
         exp_avg[name], exp_avg_sq[name] = m, v
     return new_params, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 

@@ -15,19 +15,19 @@ ALLOWED = {
     "store": set(),
     "dataset": set(),
     "optim": set(),
-    "products": set(),
+    "inductor": set(),
     "provenance": set(),
     "model": {"spec"},
     "loader": {"random"},
     "checkpoint": {"spec", "store"},
     "report": {"spec", "store"},
     "step": {"spec", "random", "loader", "model", "optim"},
-    "jit": {"spec", "store", "dataset", "products", "step"},
+    "jit": {"spec", "store", "dataset", "inductor", "step"},
     "network": {"spec", "checkpoint", "loader", "model", "step"},
     "resume": {"spec", "store", "checkpoint", "provenance"},
     "train": {"spec", "store", "checkpoint", "dataset", "jit", "loader", "optim", "provenance", "resume", "step"},
 }
-COMPILER = {"jit", "products"}  # products is a part of jit: only jit may import it
+COMPILER = {"jit", "inductor"}  # inductor is a part of jit: only jit may import it
 MAIN = {"spec", "store", "dataset", "report", "jit", "network", "train", "provenance"}
 
 
@@ -102,7 +102,7 @@ def test_only_jit_names_the_compiler(room):
 
 
 def test_only_jit_uses_its_part():
-    assert {room for room in ROOMS if "products" in rooms(ROOT / "core" / f"{room}.py")} <= {"jit"}
+    assert {room for room in ROOMS if "inductor" in rooms(ROOT / "core" / f"{room}.py")} <= {"jit"}
 
 
 def test_jit_does_name_the_compiler():

@@ -315,6 +315,11 @@ def evaluate_command(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from None
     networks = [network.load(path, device) for path in paths]
+    for path, net in zip(paths, networks, strict=True):
+        recorded = net.meta.get("test")
+        whole = isinstance(recorded, dict) and recorded.keys() >= {"accuracy", "correct", "loss"}
+        if not whole or not net.meta.keys() >= {"name", "seed"}:
+            raise UserError(f"{path} does not hold what its run recorded, so there is nothing to compare with")
     data = jit.place(load_data(args), device)
     status = 0
     for path, net in zip(paths, networks, strict=True):

@@ -185,6 +185,19 @@ def test_evaluate_agrees_with_the_record(official, data_dir):
         assert f"{label} {100 * hit / 1000:.1f}%" in done.stdout
 
 
+@pytest.mark.parametrize("key", ["test", "name"])
+def test_a_checkpoint_without_what_its_run_recorded_is_refused(key, tmp_path, small_spec):
+    spec = small_spec()
+    params, stats = model.init(spec, 0)
+    meta = {"name": "x", "seed": 0, "spec": spec, "test": {"accuracy": 0, "correct": [], "loss": 0}}
+    path = tmp_path / "x.safetensors"
+    checkpoint.save(path, {**params, **stats}, {k: v for k, v in meta.items() if k != key})
+    done = call("evaluate", path)
+    assert done.returncode == 2
+    assert "does not hold what its run recorded" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_evaluate_as_json_and_a_record_that_differs(out, data_dir):
     """Two checkpoints: one as it was written, one that claims another accuracy, which is exit status 1."""

@@ -1,8 +1,10 @@
 """The command line: run (the default), evaluate, verify, list, report."""
 
+import gc
 import time
 
 CLOCK_START = time.perf_counter()  # before the imports, which are part of the time to the first step
+gc.disable()  # until torch is imported: to search what it makes for garbage, again and again, takes 0.3 s
 
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
@@ -13,10 +15,9 @@ import sys  # noqa: E402
 import tempfile  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import Any, NoReturn  # noqa: E402
 
 from rich.console import Console  # noqa: E402
-from rich.markup import escape  # noqa: E402
 from rich.progress import (  # noqa: E402
     BarColumn,
     MofNCompleteColumn,
@@ -27,26 +28,33 @@ from rich.progress import (  # noqa: E402
 )
 from rich.table import Table  # noqa: E402
 
-from core import dataset, report, store  # noqa: E402
+from core import dataset, report, runs, store  # noqa: E402
 from core.spec import Spec, SpecError, nearest, resolve, spec_id  # noqa: E402
 from experiments import DEFAULT, EXPERIMENTS, SUITES  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 COMMANDS = ("run", "evaluate", "verify", "list", "report")
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+console = Console(highlight=False, markup=False)
+errors = Console(stderr=True, highlight=False, markup=False)
 
 
 class UserError(Exception):
     """What a user can cause and mend: one sentence and exit status 2."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses in one sentence, as everything here does; the usage is a --help away."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="main.py", description="CIFAR-10 with fully connected networks.")
+    top = Parser(prog="main.py", description="CIFAR-10 with fully connected networks.")
     commands = top.add_subparsers(dest="command", metavar="{" + ",".join(COMMANDS) + "}")
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--out", type=Path, default=ROOT, metavar="DIR", help="where results.md and checkpoints/ are")
-    machine = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
+    shared.add_argument("--out", type=Path, default=".", metavar="DIR", help="where results.md and checkpoints/ are")
+    machine = Parser(add_help=False)
     machine.add_argument("--data", type=Path, default=ROOT / "data", metavar="DIR", help="where CIFAR-10 is, or goes")
     machine.add_argument(
         "--data-url",
@@ -55,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         help="address of cifar-10-python.tar.gz to try before the mirrors (also $CIFAR10_URL)",
     )
     machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    step = argparse.ArgumentParser(add_help=False)
+    step = Parser(add_help=False)
     step.add_argument("--no-compile", action="store_true", help="run the train step eager")
 
     run = commands.add_parser("run", parents=[shared, machine, step], help="train experiments (the default)")
@@ -65,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--lr", type=float, metavar="X")
     run.add_argument("--seed", type=int, metavar="N")
     run.add_argument("--checkpoint-every", type=int, default=1, metavar="N", help="epochs between resume points")
-    run.add_argument("--force", action="store_true", help="train again what is finished, from the start")
+    run.add_argument("--force", action="store_true", help="train from the start, even what is finished")
     run.add_argument("--resume-anyway", action="store_true", help="resume even where the bits will differ")
 
     evaluate = commands.add_parser("evaluate", parents=[shared, machine], help="evaluate checkpoints on the test split")
@@ -87,15 +95,17 @@ def chosen(names: list[str], overrides: dict[str, Any]) -> list[tuple[str, Spec]
     picked: list[str] = []
     for name in names or [DEFAULT]:
         if name not in EXPERIMENTS and name not in SUITES:
-            raise UserError(f"unknown experiment {name!r}{nearest(name, [*EXPERIMENTS, *SUITES])}")
+            raise UserError(f"unknown experiment {name!r}{nearest(name, list(EXPERIMENTS | SUITES))}")
         picked += [name] if name in EXPERIMENTS else list(SUITES[name])
-    runs = []
-    for name in dict.fromkeys(picked):
-        try:
-            runs.append((name, resolve({**EXPERIMENTS[name], **overrides})))
-        except SpecError as error:
-            raise UserError(f"experiment {name}: {error}") from None
-    return runs
+    return [(name, resolved(name, overrides)) for name in dict.fromkeys(picked)]
+
+
+def resolved(name: str, overrides: dict[str, Any] | None = None) -> Spec:
+    """The whole spec of an experiment."""
+    try:
+        return resolve({**EXPERIMENTS[name], **(overrides or {})})
+    except SpecError as error:
+        raise UserError(f"experiment {name}: {error}") from None
 
 
 class Stop:
@@ -147,7 +157,7 @@ def progress_bar(name: str, stop: Stop) -> Iterator[Callable[[str, dict[str, Any
             elif event == "resumed":
                 bars.update(task, completed=details["step"])
                 bits = f", not bitwise: {details['different']}" if details["different"] else ""
-                console.print(f"{name}: resumed after step {details['step']} (epoch {details['epoch']}){escape(bits)}")
+                console.print(f"{name}: resumed after step {details['step']} (epoch {details['epoch']}){bits}")
             elif event == "epoch":
                 note = f"validation {100 * details['val_accuracy']:.2f}%"
                 bars.update(task, note=note)
@@ -156,14 +166,14 @@ def progress_bar(name: str, stop: Stop) -> Iterator[Callable[[str, dict[str, Any
                     f"{details['samples_per_second'] or 0:,} samples/s"
                 )
             else:  # damaged, eager
-                errors.print(f"{name}: {escape(details['reason'])}", soft_wrap=True)
+                errors.print(f"{name}: {details['reason']}", soft_wrap=True)
 
         yield listen
 
 
 def load_data(args: argparse.Namespace) -> dataset.Cifar10:
     bar: dict[str, Any] = {}
-    with Progress(console=errors, transient=True) as bars:
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bars:
 
         def show(what: str, done: int, total: int) -> None:
             if what not in bar:
@@ -173,12 +183,14 @@ def load_data(args: argparse.Namespace) -> dataset.Cifar10:
         return dataset.load(args.data, args.data_url, show)
 
 
-def train_all(args: argparse.Namespace, runs: list[tuple[str, Spec]]) -> int:
+def train_all(args: argparse.Namespace, experiments: list[tuple[str, Spec]]) -> int:
     """Train what is not finished yet; returns the exit status."""
     todo = []
-    store.sweep_all(args.out)  # so that an --out that cannot be written is known before the training, too
-    for name, spec in runs:
-        run = store.Run(args.out, name, spec_id(spec))
+    # So that an --out that cannot be written and a record that cannot be read are known before the training, too.
+    runs.sweep_all(args.out)
+    runs.records(args.out)
+    for name, spec in experiments:
+        run = runs.Run(args.out, name, spec_id(spec))
         record = run.finished()
         if record and not args.force:
             accuracy = report.percent(record["metrics"]["test"]["accuracy"])
@@ -190,28 +202,33 @@ def train_all(args: argparse.Namespace, runs: list[tuple[str, Spec]]) -> int:
         stop = Stop()
         stop.install()
         try:
-            trainer = Trainer(args, stop)
+            trainer = Trainer(args, stop, first=todo[0][1])
             for name, spec, run in todo:
                 status = max(status, trainer(name, spec, run))
                 if stop():  # too late for this run, which is finished
                     raise KeyboardInterrupt(f"stopped after {name}")
         except KeyboardInterrupt as error:
             status = 130
-            errors.print(
-                f"{str(error) or 'stopped before the first step'}; the same command goes on from there", soft_wrap=True
-            )
-    table(report.rebuild(args.out), {run.spec_id for run in (store.Run(args.out, n, spec_id(s)) for n, s in runs)})
+            errors.print(f"{str(error) or 'stopped before the first step'}; {how_to_go_on(args)}", soft_wrap=True)
+    table(report.rebuild(args.out, EXPERIMENTS), {spec_id(spec) for _, spec in experiments})
     return status
+
+
+def how_to_go_on(args: argparse.Namespace) -> str:
+    if args.command == "verify":
+        return "nothing of it is kept"
+    return "without --force, " * args.force + "the same command goes on from there"
 
 
 class Trainer:
     """Trains one experiment after another on one device, over one copy of the data."""
 
-    def __init__(self, args: argparse.Namespace, stop: Stop) -> None:
+    def __init__(self, args: argparse.Namespace, stop: Stop, first: Spec) -> None:
         if args.checkpoint_every < 1:
             raise UserError(f"--checkpoint-every {args.checkpoint_every}, expected at least 1")
-        from core import jit
+        from core import jit, train
 
+        gc.enable()
         try:
             self.device = jit.pick_device(args.device)
         except ValueError as error:
@@ -220,10 +237,12 @@ class Trainer:
         if problem and not args.no_compile:
             errors.print(f"{problem}: the train step runs eager, which is slower")
         self.compiled = not (args.no_compile or problem)
+        if self.compiled:
+            train.compile_ahead(first)
         self.data = jit.place(load_data(args), self.device)
         self.args, self.stop = args, stop
 
-    def __call__(self, name: str, spec: Spec, run: store.Run) -> int:
+    def __call__(self, name: str, spec: Spec, run: runs.Run) -> int:
         """Train one experiment; returns the exit status.
 
         Raises:
@@ -236,8 +255,8 @@ class Trainer:
 
         try:
             with run.lock(), progress_bar(name, self.stop) as listen:
-                if self.args.force:
-                    run.clear()
+                if self.args.force:  # what is finished stays until it is replaced
+                    store.delete(*run.resume_points())
                 elif run.finished():
                     console.print(f"{name} was finished by another process meanwhile")
                     return 0
@@ -261,7 +280,7 @@ class Trainer:
                         raise  # what a CPU allocator raises says so only in its message
                     reason = str(error) if isinstance(error, Diverged) else f"out of memory on {self.device}"
                     fail(run, name, spec, environment(self.device, self.compiled), reason)
-                    errors.print(f"{name} failed: {escape(reason)}", soft_wrap=True)
+                    errors.print(f"{name} failed: {reason}", soft_wrap=True)
                     return 1
         except store.Held as holder:
             errors.print(f"{name} is being trained by {holder}; taking the next one", soft_wrap=True)
@@ -269,7 +288,7 @@ class Trainer:
         except Interrupted as error:
             raise KeyboardInterrupt(f"{name} {error}") from None
         except ResumeError as error:
-            errors.print(f"error: {escape(str(error))}", soft_wrap=True)
+            errors.print(f"error: {error}", soft_wrap=True)
             return 2
         finally:
             self.stop.stepping = False
@@ -315,16 +334,16 @@ def evaluate_command(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from None
     networks = [network.load(path, device) for path in paths]
-    for path, net in zip(paths, networks, strict=True):
-        recorded = net.meta.get("test")
-        whole = isinstance(recorded, dict) and recorded.keys() >= {"accuracy", "correct", "loss"}
-        if not whole or not net.meta.keys() >= {"name", "seed"}:
-            raise UserError(f"{path} does not hold what its run recorded, so there is nothing to compare with")
+    records = [recorded(path, net) for path, net in zip(paths, networks, strict=True)]
     data = jit.place(load_data(args), device)
     status = 0
-    for path, net in zip(paths, networks, strict=True):
-        result, recorded = net.evaluate(data.test_images, data.test_labels), net.meta["test"]
-        same = result["correct"] == recorded["correct"] and abs(result["loss"] - recorded["loss"]) < 1e-4
+    for path, net, (test, digest) in zip(paths, networks, records, strict=True):
+        result = net.evaluate(data.test_images, data.test_labels)
+        same = (
+            digest == net.meta["digest"]
+            and result["correct"] == test["correct"]
+            and abs(result["loss"] - test["loss"]) < 1e-4
+        )
         status = max(status, 0 if same else 1)
         if args.json:
             line = {
@@ -334,33 +353,47 @@ def evaluate_command(args: argparse.Namespace) -> int:
                 "test_accuracy": result["accuracy"],
                 "test_loss": result["loss"],
                 "n": result["n"],
-                "recorded_test_accuracy": recorded["accuracy"],
+                "recorded_test_accuracy": test["accuracy"],
             }
             print(json.dumps(line))
             continue
         low, high = report.interval(result["accuracy"], result["n"])
+        verdict = f"the run recorded {report.percent(test['accuracy'])}, {test['loss']:.4f}, weights {digest[:12]}"
         console.print(
             f"{net.meta['name']} ({path}): {report.percent(result['accuracy'])} of {result['n']:,} test images "
             f"(95% interval {100 * low:.2f}-{100 * high:.2f}%), loss {result['loss']:.4f}; "
-            + (
-                "as recorded"
-                if same
-                else f"the run recorded {report.percent(recorded['accuracy'])}, {recorded['loss']:.4f}"
-            )
+            + ("as recorded" if same else verdict),
+            soft_wrap=True,
         )
         classes = zip(dataset.CLASSES, result["correct"], result["count"], strict=True)
-        console.print("  " + ", ".join(f"{label} {100 * hit / count:.1f}%" for label, hit, count in classes))
+        accuracies = ", ".join(f"{label} {100 * hit / count:.1f}%" for label, hit, count in classes)
+        console.print(f"  {accuracies}", soft_wrap=True)
     return status
 
 
+def recorded(path: Path, net: Any) -> tuple[dict[str, Any], str]:
+    """The test metrics and the digest of the weights in the record beside a checkpoint; where there is none, those that
+    the checkpoint has of itself."""
+    beside = path.with_suffix(".json")
+    record = runs.read_record(beside) if beside.exists() else None
+    if record and record["status"] == "finished":
+        return record["metrics"]["test"], record["digest"]
+    test = net.meta.get("test")
+    whole = isinstance(test, dict) and test.keys() >= {"accuracy", "correct", "loss"}
+    if not whole or not net.meta.keys() >= {"name", "seed", "digest"}:
+        raise UserError(f"{path} does not hold what its run recorded, so there is nothing to compare with")
+    return test, net.meta["digest"]
+
+
 def verify_command(args: argparse.Namespace) -> int:
-    """Train finished runs again in a folder of their own and compare the bits of the weights."""
+    """Train finished runs again in a folder of their own and compare the bits of the weights with the records."""
     from core.provenance import difference
 
     status = 0
     for name, spec in chosen(args.names, {}):
-        record = store.Run(args.out, name, spec_id(spec)).finished()
-        if record is None:
+        path = runs.Run(args.out, name, spec_id(spec)).record
+        record = runs.read_record(path) if path.exists() else None
+        if not record or record["status"] != "finished":
             raise UserError(f"{name} has no finished run under {args.out}; `uv run main.py run {name}` trains it")
         with tempfile.TemporaryDirectory() as elsewhere:
             again = argparse.Namespace(**vars(args), checkpoint_every=10**9, force=False, resume_anyway=False)
@@ -368,18 +401,16 @@ def verify_command(args: argparse.Namespace) -> int:
             again.no_compile = args.no_compile or record["environment"]["mode"] == "eager"
             if failed := train_all(again, [(name, spec)]):
                 return failed
-            new = store.Run(again.out, name, spec_id(spec)).finished()
-        assert new is not None
+            new = runs.read_record(runs.Run(again.out, name, spec_id(spec)).record)
         same = new["digest"] == record["digest"]
         status = max(status, 0 if same else 1)
-        console.print(
-            f"{name}: {'the same bits' if same else 'DIFFERENT bits'}: {new['digest']}, recorded {record['digest']}"
-        )
+        verdict = "the same bits" if same else "DIFFERENT bits"
+        console.print(f"{name}: {verdict}: {new['digest']}, recorded {record['digest']}", soft_wrap=True)
         changed = difference(record["environment"], new["environment"])
         if not record["bitwise"]:
             changed = "been resumed with --resume-anyway"
         if not same and changed:
-            console.print(f"{name}: no wonder, since the recorded run had {changed}")
+            console.print(f"{name}: no wonder, since the recorded run had {changed}", soft_wrap=True)
     return status
 
 
@@ -387,24 +418,28 @@ def list_command(args: argparse.Namespace) -> int:
     for suite, specs in SUITES.items():
         console.print(f"{suite}{' (the default)' if suite == DEFAULT else ''}")
         for name, spec in specs.items():
-            console.print(f"  {name}  {spec_id(resolve(spec))}  {spec}", soft_wrap=True)
+            console.print(f"  {name}  {spec_id(resolved(name))}  {spec}", soft_wrap=True)
     console.print(f"every other key: {resolve({})}", soft_wrap=True)
     return 0
 
 
 def report_command(args: argparse.Namespace) -> int:
-    console.print(f"{args.out / 'results.md'} rebuilt from {len(report.rebuild(args.out))} records")
+    count = len(report.rebuild(args.out, EXPERIMENTS))
+    console.print(f"{args.out / 'results.md'} rebuilt from {count} records", soft_wrap=True)
     return 0
 
 
 def main(argv: list[str]) -> int:
     if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help")):
         argv = ["run", *argv]
-    args = parser().parse_args(argv)
     try:
+        args = parser().parse_args(argv)
         return globals()[f"{args.command}_command"](args)
-    except (UserError, SpecError, dataset.DataError, store.StoreError) as error:
-        errors.print(f"error: {escape(str(error))}", soft_wrap=True)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except (UserError, dataset.DataError, store.StoreError, OSError) as error:
+        errors.print(f"error: {error}", soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         errors.print("stopped")

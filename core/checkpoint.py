@@ -5,14 +5,15 @@ any flipped bit, in the header as in the data, is seen before a tensor is made.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -53,11 +54,11 @@ def save(path: Path, tensors: Tensors, meta: dict[str, Any]) -> None:
     Raises:
         core.store.StoreError: it cannot be written.
     """
-    host = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     data = safetensors.torch.save(host, {KEY: canonical({**meta, "sha256": ZEROS})})
-    del host
-    total = hashlib.sha256(data).hexdigest()
-    atomic_write(path, data.replace(_signature(ZEROS), _signature(total), 1))
+    unsigned, signed = _signature(ZEROS), _signature(hashlib.sha256(data).hexdigest())
+    start = data.index(unsigned)
+    atomic_write(path, data[:start], signed, memoryview(data)[start + len(unsigned) :])
 
 
 def _signature(total: str) -> bytes:
@@ -81,12 +82,14 @@ def load(path: Path, template: Callable[[dict[str, Any]], Shapes]) -> tuple[Tens
             return _read(file, template)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except MemoryError:
+        raise CheckpointError(f"{path} needs more memory than there is") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path} is damaged or not a checkpoint of this program: {reason[:300]}") from None
 
 
-def _read(file: BinaryIO, template: Callable[[dict[str, Any]], Shapes]) -> tuple[Tensors, dict[str, Any]]:
+def _read(file: io.BufferedReader, template: Callable[[dict[str, Any]], Shapes]) -> tuple[Tensors, dict[str, Any]]:
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -100,14 +103,18 @@ def _read(file: BinaryIO, template: Callable[[dict[str, Any]], Shapes]) -> tuple
     if size != 8 + length + body:
         raise ValueError(f"it is truncated or too long: {size:,} bytes, expected {8 + length + body:,}")
 
-    # Only now is a size known that the file's spec and its length agree on.
-    data = bytearray(file.read(body))
-    if len(data) != body:
-        raise ValueError("it was truncated while it was read")
-    total = hashlib.sha256(start + raw.replace(_signature(meta["sha256"]), _signature(ZEROS), 1))
-    total.update(data)
-    if total.hexdigest() != meta["sha256"]:
-        raise ValueError("its sha256 is not the one that was written")
+    def verify(chunks: Iterable[bytes | bytearray]) -> None:
+        total = hashlib.sha256(start + raw.replace(_signature(meta["sha256"]), _signature(ZEROS), 1))
+        for chunk in chunks:
+            total.update(chunk)
+        if total.hexdigest() != meta["sha256"]:
+            raise ValueError("its sha256 is not the one that was written")
+
+    verify(iter(lambda: file.read(1 << 20), b""))  # before memory is taken for it
+    file.seek(8 + length)
+    data = bytearray(body)
+    file.readinto(data)
+    verify([data])  # what was read is what is used, whatever has happened to the file in between
     tensors = {}
     for name, (shape, dtype) in expected.items():
         count = math.prod(shape)
@@ -128,7 +135,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _header(raw: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """The header's tensor entries, and our metadata."""
     header = json.loads(raw, object_pairs_hook=_unique)
-    outer = header.pop("__metadata__")
+    outer = header.pop("__metadata__", {})
     if list(outer) != [KEY]:
         raise ValueError("metadata of another program")
     meta = json.loads(outer[KEY], object_pairs_hook=_unique)

@@ -11,7 +11,9 @@ import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from filelock import FileLock
 
 if TYPE_CHECKING:  # torch takes two seconds to import, which `main.py list` and a missing file need not wait for
     from torch import Tensor
@@ -99,7 +101,7 @@ def verified(folder: Path, name: str) -> bytes:
 
 
 def _remedy(path: Path) -> str:
-    return f"delete it (rm '{path}') and run the command again to fetch it anew"
+    return f"delete it (rm {'-r ' * path.is_dir()}'{path}') and run the command again to fetch it anew"
 
 
 def missing(folder: Path) -> list[str]:
@@ -115,26 +117,49 @@ def fetch(folder: Path, url: str | None = None, progress: Progress = lambda *_: 
     """
     if not missing(folder):
         return
+    try:
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder.resolve()}.lock"):
+            for left in (folder / FOLDER).glob("*.tmp"):  # by a process that was killed; DVC would not go on beside it
+                left.unlink()
+            _fetch(folder, url, progress)
+    except OSError as error:
+        raise DataError(f"cannot write into {folder / FOLDER}: {error.strerror or error}") from None
+
+
+def _fetch(folder: Path, url: str | None, progress: Progress) -> None:
+    absent = missing(folder)
+    for name in FILES:
+        if name not in absent:
+            verified(folder, name)  # so that what is wrong is said of the file that is wrong
     tried = []
-    if folder.resolve() == ROOT / "data":
-        problem = _pull()
+    tracked = folder.resolve() == ROOT / "data"
+    if tracked:
+        problem = _dvc(lambda repo: repo.pull("data.dvc"))
         if not missing(folder):
             return
         tried.append(f"DVC: {problem or 'the pull left files missing'}")
     for address in ((url,) if url else ()) + MIRRORS:
         try:
             _download(address, folder, progress)
-            return
+            break
         except OSError as error:
             tried.append(f"{address}: {getattr(error, 'reason', error)}")
-    raise DataError(
-        f"{folder / FOLDER} lacks {', '.join(missing(folder))} and nothing delivered it ({'; '.join(tried)}); run "
-        f"`uv run dvc pull`, or name an address of cifar-10-python.tar.gz with --data-url"
-    )
+    else:
+        remedy = "run `uv run dvc pull`, or " * tracked + "name an address of cifar-10-python.tar.gz with --data-url"
+        absent = missing(folder)
+        raise DataError(
+            f"{folder / FOLDER} lacks {', '.join(absent)} and nothing delivered it ({'; '.join(tried)}); {remedy}"
+        )
+    if tracked and sorted(path.name for path in folder.rglob("*") if path.is_file()) == sorted(FILES):
+        for name in FILES:
+            verified(folder, name)
+        # It is what data.dvc names; now DVC has it in its cache, as after a pull.
+        _dvc(lambda repo: repo.commit("data.dvc", force=True))
 
 
-def _pull() -> str | None:
-    """`dvc pull`; returns what went wrong."""
+def _dvc(command: Callable[[Any], Any]) -> str | None:
+    """Run a command on the project's DVC repository; returns what went wrong."""
     try:  # DVC takes a second to import: only where it is needed
         import logging
 
@@ -144,7 +169,7 @@ def _pull() -> str | None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         in_git = (ROOT / ".git").exists()
         with Repo(str(ROOT), config=None if in_git else {"core": {"no_scm": True}}) as repo:
-            repo.pull(targets=["data.dvc"])
+            command(repo)
         return None
     except Exception as error:  # whatever is wrong with the remote, the mirrors are next
         return " ".join(str(error).split())[:200] or type(error).__name__
@@ -174,7 +199,6 @@ def _download(address: str, folder: Path, progress: Progress) -> None:
         if digest.hexdigest() != ARCHIVE_MD5:
             raise OSError(f"md5 {digest.hexdigest()}, expected {ARCHIVE_MD5}")
         archive.seek(0)
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         with tarfile.open(fileobj=archive) as tar:
             for name in missing(folder):
                 target = folder / FOLDER / name

@@ -4,6 +4,7 @@ threads; the graph that comes in and the arithmetic that goes out are the step's
 
 import contextlib
 import gc
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 OPTIONS: dict[str, Any] = {
-    "aot_inductor.precompile_headers": False,  # the headers are used once: 6 s less
     "aot_inductor.compile_wrapper_opt_level": "O0",  # what calls the kernels; 2 s less
     "aot_inductor.enable_line_tables": False,
+    "pattern_matcher": False,
     "size_asserts": False,
     "alignment_asserts": False,
 }
@@ -26,17 +27,25 @@ _library.define("mm(Tensor a, Tensor b) -> Tensor")
 _library.impl("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
 
 
-def aot_compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Path:
-    """Compile a graph of ATen operations into a shared library in inductor's cache.
+def aot_compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], threads: int) -> Path:
+    """Compile a graph of Dynamo's, for a number of threads, into a shared library in inductor's cache.
 
+    The graph changes nothing but its inputs, and those at its end. It becomes one of the ATen operations that inductor
+    has code for: torch.func's transforms become what they stand for.
     https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
     """
     import torch._inductor
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
 
-    options = dict(OPTIONS)
+    options = OPTIONS | {"cpp.threads": threads}
     if prefers_onednn():
         options["post_grad_custom_pre_pass"] = use_onednn
-    return Path(str(torch._inductor.aot_compile(graph, tuple(inputs), options=options)))
+    with FakeTensorMode() as fake:
+        examples = [fake.from_tensor(t, static_shapes=True) for t in inputs]
+        lowered = make_fx(graph, select_decomp_table())(*examples)
+    return Path(str(torch._inductor.aot_compile(lowered, tuple(examples), options=options)))
 
 
 @contextlib.contextmanager
@@ -45,11 +54,28 @@ def compiling() -> Iterator[None]:
     collecting = gc.isenabled()
     gc.disable()  # a compiler's heap is large and stays: to search it for garbage again and again takes 2 s
     try:
-        with short_draws(), no_trial_builds(), no_input_checks(), sums_on_one_thread(), parallel_builds():
+        with contextlib.ExitStack() as stack:
+            # First what starts to compile headers, so that it goes on during the imports.
+            stack.enter_context(parallel_builds())
+            for each in (one_lowering, short_draws, needed_buffers, no_idle_work, no_input_checks, sums_on_one_thread):
+                stack.enter_context(each())
             yield
     finally:
         if collecting:
             gc.enable()
+
+
+@contextlib.contextmanager
+def one_lowering() -> Iterator[None]:
+    """Take the graph as `aot_compile` makes it, rather than lower it once more: 1 s less."""
+    from torch._inductor import compile_fx
+
+    with (
+        mock.patch.object(compile_fx, "run_pre_grad_passes", lambda graph, _: graph),
+        mock.patch.object(compile_fx, "aot_export_module", lambda graph, *_, **__: (graph, None)),
+        mock.patch.object(compile_fx, "_unlift_graph", lambda graph, *_: graph),
+    ):
+        yield
 
 
 def short_draws() -> Any:
@@ -71,12 +97,38 @@ def short_draws() -> Any:
     return mock.patch.dict(lowering.lowerings, {xor: kept})
 
 
-def no_trial_builds() -> Any:
-    """Believe the CPU when it reports vector instructions, rather than build and run a program for each set: 12 s
-    less."""
-    from torch._inductor.cpu_vec_isa import VecISA
+def needed_buffers() -> Any:
+    """Before a tensor is written, save only what was computed from its old value and is still to be used: 1 s less.
 
-    return mock.patch.object(VecISA, "check_build", return_value=True)
+    Inductor would make a buffer of everything that was, as if it did not know that a graph is walked in order.
+    """
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.ir import TensorBox
+
+    def mark_mutated(graph: Any, name: str) -> None:
+        graph.mutated_buffers.add(name)
+        for value in graph.env.values():  # the interpreter forgets what has no further use
+            if isinstance(value, TensorBox) and name in value.get_read_names():
+                value.realize()
+
+    return mock.patch.object(GraphLowering, "mark_buffer_mutated", mark_mutated)
+
+
+@contextlib.contextmanager
+def no_idle_work() -> Iterator[None]:
+    """Leave out what comes to nothing on a CPU that reports its vector instructions: 13 s less."""
+    from torch._dynamo import config
+    from torch._inductor import codecache
+    from torch._inductor.cpu_vec_isa import VecISA
+    from torch._inductor.fx_passes import joint_graph
+
+    with (
+        mock.patch.object(VecISA, "check_build", return_value=True),  # builds and runs a program for each set of them
+        mock.patch.object(codecache, "triton_key", return_value=None),  # hashes all of Triton
+        mock.patch.object(joint_graph, "lazy_init"),  # makes patterns of attention, to look for in the graph
+        config.patch(run_gc_after_compile=False),
+    ):
+        yield
 
 
 def no_input_checks() -> Any:
@@ -108,25 +160,49 @@ def sums_on_one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def parallel_builds() -> Iterator[None]:
-    """Compile the kernels and what calls them at the same time, rather than one after the other: 4 s less."""
+    """Compile the kernels and what calls them at the same time, rather than one after the other, 4 s less; and the
+    headers of the latter, which takes longer, already while the graph is made, 1 s less."""
+    from torch._inductor import config, cpp_builder, cpu_vec_isa
     from torch._inductor.cpp_builder import CppBuilder
 
     build = CppBuilder.build
     objects: list[Future] = []
 
-    with ThreadPoolExecutor() as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        header = Path(folder) / "wrapper.h"
+        header.write_text("#include <torch/csrc/inductor/aoti_include/cpu.h>\n")
+        with config.patch(OPTIONS), mock.patch.object(cpu_vec_isa.VecISA, "check_build", return_value=True):
+            isa = cpu_vec_isa.pick_vec_isa()
+            flags = cpp_builder.CppTorchDeviceOptions(
+                precompiling=True, min_optimize=True, aot_mode=True, device_type="cpu", vec_isa=isa
+            )
+            headers = pool.submit(build, CppBuilder(str(header), str(header), flags))
+
+        def precompiled(name: str, *_: Any, **__: Any) -> str | None:
+            return str(header) if "aoti_include" in name else None
+
+        def after_headers(builder: Any) -> None:
+            headers.exception()  # without them, the compiler reads what they were made from
+            build(builder)
 
         def concurrent(builder: Any) -> None:
             target = builder.get_target_file_path()
-            if target.endswith((".wrapper.o", ".kernel.o")):
+            if target.endswith(".wrapper.o"):
+                objects.append(pool.submit(after_headers, builder))
+            elif target.endswith(".kernel.o"):
                 objects.append(pool.submit(build, builder))
-                return
-            if target.endswith(".so"):  # which links them
-                for done in objects:
-                    done.result()
-            build(builder)
+            else:
+                if target.endswith(".so"):  # which links them
+                    for done in objects:
+                        done.result()
+                build(builder)
 
-        with mock.patch.object(CppBuilder, "build", concurrent):
+        from torch._inductor import codecache
+
+        with (
+            mock.patch.object(CppBuilder, "build", concurrent),
+            mock.patch.object(codecache, "_precompile_header", precompiled),
+        ):
             yield
 
 

@@ -1,12 +1,8 @@
-"""The border between the pure step and the machine: compilation, donation, CUDA graphs, where compiled code is kept.
+"""The border between the pure step and the machine: compilation, donation, CUDA graphs.
 
 The step stays pure; only here is it turned into one that writes its new state over the old one.
 """
 
-import contextlib
-import ctypes
-import hashlib
-import json
 import os
 import platform
 import shutil
@@ -17,19 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import inductor, store
+from core import inductor, library, random
 from core.dataset import Cifar10
-from core.spec import Spec, canonical, static_key
+from core.provenance import CODE
+from core.spec import Spec, static_key
 from core.step import State, make_train_step
 
-# Inductor's own cache and the libraries made with it.
-CACHE = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".cache")))
-
-# The code that a compiled step is made of, as it is when this process imports it.
-SOURCES = ("inductor", "jit", "loader", "model", "optim", "random", "step")
-CODE = hashlib.sha256(b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in SOURCES)).hexdigest()
-
 Advance = Callable[[], None]
+Trees = tuple[State, dict, dict]  # state, data, hyper
 
 _compiled: dict[str, Callable[..., None]] = {}
 
@@ -114,11 +105,11 @@ def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = Tru
     device = state["step"].device
     # "high" lets float32 products run in TF32 where the hardware has it (NVIDIA, since Ampere).
     torch.set_float32_matmul_precision("high" if spec["precision"] == "tf32" else "highest")
-    step = in_place(make_train_step(spec))
     if not compiled:
+        step = in_place(make_train_step(spec))
         return lambda: step(state, data, hyper)
     try:
-        return (_library if device.type == "cpu" else _cuda_graph)(spec, step, (state, data, hyper))
+        return (_library if device.type == "cpu" else _cuda_graph)(spec, (state, data, hyper))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Dynamo, inductor, the C++ compiler and the loader each raise their own
@@ -126,82 +117,57 @@ def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = Tru
         raise CompileError(reason[:200]) from error
 
 
-def _library(spec: Spec, step: Callable[[State, dict, dict], None], trees: tuple[State, dict, dict]) -> Advance:
-    """The step as a shared library under CACHE, compiled by the first process that needs it.
+def compile_ahead(spec: Spec, state: State, data: dict, hyper: dict) -> None:
+    """Start to compile, in another process, what `fuse` will be asked for on a CPU."""
+    library.start(*_recipe(spec, (state, data, hyper)))
 
-    Loading it takes neither Dynamo nor inductor, whose imports and tracing would cost 5 s in each process, and every
-    process runs the same machine code.
-    """
+
+def _library(spec: Spec, trees: Trees) -> Advance:
+    """The step as a shared library, compiled by the first process that needs it."""
+    path, make = _recipe(spec, trees)
     tensors = [t for tree in trees for t in leaves(tree)]
-    path = CACHE / f"{_fingerprint(spec, tensors)}.so"
-    if not path.exists():
-        _build(path, step, trees, tensors)
-    _keep_freed_memory()
-    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
-    order = json.loads(path.with_suffix(".inputs").read_text())
-    inputs = [tensors[i] for i in order]
-
-    def advance() -> None:
-        runner.run(inputs)
-
-    return advance
+    return library.bind(path, [tensors[i] for i in library.obtain(path, make)])
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc keep the buffers that a step frees for the next one. Given back to the system, they are mapped anew in
-    each step, 7,000 page faults and up to a fifth of the time at batch 512."""
-    trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt(3)
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim_threshold, 1 << 30)
-        mallopt(mmap_threshold, 1 << 25)  # the largest that it takes
-
-
-def _fingerprint(spec: Spec, tensors: list[Tensor]) -> str:
-    """A hash of all that the compiled step depends on: the code, the spec's graph, the tensors, torch, the machine."""
+def _recipe(spec: Spec, trees: Trees) -> tuple[Path, library.Make]:
+    """Where the library of a step is kept, and how it is made: Dynamo traces one full graph, inductor turns it into C++
+    and that into a library."""
+    tensors = [t for tree in trees for t in leaves(tree)]
+    threads = torch.get_num_threads()
     signature = [(str(t.dtype), list(t.shape)) for t in tensors]
-    machine = [torch.__version__, torch.get_num_threads(), platform.machine(), dict(torch.cpu.get_capabilities())]
-    return hashlib.sha256(canonical([CODE, static_key(spec), signature, machine]).encode()).hexdigest()[:32]
+    machine = [torch.__version__, threads, platform.machine(), dict(torch.cpu.get_capabilities())]
+
+    def make() -> tuple[bytes, list[int]]:
+        graphs: list[torch.fx.GraphModule] = []
+        order: list[int] = []
+
+        def capture(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., tuple]:
+            graphs.append(graph)
+
+            def note_order(*inputs: Tensor) -> tuple:
+                # Dynamo chooses which tensors are inputs, and their order; they are told by identity.
+                order.extend(next(i for i, t in enumerate(tensors) if t is x) for x in inputs)
+                return ()
+
+            return note_order
+
+        with inductor.compiling():
+            torch.compiler.allow_in_graph(random.bits)  # 160 operations that Dynamo need not follow one by one
+            step = in_place(make_train_step(spec))
+            torch.compile(step, fullgraph=True, dynamic=False, backend=capture)(*trees)
+            return inductor.aot_compile(graphs[0], [tensors[i] for i in order], threads).read_bytes(), order
+
+    return library.place([CODE, static_key(spec), signature, machine]), make
 
 
-def _build(path: Path, step: Callable[..., None], trees: tuple[State, dict, dict], tensors: list[Tensor]) -> None:
-    """Compile the step into `path`, and beside it, as JSON, which of `tensors` are its inputs, in order.
-
-    Dynamo traces one full graph, inductor turns it into C++ and that into a shared library.
-    """
-    graphs: list[torch.fx.GraphModule] = []
-    order: list[int] = []
-
-    def capture(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., tuple]:
-        graphs.append(graph)
-
-        def note_order(*inputs: Tensor) -> tuple:
-            # Dynamo chooses which tensors are inputs, and their order; they are told by identity.
-            order.extend(next(i for i, t in enumerate(tensors) if t is x) for x in inputs)
-            return ()
-
-        return note_order
-
-    with inductor.compiling():
-        from torch._subclasses import FakeTensorMode
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        torch.compile(step, fullgraph=True, dynamic=False, backend=capture)(*trees)
-        with FakeTensorMode() as fake:
-            inputs = [fake.from_tensor(tensors[i], static_shapes=True) for i in order]
-            lowered = make_fx(graphs[0])(*inputs)  # torch.func's transforms become the operations that they stand for
-        library = inductor.aot_compile(lowered, inputs)
-    store.atomic_write(path.with_suffix(".inputs"), json.dumps(order).encode())
-    store.atomic_write(path, library.read_bytes())
-
-
-def _cuda_graph(spec: Spec, step: Callable[..., None], trees: tuple[State, dict, dict]) -> Advance:
+def _cuda_graph(spec: Spec, trees: Trees) -> Advance:
     """The compiled step recorded into a CUDA graph, whose replay needs no work of the host.
 
     Recording wants a warm-up, which compiles and takes steps; the state is put back afterwards.
     https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
     state = trees[0]
+    step = in_place(make_train_step(spec))
     compiled = _compiled.setdefault(static_key(spec), torch.compile(step, fullgraph=True, dynamic=False))
     before = [t.clone() for t in leaves(state)]
     stream = torch.cuda.Stream()

@@ -4,6 +4,8 @@ Inside, activations are feature-major, [features, batch]: the matrix products ru
 batch norm reduces along the contiguous axis. Callers see [batch, features].
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -92,7 +94,7 @@ def batch_norm(z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor,
 
 
 def forward(
-    params: Tensors, stats: Tensors, x: Tensor, spec: Spec, mask: Tensor | None = None, train: bool = False
+    params: Tensors, stats: Tensors, x: Tensor, spec: Spec, masks: Sequence[Tensor] = (), train: bool = False
 ) -> tuple[Tensor, Tensors]:
     """Logits, and the batch-norm statistics after this batch.
 
@@ -100,17 +102,15 @@ def forward(
 
     Args:
         x: float32 [batch, 3072] (or [batch, 3, 32, 32]), normalised.
-        mask: with `train`, the dropout mask of all hidden layers, float32 [sum(widths) * batch]; None where the spec
-            has no dropout.
+        masks: with `train`, the dropout mask of each hidden layer, float32 [width, batch]; without them nothing drops.
         train: normalise with the statistics of the batch and drop, rather than with the running statistics.
 
     Returns:
         float32 [batch, 10]; `stats`, updated when `train`.
     """
     h = x.flatten(1).t()  # [features, batch]
-    batch, used = h.shape[1], 0
-    stats = dict(stats)
-    for i, (kind, _, width) in enumerate(layers(spec)):
+    stats, left = dict(stats), iter(masks)
+    for i, (kind, _, _) in enumerate(layers(spec)):
         if kind in ("linear", "norm"):
             weight, bias = params[f"{i}.weight"], params[f"{i}.bias"]
         if kind == "linear":
@@ -126,7 +126,6 @@ def forward(
             h = torch.addcmul(shift[:, None], h, scale[:, None])
         elif kind in ACTIVATIONS:
             h = ACTIVATIONS[kind](h)
-        elif kind == "dropout" and mask is not None:
-            h = h * mask[used : used + width * batch].view(width, batch)
-            used += width * batch
+        elif kind == "dropout" and masks:
+            h = h * next(left)
     return h.t(), stats

@@ -43,10 +43,10 @@ def _adam(grads: Tensors, opt: OptState, params: Tensors, hyper: Tensors, step: 
         if decoupled:
             p = p * kept
         else:
-            g = g + decay * p
+            g = torch.addcmul(g, decay, p)
         m = torch.lerp(opt["exp_avg"][name], g, 1 - BETA1)
-        v = opt["exp_avg_sq"][name] * BETA2 + g * g * (1 - BETA2)
-        new_params[name] = p - step_size * (m / (v.sqrt() * root_correction + EPS))
+        v = torch.addcmul(opt["exp_avg_sq"][name] * BETA2, g, g, value=1 - BETA2)
+        new_params[name] = torch.addcdiv(p, m * -step_size, v.sqrt() * root_correction + EPS)
         exp_avg[name], exp_avg_sq[name] = m, v
     return new_params, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 

@@ -1,5 +1,6 @@
 """Where a run was made: the versions and the hardware that decide its bits, and those that only explain its speed."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -9,8 +10,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# The code that a training consists of, as it is when this process imports it.
+SOURCES = ("inductor", "jit", "library", "loader", "model", "optim", "random", "step", "train")
+CODE = hashlib.sha256(b"".join((ROOT / "core" / f"{name}.py").read_bytes() for name in SOURCES)).hexdigest()[:12]
+
 # A run repeats bit for bit where these agree. The number of threads is not among them (tests/test_reproducible.py).
-DECIDE_BITS = ("torch", "device", "hardware", "mode")
+DECIDE_BITS = ("code", "torch", "device", "hardware", "mode")
 
 
 def environment(device: torch.device, compiled: bool) -> dict[str, str | int]:
@@ -21,6 +26,7 @@ def environment(device: torch.device, compiled: bool) -> dict[str, str | int]:
     else:
         name, hardware = _cpu(), f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
+        "code": CODE,
         "torch": torch.__version__,
         "device": device.type,
         "hardware": hardware,

@@ -3,11 +3,12 @@
 import io
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from core import store
-from core.spec import canonical
+from core import runs, store
+from core.spec import Spec, canonical, resolve
 
 Record = dict[str, Any]
 PICTURE = "checkpoints/learning-curves.svg"
@@ -31,17 +32,20 @@ def speed(record: Record) -> int:
     return speeds[len(speeds) // 2] if speeds else 0
 
 
-def rebuild(out: Path) -> list[Record]:
+def rebuild(out: Path, experiments: Mapping[str, Spec]) -> list[Record]:
     """Write results.md and the learning curves under `out`; returns the records, in the order of the table.
+
+    Args:
+        experiments: what the names of experiments stand for now, to say how to run them again.
 
     Raises:
         core.store.StoreError: they cannot be written; the old ones are intact.
     """
     with store.locked(out / "checkpoints" / "results.lock"):
-        records = sorted(store.records(out), key=_order)
+        records = sorted(runs.records(out), key=_order)
         finished = [r for r in records if r["status"] == "finished"]
         store.atomic_write(out / PICTURE, picture(finished))
-        store.atomic_write(out / "results.md", markdown(records).encode())
+        store.atomic_write(out / "results.md", markdown(records, experiments).encode())
     return records
 
 
@@ -87,10 +91,11 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
 
 def _same_but(records: list[Record], *keys: str) -> list[list[Record]]:
     """Groups of records whose specs agree in all but these keys, and differ in them."""
-    groups = defaultdict(list)
+    groups: dict[str, dict[str, Record]] = defaultdict(dict)
     for record in records:
-        groups[canonical({key: value for key, value in record["spec"].items() if key not in keys})].append(record)
-    return [group for group in groups.values() if len(group) > 1]
+        rest = canonical({key: value for key, value in record["spec"].items() if key not in keys})
+        groups[rest].setdefault(record["spec_id"], record)  # one spec may have run under two names
+    return [list(group.values()) for group in groups.values() if len(group) > 1]
 
 
 def _choice(group: list[Record]) -> str:
@@ -145,8 +150,27 @@ def _baseline(finished: list[Record]) -> str:
     )
 
 
-def markdown(records: list[Record]) -> str:
-    """The text of results.md."""
+OPTIONS = {"epochs": "--epochs", "batch_size": "--batch-size", "lr": "--lr", "seed": "--seed"}
+
+
+def _commands(finished: list[Record], experiments: Mapping[str, Spec]) -> list[str]:
+    """What trains these runs again, those without options in one line."""
+    plain, others = [], []
+    for record in finished:
+        name, spec = record["name"], record["spec"]
+        now = resolve(experiments[name]) if name in experiments else {}
+        changed = [key for key in spec if spec[key] != now.get(key)]
+        if not changed:
+            plain.append(name)
+        elif set(changed) <= OPTIONS.keys():
+            others.append(" ".join(["uv run main.py run", name, *(f"{OPTIONS[key]} {spec[key]}" for key in changed)]))
+        else:
+            others.append(f"# {name} ({record['spec_id']}): its spec is in its record, and in experiments/ no more")
+    return [" ".join(["uv run main.py run", *plain])] * bool(plain) + others
+
+
+def markdown(records: list[Record], experiments: Mapping[str, Spec]) -> str:
+    """The text of results.md; see rebuild."""
     finished = [r for r in records if r["status"] == "finished"]
     parts = [
         "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit. Accuracies are measured in "
@@ -161,7 +185,7 @@ def markdown(records: list[Record]) -> str:
         for r in finished
         if not r["bitwise"]
     ]
-    choices = [_choice(group) for group in _same_but(finished, "lr") if len({r["spec"]["lr"] for r in group}) > 1]
+    choices = [_choice(group) for group in _same_but(finished, "lr")]
     if choices:
         parts += ["\n## Choice of the learning rate\n\n", "\n".join(choices)]
     if seeds := _same_but(finished, "seed"):
@@ -170,15 +194,9 @@ def markdown(records: list[Record]) -> str:
     if finished:
         parts.append(f"\n## Learning curves\n\n![accuracy and loss of every epoch]({PICTURE})\n")
         places = sorted({f"- {_place(r)}" for r in finished})
-        parts += [
-            "\n## Reproduce\n\n```sh\nuv run main.py run "
-            + " ".join(dict.fromkeys(r["name"] for r in finished))
-            + "\nuv run main.py evaluate\nuv run main.py verify "
-            + finished[0]["name"]
-            + "\n```\n\nMade on:\n\n"
-            + "\n".join(places)
-            + "\n"
-        ]
+        commands = [*_commands(finished, experiments), "uv run main.py evaluate"]
+        parts.append("\n## Reproduce\n\n```sh\n" + "\n".join(commands) + "\n```\n\nMade on:\n\n")
+        parts.append("\n".join(places) + "\n")
     return "".join(parts)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from core import checkpoint
 from core.checkpoint import CheckpointError
 from core.provenance import difference
+from core.runs import Run
 from core.spec import canonical
-from core.store import Run, delete
+from core.store import delete
 
 KEEP = 2
 REMEDY = "the rest would not be the same bits; go on all the same with --resume-anyway, or start anew with --force"
@@ -33,12 +34,14 @@ class ResumeError(Exception):
 
 
 class Point(NamedTuple):
-    """Where a run was left. `different` says what decides the bits and has changed since."""
+    """Where a run was left, and the mode in which it goes on. `different` says what decides the bits and has changed
+    since."""
 
     step: int
     state: dict[str, Tensor]
     history: History
     progress: dict[str, Any]
+    mode: str
     different: str | None
 
 
@@ -66,8 +69,8 @@ def newest(
         listen: called with the event damaged for each one that is.
 
     Raises:
-        ResumeError: it belongs to another spec, other data, or, unless `loosely`, to a machine or software whose bits
-            differ; or all of them are damaged.
+        ResumeError: it belongs to another spec, other data, or a machine or software whose bits differ, unless
+            `loosely`; or all of them are damaged.
     """
     bad = []
     for path in run.resume_points():
@@ -91,8 +94,6 @@ def _load(path: Path, meta: dict[str, Any], state: dict[str, Tensor], steps_per_
 
     def template(found: dict[str, Any]) -> checkpoint.Shapes:
         nonlocal step
-        if canonical(found["spec"]) != canonical(meta["spec"]) or found["data"] != meta["data"]:
-            raise ResumeError(f"{path} is of another spec or other data; delete it, or start anew with --force")
         if found["progress"].keys() != meta["progress"].keys():
             raise ValueError("its progress is not that of a run")
         step = int(path.name.split(".step-")[1].split(".")[0])
@@ -104,5 +105,9 @@ def _load(path: Path, meta: dict[str, Any], state: dict[str, Tensor], steps_per_
         raise CheckpointError(f"{path} holds step {int(tensors['step'])}")
     rows = tensors.pop("history").tolist()
     history = [{key: kind(x) for (key, kind), x in zip(COLUMNS.items(), row, strict=True)} for row in rows]
-    different = difference(found["environment"], meta["environment"])
-    return Point(step, tensors, history, found["progress"], different)
+    now = meta["environment"]
+    if found["environment"]["mode"] == "eager":  # which can be gone on with anywhere, as where compiling had failed
+        now = {**now, "mode": "eager"}
+    changed = [f"another {key}" for key in ("spec", "data") if canonical(found[key]) != canonical(meta[key])]
+    changed += filter(None, [difference(found["environment"], now)])
+    return Point(step, tensors, history, found["progress"], now["mode"], ", ".join(changed) or None)

@@ -67,12 +67,12 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
         x = loader.normalise(data["images"].index_select(0, examples))
         if spec["augment"] != "none":
             x = loader.augment(x, spec["augment"], hyper["seed"], step)
-        mask = None
+        masks: list[Tensor] = []
         if spec["dropout"] > 0:
-            mask = random.dropout_mask(hyper["seed"], step, hyper["dropout"], sum(spec["widths"]) * batch)
+            masks = random.dropout_masks(hyper["seed"], step, hyper["dropout"], spec["widths"], batch)
 
         def loss_function(params: dict) -> tuple[Tensor, tuple]:
-            logits, stats = model.forward(params, state["stats"], x, spec, mask, train=True)
+            logits, stats = model.forward(params, state["stats"], x, spec, masks, train=True)
             losses = cross_entropy(logits, labels, hyper["label_smoothing"])
             return losses.mean(), (stats, logits, losses)
 
@@ -123,7 +123,7 @@ def evaluate(
         predicted.append(logits.argmax(1))
     hit = torch.cat(predicted) == labels
     return {
-        "loss": torch.cat(losses).double().sum().item() / n,
+        "loss": torch.cat(losses).cpu().double().sum().item() / n,  # MPS has no float64
         "accuracy": hit.sum().item() / n,
         "correct": labels[hit].bincount(minlength=10).tolist(),
         "count": labels.bincount(minlength=10).tolist(),

@@ -1,15 +1,10 @@
-"""What runs leave on disk, so that it survives anything: atomic writes, one lock a run, records, resume points.
-
-A run of an experiment NAME whose spec has the id ID owns checkpoints/NAME/ID.*: ID.safetensors (weights), ID.json (the
-record), and while it is under way ID.step-N.safetensors (resume points), ID.lock and ID.owner.
-"""
+"""Files that survive anything: written whole or not at all, under locks that die with their process."""
 
 import contextlib
 import errno
 import json
 import os
 import platform
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,15 +21,16 @@ class Held(Exception):
     """Another process is at work on this run; the message says which."""
 
 
-def atomic_write(path: Path, data: bytes) -> None:
-    """Replace a file by `data`, or leave it exactly as it was: written beside it, fsynced, renamed, the folder fsynced.
+def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
+    """Make `parts` the content of a file, or leave it exactly as it was: they are written beside it, fsynced, renamed,
+    the folder fsynced.
 
     Raises:
         StoreError: it cannot be written (no space, no permission); nothing is left behind.
     """
     with _temporary(path) as temporary:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -52,6 +48,8 @@ def reserve(path: Path, size: int, copies: int) -> None:
         StoreError: there is no room, or no permission; nothing is left behind.
     """
     with _temporary(path) as temporary:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
         free = shutil.disk_usage(path.parent).free
         if free < copies * size:
             raise OSError(errno.ENOSPC, f"{copies * size:,} bytes are needed for resume points, {free:,} are free")
@@ -92,7 +90,7 @@ def delete(*paths: Path) -> None:
 
 def sweep(folder: Path, prefix: str) -> None:
     """Delete temporary files that a killed process left; call it with the lock that guards `prefix` held."""
-    delete(*folder.glob(f"{prefix}*.tmp"))
+    delete(*folder.glob(f"{prefix}*.[0-9]*.tmp"))
 
 
 @contextlib.contextmanager
@@ -129,85 +127,3 @@ def _owner(path: Path | None) -> str:
         return path.read_text().strip() if path else "another process"
     except (OSError, ValueError):  # it let go, or has not yet said who it is
         return "another process"
-
-
-class Run:
-    """The files of one run."""
-
-    def __init__(self, out: Path, name: str, spec_id: str) -> None:
-        self.folder = out / "checkpoints" / name
-        self.spec_id = spec_id
-        self.weights = self.folder / f"{spec_id}.safetensors"
-        self.record = self.folder / f"{spec_id}.json"
-
-    def lock(self):
-        """The run for this process alone. Raises Held at once if another has it."""
-        return locked(self.folder / f"{self.spec_id}.lock", self.folder / f"{self.spec_id}.owner", timeout=0)
-
-    def resume_point(self, step: int) -> Path:
-        return self.folder / f"{self.spec_id}.step-{step:010d}.safetensors"
-
-    def resume_points(self) -> list[Path]:
-        """The newest first."""
-        return sorted(self.folder.glob(f"{self.spec_id}.step-*.safetensors"), reverse=True)
-
-    def clear(self) -> None:
-        """Delete all that the run has, so that it starts anew; its lock is held."""
-        delete(self.record, self.weights, *self.resume_points())
-
-    def finished(self) -> dict[str, Any] | None:
-        """The record of the finished run, if there is one and its weights are there too.
-
-        Raises:
-            StoreError: there is a record, but damaged.
-        """
-        record = read_record(self.record) if self.record.exists() and self.weights.exists() else None
-        return record if record and record["status"] == "finished" else None
-
-
-def sweep_all(out: Path) -> None:
-    """Delete what killed processes left under `out`: temporary files, and resume points of finished runs.
-
-    A run that another process is at work on is left alone.
-
-    Raises:
-        StoreError: `out` cannot be written.
-    """
-    with locked(out / "checkpoints" / "results.lock"):
-        sweep(out, "results.md")
-        sweep(out / "checkpoints", "learning-curves")
-    left = [p for p in (out / "checkpoints").glob("*/*") if p.suffix == ".tmp" or ".step-" in p.name]
-    for folder, run_id in sorted({(path.parent, path.name.split(".")[0]) for path in left}):
-        run = Run(out, folder.name, run_id)
-        with contextlib.suppress(Held), run.lock():
-            sweep(folder, f"{run_id}.")
-            if run.finished():
-                delete(*run.resume_points())
-
-
-# What every record holds, and what that of a finished run holds besides.
-ALWAYS = {"name", "spec", "spec_id", "status", "seed", "environment"}
-FINISHED = {"metrics", "history", "parameters", "digest", "bitwise", "first_step_seconds"}
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """The record in a file.
-
-    Raises:
-        StoreError: it cannot be read or is not a record.
-    """
-    try:
-        record = json.loads(path.read_bytes())
-        expected = ALWAYS | (FINISHED if record["status"] == "finished" else {"error"})
-        if not expected <= record.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(expected - record.keys()))}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = str(error)[:200]
-        raise StoreError(f"{path} is damaged or not a record ({reason}); delete it and run that experiment") from None
-    return record
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    """Every record under `out`, in the order of their paths; a damaged one raises StoreError."""
-    paths = sorted((out / "checkpoints").glob("*/*.json"))
-    return [read_record(path) for path in paths if re.fullmatch(r"[0-9a-f]{12}\.json", path.name)]

@@ -11,8 +11,9 @@ from core import step as steps
 from core.dataset import DIRECTORY_HASH, Cifar10
 from core.provenance import environment
 from core.resume import KEEP, ResumeError
+from core.runs import Run
 from core.spec import Spec, spec_id
-from core.store import Run, delete, reserve, write_json
+from core.store import delete, reserve, write_json
 
 Listener = Callable[[str, dict[str, Any]], None]
 
@@ -38,8 +39,9 @@ def meta(name: str, spec: Spec, environment: dict[str, Any]) -> dict[str, Any]:
 
 
 def fail(run: Run, name: str, spec: Spec, environment: dict[str, Any], reason: str) -> None:
-    """Leave the record of a run that failed: it claims no number."""
-    write_json(run.record, {**meta(name, spec, environment), "status": "failed", "error": reason})
+    """Leave the record of a run that failed: it claims no number. What it achieved another time stays."""
+    if not run.result():
+        write_json(run.record, {**meta(name, spec, environment), "status": "failed", "error": reason})
 
 
 def _flat(state: steps.State) -> dict[str, torch.Tensor]:
@@ -48,6 +50,24 @@ def _flat(state: steps.State) -> dict[str, torch.Tensor]:
     for key, value in state.items():
         flat |= {f"{key}/{name}": t for name, t in _flat(value).items()} if isinstance(value, dict) else {key: value}
     return flat
+
+
+def step_inputs(
+    spec: Spec, images: torch.Tensor, labels: torch.Tensor, steps_per_epoch: int
+) -> tuple[steps.State, dict[str, Any], dict[str, Any]]:
+    """State, data and hyper-parameters as they are before the first step, on the device of the images."""
+    device = images.device
+    order = torch.zeros(steps_per_epoch, spec["batch_size"], dtype=torch.int64, device=device)
+    state = jit.to_device(steps.init_state(spec), device)
+    data = {"images": images, "labels": labels, "order": order}
+    return state, data, optim.hyper_tensors(spec, steps_per_epoch, device)
+
+
+def compile_ahead(spec: Spec) -> None:
+    """Have the step of a spec compiled for a CPU while the data is still being read."""
+    images, labels = torch.empty(50_000, 3072, dtype=torch.uint8), torch.empty(50_000, dtype=torch.int64)
+    examples = len(labels) - 10 * loader.VALIDATION_PER_CLASS
+    jit.compile_ahead(spec, *step_inputs(spec, images, labels, examples // spec["batch_size"]))
 
 
 class Training:
@@ -92,13 +112,7 @@ class Training:
             "validation": (*train_split, validation.to(device)),
             "test": (data.test_images, data.test_labels, None),
         }
-        self.state = jit.to_device(steps.init_state(spec), device)
-        self.hyper = optim.hyper_tensors(spec, self.steps_per_epoch, device)
-        self.data = {
-            "images": data.train_images,
-            "labels": data.train_labels,
-            "order": torch.zeros(self.steps_per_epoch, spec["batch_size"], dtype=torch.int64, device=device),
-        }
+        self.state, self.data, self.hyper = step_inputs(spec, *train_split, self.steps_per_epoch)
         self.history: resume.History = []
         # What a resume point carries besides. `seconds` and `timed` (steps) belong to the epoch under way.
         self.progress: dict[str, Any] = {"seconds": 0.0, "timed": 0, "first_step_seconds": None, "bitwise": True}
@@ -136,9 +150,10 @@ class Training:
             if step == end:
                 self._end_epoch(step)
             finished = step // self.steps_per_epoch
-            if step < end or step == total or finished % self.every == 0 or self.should_stop():
+            stop = self.should_stop()
+            if step < end or step == total or finished % self.every == 0 or stop:
                 self._save(step)
-            if step < total and self.should_stop():
+            if step < total and (stop or step < end):
                 raise Interrupted(f"stopped after step {step} of {total}, which is saved")
         return self._finish()
 
@@ -220,6 +235,7 @@ class Training:
         for name, value in state.items():
             value.copy_(point.state[name])
         self.history, self.progress = point.history, point.progress
+        self.environment["mode"] = point.mode
         self.progress["bitwise"] = self.progress["bitwise"] and not point.different
         self.listen("resumed", {"step": point.step, "epoch": self._epoch(point.step), "different": point.different})
         return point.step

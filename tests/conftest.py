@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core import dataset, jit, optim, step
+from core import dataset, library, optim, step
 from core.spec import Spec, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 REMOTE = ROOT.parent / "shared" / "dvc-remote"
 
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(jit.CACHE))  # so that a second call of pytest compiles little
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(library.CACHE))  # so that a second call of pytest compiles little
 
 # The same examples every time: a failure in CI is a failure at home.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)

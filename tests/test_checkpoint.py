@@ -9,8 +9,9 @@ import tracemalloc
 import pytest
 import torch
 
-from core import checkpoint
+from core import checkpoint, model
 from core.checkpoint import CheckpointError
+from core.spec import resolve
 from tests.conftest import ROOT
 
 TENSORS = {"1.weight": torch.linspace(-1, 1, 600).view(20, 30), "2.num_batches_tracked": torch.tensor(7)}
@@ -160,6 +161,30 @@ def test_refusing_costs_little_memory(tmp_path):
         with pytest.raises(CheckpointError, match="too long"):
             checkpoint.load(path, template)
         assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("damage", ["bit", "nan"])
+def test_refusing_a_resume_point_of_the_default_network_costs_little_memory(tmp_path, damage):
+    """Of its 46 MB, a flipped bit keeps all from being held, and a NaN that is rightly signed from being held twice."""
+    path = tmp_path / "big.safetensors"
+    params, stats = model.init(resolve({}), 0)
+    tensors = {f"{i}/{name}": t for i, part in enumerate((params, stats, params, params)) for name, t in part.items()}
+    tensors = {name: t.clone() for name, t in tensors.items()}
+    if damage == "nan":
+        tensors["3/1.weight"][-1, -1] = torch.nan
+    checkpoint.save(path, tensors, META)
+    if damage == "bit":
+        data = bytearray(path.read_bytes())
+        data[-100] ^= 4
+        path.write_bytes(data)
+    shapes = checkpoint.shapes_of(tensors)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="sha256" if damage == "bit" else "NaN"):
+            checkpoint.load(path, lambda _: shapes)
+        assert tracemalloc.get_traced_memory()[1] < (3e6 if damage == "bit" else 50e6)
     finally:
         tracemalloc.stop()
 

@@ -174,7 +174,7 @@ def test_real_data(cifar10):
 
 def test_complete_data_asks_nobody(filled, monkeypatch):
     monkeypatch.setattr(dataset, "_download", None)
-    monkeypatch.setattr(dataset, "_pull", None)
+    monkeypatch.setattr(dataset, "_dvc", None)
     dataset.fetch(filled)
 
 
@@ -246,15 +246,29 @@ def test_nobody_delivers(fake, tmp_path):
     message = str(refused.value)
     assert all(name in message for name in dataset.FILES)
     assert DEAD in message
-    assert "dvc pull" in message
+    assert "dvc pull" not in message  # which fills data/, not this folder
     assert "--data-url" in message
     assert "\n" not in message
 
 
 def test_a_missing_file_is_named(fake, filled):
     (filled / dataset.FOLDER / "data_batch_4").unlink()
-    with pytest.raises(DataError, match=r"lacks data_batch_4 and nothing delivered it \(.*\); run `uv run dvc pull`"):
+    with pytest.raises(DataError, match=r"lacks data_batch_4 and nothing delivered it \(.*\); name an address"):
         dataset.load(filled)
+
+
+def test_an_altered_file_is_named_rather_than_a_missing_one(fake, filled):
+    (filled / dataset.FOLDER / "data_batch_4").unlink()
+    (filled / dataset.FOLDER / "batches.meta").write_bytes(b"x" * dataset.FILES["batches.meta"][1])
+    with pytest.raises(DataError, match=r"batches\.meta is altered"):
+        dataset.load(filled)
+
+
+def test_a_file_in_the_place_of_the_folder(fake, tmp_path):
+    (tmp_path / dataset.FOLDER).write_text("mine")
+    with pytest.raises(DataError, match=rf"^cannot make the folder {tmp_path / dataset.FOLDER}: File exists$"):
+        dataset.load(tmp_path)
+    assert (tmp_path / dataset.FOLDER).read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", dataset.FILES)
@@ -294,7 +308,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(filled):
     path = filled / dataset.FOLDER / "batches.meta"
     path.unlink()
     path.mkdir()
-    with pytest.raises(DataError, match=rf"^cannot read {path}: Is a directory; [^\n]*$"):
+    with pytest.raises(DataError, match=rf"^cannot read {path}: Is a directory; delete it \(rm -r [^\n]*$"):
         dataset.load(filled)
 
 
@@ -354,11 +368,43 @@ def fetch_in(project):
 
 @pytest.mark.slow
 def test_dvc_delivers_in_a_copy_without_git(project):
+    """Even where a fetch was killed before, which left a part of a file."""
+    (project / "data" / dataset.FOLDER).mkdir(parents=True)
+    (project / "data" / dataset.FOLDER / ".4ZLalXq.tmp").write_bytes(b"part of a file")
     done = fetch_in(project)
     assert (done.returncode, done.stderr) == (0, "")
     assert listing(project / "data") == SEVEN
     for name in dataset.FILES:
         dataset.verified(project / "data", name)
+    assert (project / "data.dvc").read_text() == (ROOT / "data.dvc").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stray", [False, True])
+def test_dvc_knows_what_a_mirror_delivered(project, data_dir, stray):
+    """Without the remote, from an archive of the real files: `dvc status` is then clean, and `dvc push` has something
+    to push. A folder that holds anything else is not made known, for it is not what data.dvc names."""
+    shutil.rmtree(project.parent / "shared")
+    archive = project.parent / "archive.tar"
+    with tarfile.open(archive, "w") as tar:
+        for name in dataset.FILES:
+            tar.add((data_dir / dataset.FOLDER / name).resolve(), f"{dataset.FOLDER}/{name}")
+    if stray:
+        (project / "data").mkdir()
+        (project / "data" / "notes.txt").write_text("mine")
+    program = f"""
+import hashlib, pathlib
+from core import dataset
+dvc = dataset._dvc
+archive = pathlib.Path({str(archive)!r})
+dataset.ARCHIVE_MD5, dataset.ARCHIVE_BYTES = hashlib.md5(archive.read_bytes()).hexdigest(), archive.stat().st_size
+dataset.fetch(dataset.ROOT / "data", archive.as_uri())
+problem = dvc(lambda repo: print(repo.status()))
+assert problem is None, problem
+"""
+    done = subprocess.run((sys.executable, "-c", program), cwd=project, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout == "{}\n") is not stray
     assert (project / "data.dvc").read_text() == (ROOT / "data.dvc").read_text()
 
 
@@ -387,5 +433,6 @@ def test_no_network_and_no_remote(project):
     assert len(done.stderr.strip().splitlines()) == 1
     assert "lacks data_batch_1" in done.stderr
     assert "DVC: " in done.stderr
+    assert "run `uv run dvc pull`" in done.stderr
     assert all(mirror in done.stderr for mirror in dataset.MIRRORS)
     assert "Traceback" not in done.stderr

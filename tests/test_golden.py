@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from core import dataset, optim, step  # noqa: E402
 from core.spec import resolve  # noqa: E402
+from tests.conftest import lacking  # noqa: E402
 
 GOLDEN = Path(__file__).with_name("golden.json")
 KEY = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
@@ -40,7 +41,7 @@ def losses(data):
 def test_the_losses_are_the_golden_ones(cifar10):
     golden = json.loads(GOLDEN.read_text())
     if KEY not in golden:
-        pytest.skip(f"no golden losses for {KEY}: `uv run python tests/test_golden.py` adds them")
+        lacking(f"no golden losses for {KEY}: `uv run python tests/test_golden.py` adds them")
     # Two CPUs of one kind may round apart; any change of meaning is far larger.
     assert losses(cifar10) == pytest.approx(golden[KEY], rel=1e-4)
 

@@ -3,18 +3,25 @@
 All compiled tests share one compilation, of the spec {"widths": [32, 16], "batch_size": 64}.
 """
 
+import contextlib
+import json
+
 import pytest
 import torch
 
-from core import jit, step, store, train
+from core import inductor, jit, library, runs, step, store, train
 
-GRAPHS = torch._dynamo.utils.counters["stats"]  # "unique_graphs" counts what Dynamo has compiled
+GRAPHS = torch._dynamo.utils.counters["stats"]  # "unique_graphs" counts what Dynamo has compiled in this process
 
 compiles = pytest.mark.skipif(jit.compiler_problem(torch.device("cpu")) is not None, reason="no C++ compiler here")
 
 
 def clone(tree):
     return {key: clone(value) if isinstance(value, dict) else value.clone() for key, value in tree.items()}
+
+
+def libraries():
+    return sorted(library.CACHE.glob("*.so"))
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +31,23 @@ def compiled(small_spec, step_inputs, tmp_path_factory):
     state, data, hyper = step_inputs(spec)
     after = clone(state)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jit, "CACHE", tmp_path_factory.mktemp("compiled"))
-        before = GRAPHS["unique_graphs"]
-        advance = jit.fuse(spec, after, data, hyper, compiled=True)
-        advance()
-        assert GRAPHS["unique_graphs"] == before + 1  # one, and the counter counts
+        patch.setattr(library, "CACHE", tmp_path_factory.mktemp("compiled"))
+        jit.fuse(spec, after, data, hyper, compiled=True)()
+        assert len(libraries()) == 1
         yield spec, state, data, hyper, after
+
+
+@pytest.fixture
+def nothing_compiles(compiled, monkeypatch):
+    before = libraries()
+
+    def refuse(*_):
+        raise AssertionError("a second compilation")
+
+    monkeypatch.setattr(library, "start", refuse)
+    monkeypatch.setattr(library, "_make_and_keep", refuse)
+    yield
+    assert libraries() == before
 
 
 def assert_close(one, other):
@@ -79,36 +97,30 @@ def test_compiled_step_is_near_the_eager_one(compiled):
     ],
     ids=str,
 )
-def test_another_spec_of_the_same_shape_compiles_nothing(compiled, small_spec, step_inputs, changes):
+def test_another_spec_of_the_same_shape_compiles_nothing(nothing_compiles, small_spec, step_inputs, changes):
     """Two steps each, with new buffers, as the next experiment of a suite has; and they are its own steps."""
     spec = small_spec(**changes)
     state, data, hyper = step_inputs(spec)
     eager = step.make_train_step(spec)(state, data, hyper)
-    before = GRAPHS["unique_graphs"]
-    with torch.compiler.set_stance("fail_on_recompile"):
-        advance = jit.fuse(spec, state, data, hyper, compiled=True)
-        advance()
-        first = clone(state)
-        advance()
-    assert GRAPHS["unique_graphs"] == before
+    advance = jit.fuse(spec, state, data, hyper, compiled=True)
+    advance()
+    first = clone(state)
+    advance()
     assert int(state["step"]) == 2
     assert_close(first, eager)
 
 
 @compiles
 @pytest.mark.slow
-def test_a_new_order_of_the_same_epoch_length_compiles_nothing(compiled):
+def test_a_new_order_of_the_same_epoch_length_compiles_nothing(compiled, nothing_compiles):
     """Each epoch copies its order into the same buffer."""
     spec, state, data, hyper, _ = compiled
     state, data = clone(state), {**data, "order": data["order"].clone()}
-    before = GRAPHS["unique_graphs"]
-    with torch.compiler.set_stance("fail_on_recompile"):
-        advance = jit.fuse(spec, state, data, hyper, compiled=True)
-        for _ in range(9):
-            advance()
-        data["order"].copy_(data["order"].flip(0))
+    advance = jit.fuse(spec, state, data, hyper, compiled=True)
+    for _ in range(9):
         advance()
-    assert GRAPHS["unique_graphs"] == before
+    data["order"].copy_(data["order"].flip(0))
+    advance()
     assert int(state["step"]) == 10
 
 
@@ -118,6 +130,60 @@ def test_compiled_steps_repeat_bit_for_bit(compiled):
     spec, state, data, hyper, after = compiled
     again = clone(state)
     jit.fuse(spec, again, data, hyper, compiled=True)()
+    assert all(torch.equal(a, b) for a, b in zip(jit.leaves(after), jit.leaves(again), strict=True))
+
+
+@compiles
+@pytest.mark.slow
+def test_another_shape_compiles_and_in_this_process_too(compiled, small_spec, step_inputs, monkeypatch):
+    """Where no process can be forked, this one compiles: one graph, counted by Dynamo."""
+    monkeypatch.setattr(library, "start", lambda *_: None)
+    spec = small_spec(optimizer="sgd", augment="flip+shift")
+    state, data, hyper = step_inputs(spec)
+    eager = step.make_train_step(spec)(state, data, hyper)
+    before, graphs = libraries(), GRAPHS["unique_graphs"]
+    jit.fuse(spec, state, data, hyper, compiled=True)()
+    assert len(libraries()) == len(before) + 1
+    assert GRAPHS["unique_graphs"] == graphs + 1
+    for name, value in state["params"].items():
+        torch.testing.assert_close(value, eager["params"][name], rtol=1e-5, atol=1e-5)
+
+
+def swap(text):
+    kept = json.loads(text)
+    kept["inputs"][:2] = kept["inputs"][1::-1]
+    return json.dumps(kept).encode()
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        (".so", lambda data: data[: len(data) // 2]),
+        (".so", lambda data: b""),
+        (".so", lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]),
+        (".json", lambda text: b""),
+        (".json", lambda text: b"[0, 1]"),
+        (".json", lambda text: text[:-20]),
+        (".json", swap),
+        (".json", None),
+        (".so", None),
+    ],
+    ids=range(9),
+)
+def test_a_damaged_library_is_made_anew(compiled, monkeypatch, suffix, damage):
+    """It is never loaded: that could end the process, or train wrongly."""
+    spec, state, data, hyper, after = compiled
+    path = jit._recipe(spec, (state, data, hyper))[0].with_suffix(suffix)
+    good = path.read_bytes()
+    # By a new file, as the loaded one is mapped into this process.
+    store.atomic_write(path, damage(good)) if damage else path.unlink()
+    made = []
+    monkeypatch.setattr(library, "start", lambda *_: (made.append(1), store.atomic_write(path, good)))
+    again = clone(state)
+    jit.fuse(spec, again, data, hyper, compiled=True)()
+    assert made == [1]
     assert all(torch.equal(a, b) for a, b in zip(jit.leaves(after), jit.leaves(again), strict=True))
 
 
@@ -155,10 +221,11 @@ def test_a_compilation_that_fails_becomes_eager(monkeypatch, tmp_path, invented,
         raise RuntimeError("the linker is missing\nand much more")
 
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(jit, "CACHE", tmp_path / "nothing compiled yet")
+    monkeypatch.setattr(inductor, "compiling", contextlib.nullcontext)
+    monkeypatch.setattr(library, "CACHE", tmp_path / "nothing compiled yet")
     events = []
     spec = small_spec(epochs=1)
-    run = store.Run(tmp_path, "x", "0" * 12)
+    run = runs.Run(tmp_path, "x", "0" * 12)
     run.folder.mkdir(parents=True)
     record = train.Training(
         run, "x", spec, invented, torch.device("cpu"), compiled=True, listen=lambda *event: events.append(event)

@@ -82,27 +82,24 @@ def test_images_may_come_as_planes(spec, twins):
     )
 
 
-def mask_for(spec, batch=BATCH):
-    """The draw for all layers, and the same cut into layers."""
+def masks_for(spec, batch=BATCH):
+    if spec["dropout"] == 0:
+        return []
     seed, step = torch.tensor([1, 2], dtype=torch.int32)
-    sizes = [width * batch for width in spec["widths"]]
-    mask = random.dropout_mask(seed, step, torch.tensor(spec["dropout"]), sum(sizes)).double()
-    return mask, list(mask.split(sizes))
+    masks = random.dropout_masks(seed, step, torch.tensor(spec["dropout"]), spec["widths"], batch)
+    return [mask.double() for mask in masks]
 
 
 def test_train_mode_forward_gradients_and_statistics(spec, twins, sequential):
     """With the dropout masks handed to both."""
     params, stats, _ = twins
-    masks = None
-    mask = None
-    if spec["dropout"] > 0:
-        mask, masks = mask_for(spec)
+    masks = masks_for(spec)
     module = sequential(spec, masks).double()
     module.load_state_dict({**params, **stats}, strict=True)
     x, labels = images(), torch.arange(BATCH) % 10
 
     def loss(params):
-        logits, after = model.forward(params, stats, x, spec, mask, train=True)
+        logits, after = model.forward(params, stats, x, spec, masks, train=True)
         return F.cross_entropy(logits, labels), (logits, after)
 
     grads, (_, (logits, after)) = torch.func.grad_and_value(loss, has_aux=True)(params)
@@ -146,7 +143,7 @@ def test_train_mode_differs_from_evaluation_mode(small_spec):
     x = images()
     evaluated, _ = model.forward(params, stats, x, spec)
     normalised, _ = model.forward(params, stats, x, spec, train=True)
-    dropped, _ = model.forward(params, stats, x, spec, mask_for(spec)[0], train=True)
+    dropped, _ = model.forward(params, stats, x, spec, masks_for(spec), train=True)
     assert not torch.allclose(evaluated, normalised)
     assert not torch.allclose(normalised, dropped)
 
@@ -206,7 +203,7 @@ def test_dropout_scales_so_that_the_mean_stays():
                 stats,
                 x,
                 spec,
-                random.dropout_mask(*torch.tensor([0, i], dtype=torch.int32), torch.tensor(0.3), 4096),
+                random.dropout_masks(*torch.tensor([0, i], dtype=torch.int32), torch.tensor(0.3), [4096], 1),
                 train=True,
             )[0]
             for i in range(n)
@@ -221,11 +218,10 @@ def test_dropout_drops_activations_of_every_hidden_layer(small_spec):
     """A mask of zeros leaves only the last bias, whichever layer it is put on."""
     spec = small_spec(widths=[8, 6, 4], norm="none")
     params, stats = map(double, model.init(spec, 0))
-    sizes = [width * BATCH for width in spec["widths"]]
     for layer in range(3):
-        masks = [torch.ones(size, dtype=torch.float64) for size in sizes]
+        masks = [torch.ones(width, BATCH, dtype=torch.float64) for width in spec["widths"]]
         masks[layer].zero_()
-        logits, _ = model.forward(params, stats, images(), spec, torch.cat(masks), train=True)
+        logits, _ = model.forward(params, stats, images(), spec, masks, train=True)
         torch.testing.assert_close(logits, logits[:1].expand(BATCH, 10), rtol=0, atol=1e-12)
 
 

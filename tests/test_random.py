@@ -86,11 +86,36 @@ def test_vmapped_bits_are_those_of_each_alone():
     assert torch.equal(together, torch.stack(alone))
 
 
+def masks(seed, step, rate, widths, batch):
+    return random.dropout_masks(int32(seed), int32(step), torch.tensor(rate), widths, batch)
+
+
 def test_vmapped_masks_are_those_of_each_alone():
     seeds, rates = torch.tensor([4, 5], dtype=torch.int32), torch.tensor([0.2, 0.7])
-    together = torch.func.vmap(lambda seed, rate: random.dropout_mask(seed, int32(2), rate, 41))(seeds, rates)
-    alone = [random.dropout_mask(seed, int32(2), rate, 41) for seed, rate in zip(seeds, rates, strict=True)]
-    assert torch.equal(together, torch.stack(alone))
+    together = torch.func.vmap(lambda seed, rate: random.dropout_masks(seed, int32(2), rate, [7, 4], 3))(seeds, rates)
+    for i, (seed, rate) in enumerate(((4, 0.2), (5, 0.7))):
+        alone = masks(seed, 2, rate, [7, 4], 3)
+        assert all(torch.equal(mask[i], each) for mask, each in zip(together, alone, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_draws_on_a_gpu_are_those_of_the_cpu():
+    for seed, step, count in ((0, 0, 1003), (2**31 - 1, 77, 1 << 20)):
+        drawn = random.bits(int32(seed).cuda(), random.DROPOUT, int32(step).cuda(), count)
+        assert torch.equal(drawn.cpu(), bits(seed, step=step, count=count))
+
+
+def test_masks_are_made_of_the_draws():
+    """By an independent reading of them: the halves of a word, for widths that are even and odd."""
+    widths, batch, rate = [6, 5, 1], 3, 0.3
+    words = reference_bits(4, random.DROPOUT, 9, (3 + 3 + 1) * batch).view(np.uint32)
+    for mask, width in zip(masks(4, 9, rate, widths, batch), widths, strict=True):
+        rows = (width + 1) // 2
+        used, words = words[: rows * batch].reshape(rows, batch), words[rows * batch :]
+        # A number in [0, 1) from each: all 32 bits for the first half of the units, the lower 16 for the second.
+        numbers = np.concatenate([used ^ np.uint32(1 << 31), (used << np.uint32(16)) ^ np.uint32(1 << 31)]) / 2.0**32
+        assert np.array_equal(mask.numpy() == 0, numbers[:width] < np.float32(rate))
+    assert not len(words)
 
 
 def test_the_global_generator_neither_matters_nor_moves():
@@ -161,22 +186,22 @@ def test_the_measure_of_independence_can_fail():
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.2, 0.5, 0.9, 1 - 2**-12])
-def test_mask_keeps_the_mean_and_drops_the_rate(rate):
-    n = 1 << 20
-    mask = random.dropout_mask(int32(0), int32(0), torch.tensor(rate), n)
+def test_masks_keep_the_mean_and_drop_the_rate(rate):
+    """In each half of the units."""
+    (mask,) = masks(0, 0, rate, [1 << 11], 1 << 10)
     assert mask.dtype == torch.float32
     assert set(mask.unique().tolist()) <= {0.0, (1 / (1 - torch.tensor(rate))).item()}
-    dropped = (mask == 0).double().mean().item()
-    assert abs(dropped - rate) <= 6 * (rate * (1 - rate) / n) ** 0.5 + 2**-24
-    assert abs(mask.double().mean().item() - 1) <= (6 * (rate * (1 - rate) / n) ** 0.5 + 2**-24) / (1 - rate)
+    for half in mask.chunk(2):
+        chance = 6 * (rate * (1 - rate) / half.numel()) ** 0.5 + 2**-16
+        assert abs((half == 0).double().mean().item() - rate) <= chance
+        assert abs(half.double().mean().item() - 1) <= chance / (1 - rate)
     if rate == 0:
         assert (mask == 1).all()
 
 
-def test_layers_of_one_mask_are_independent():
-    """The mask is one draw for all hidden layers: no two of them may share its pattern."""
+def test_units_and_layers_are_independent():
+    """The masks are one draw for all hidden layers, and a draw serves two units: none of them may share a pattern."""
     width, batch = 128, 64
-    mask = random.dropout_mask(int32(0), int32(3), torch.tensor(0.5), 3 * width * batch)
-    layers = (mask > 0).double().view(3, -1)
-    correlations = torch.corrcoef(layers) - torch.eye(3)
-    assert correlations.abs().max() < 6 / (width * batch) ** 0.5
+    parts = torch.cat(masks(0, 3, 0.5, [width] * 3, batch)).view(6, -1) > 0  # the halves of three layers
+    correlations = torch.corrcoef(parts.double()) - torch.eye(6)
+    assert correlations.abs().max() < 6 / (width * batch / 2) ** 0.5

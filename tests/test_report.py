@@ -78,6 +78,12 @@ def rows(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
 
 
+EXPERIMENTS = {
+    "lr-1e-3": {"epochs": 2, "lr": 1e-3},
+    "lr-5e-4": {"epochs": 2, "lr": 5e-4},
+    "lr-1e-4": {"epochs": 2, "lr": 1e-4},
+    "baseline": {"epochs": 2, "widths": [512], "norm": "none", "activation": "relu", "dropout": 0.0},
+}
 THREE = [
     # The best on test is not the best on validation.
     make("lr-1e-3", lr=1e-3, validation=0.55, test=0.59),
@@ -98,7 +104,7 @@ def test_interval_against_published_values():
 
 
 def test_a_row_says_what_the_record_says():
-    (row,) = rows(report.markdown([make("lr-1e-3")]))
+    (row,) = rows(report.markdown([make("lr-1e-3")], EXPERIMENTS))
     assert len(row) == len(report.COLUMNS)
     found = dict(zip(report.COLUMNS, row, strict=True))
     assert found == {
@@ -121,7 +127,7 @@ def test_a_row_says_what_the_record_says():
 
 
 def test_the_choice_is_by_validation_alone():
-    text = report.markdown(THREE)
+    text = report.markdown(THREE, EXPERIMENTS)
     choice = text.split("## Choice of the learning rate")[1].split("##")[0]
     assert "chooses **lr-5e-4** (0.0005): 57.00%, 2.00 points before lr-1e-3" in choice
     assert "on it, lr-5e-4 reaches 57.50%" in choice
@@ -130,32 +136,34 @@ def test_the_choice_is_by_validation_alone():
 
 @pytest.mark.parametrize(("second", "verdict"), [(0.569, "within"), (0.50, "more than")])
 def test_the_choice_says_whether_the_lead_is_more_than_chance(second, verdict):
-    text = report.markdown([THREE[1], make("lr-1e-3", lr=1e-3, validation=second)])
+    text = report.markdown([THREE[1], make("lr-1e-3", lr=1e-3, validation=second)], EXPERIMENTS)
     assert f"which is {verdict} the sampling error" in text
 
 
 def test_runs_that_differ_in_more_than_the_learning_rate_are_not_compared():
-    text = report.markdown([make("a", lr=1e-3), make("b", lr=5e-4, epochs=3)])
+    text = report.markdown([make("a", lr=1e-3), make("b", lr=5e-4, epochs=3)], EXPERIMENTS)
     assert "Choice of the learning rate" not in text
 
 
 def test_the_baseline_is_compared_with_the_best_by_validation():
-    text = report.markdown([*THREE, BASELINE])
+    text = report.markdown([*THREE, BASELINE], EXPERIMENTS)
     bought = text.split("## What the network bought over the baseline")[1].split("##")[0]
     assert "lr-5e-4 gains +4.50 points" in bought
     assert "53.00% to 57.50%" in bought
     assert "from 27.0 to 12.5 points" in bought
-    assert "What the network bought" not in report.markdown(THREE)
-    assert "What the network bought" not in report.markdown([BASELINE])
+    assert "What the network bought" not in report.markdown(THREE, EXPERIMENTS)
+    assert "What the network bought" not in report.markdown([BASELINE], EXPERIMENTS)
 
 
 def test_seeds_give_mean_and_sample_deviation():
-    text = report.markdown([make("x", seed=0, test=0.50), make("x", seed=1, test=0.52), make("x", seed=2, test=0.54)])
+    text = report.markdown(
+        [make("x", seed=0, test=0.50), make("x", seed=1, test=0.52), make("x", seed=2, test=0.54)], EXPERIMENTS
+    )
     assert "| x | 3 | 52.00% | 2.00 |" in text
 
 
 def test_a_failed_run_claims_no_number():
-    text = report.markdown([failed("lr-1e-3", lr=1e-3), *THREE[1:]])
+    text = report.markdown([failed("lr-1e-3", lr=1e-3), *THREE[1:]], EXPERIMENTS)
     row = next(row for row in rows(text) if row[0] == "lr-1e-3")
     assert row[1:3] == ["0.001", "0"]
     assert set(row[3:]) == {"–"}
@@ -166,22 +174,22 @@ def test_a_failed_run_claims_no_number():
 
 
 def test_failed_runs_alone_make_a_report():
-    text = report.markdown([failed("a")])
+    text = report.markdown([failed("a")], EXPERIMENTS)
     assert "## Reproduce" not in text
     assert report.PICTURE not in text
 
 
 def test_no_runs_make_a_report():
-    assert report.markdown([]).startswith("# Results\n")
+    assert report.markdown([], EXPERIMENTS).startswith("# Results\n")
     assert report.picture([]).startswith(b"<?xml")
 
 
 def test_a_run_that_is_not_bitwise_says_so():
     record = {**make("a"), "bitwise": False}
-    text = report.markdown([record])
+    text = report.markdown([record], EXPERIMENTS)
     assert "`abcdef012345` (not bitwise)" in text
     assert "a was resumed on other hardware or software" in text
-    assert "not bitwise" not in report.markdown([make("a")])
+    assert "not bitwise" not in report.markdown([make("a")], EXPERIMENTS)
 
 
 def test_speed_is_the_median_of_the_timed_epochs():
@@ -195,9 +203,9 @@ def test_speed_is_the_median_of_the_timed_epochs():
 def test_rebuild_reads_the_records_and_nothing_else(tmp_path):
     write(tmp_path, [*THREE, BASELINE])
     (tmp_path / "results.md").write_text("what somebody wrote by hand")
-    records = report.rebuild(tmp_path)
+    records = report.rebuild(tmp_path, EXPERIMENTS)
     text = (tmp_path / "results.md").read_text()
-    assert text == report.markdown(records)
+    assert text == report.markdown(records, EXPERIMENTS)
     assert "by hand" not in text
     assert [row[0] for row in rows(text)] == ["lr-1e-3", "lr-5e-4", "lr-1e-4", "baseline"]
     picture = (tmp_path / report.PICTURE).read_bytes()
@@ -212,7 +220,7 @@ def test_rebuild_twice_gives_the_same_bytes(tmp_path):
     for out, records in ((tmp_path / "a", everything), (tmp_path / "b", everything[::-1])):
         write(out, records)
         for _ in range(2):
-            report.rebuild(out)
+            report.rebuild(out, EXPERIMENTS)
             written.append(((out / "results.md").read_bytes(), (out / report.PICTURE).read_bytes()))
     assert all(each == written[0] for each in written)
 
@@ -222,7 +230,7 @@ def test_rebuild_passes_over_what_is_no_record(tmp_path):
     folder = tmp_path / "checkpoints" / "lr-1e-3"
     (folder / "half.json").write_text('{"name": ')
     (folder / "other.json").write_text("[1]")
-    assert [record["name"] for record in report.rebuild(tmp_path)] == ["lr-1e-3"]
+    assert [record["name"] for record in report.rebuild(tmp_path, EXPERIMENTS)] == ["lr-1e-3"]
 
 
 def test_the_picture_is_the_same_bytes_for_equal_records():
@@ -244,8 +252,27 @@ def test_the_picture_leaves_matplotlib_as_it_was():
 
 
 def test_how_to_reproduce_names_the_runs():
-    text = report.markdown([*THREE, BASELINE])
+    text = report.markdown([*THREE, BASELINE], EXPERIMENTS)
     block = re.search(r"```sh\n(.*?)```", text, re.S)
     assert block
     assert block[1].splitlines()[0] == "uv run main.py run lr-1e-3 lr-5e-4 lr-1e-4 baseline"
     assert "commit 0123456789ab, data 15fc275e5cae" in text
+
+
+def test_how_to_reproduce_names_the_options_of_a_run():
+    """Or says that the name no longer stands for such a spec."""
+    records = [THREE[0], make("lr-1e-3", lr=1e-3, seed=7), make("lr-1e-3", lr=1e-3, dropout=0.1), make("gone")]
+    block = re.search(r"```sh\n(.*?)```", report.markdown(records, EXPERIMENTS), re.S)
+    assert block
+    plain, seeded, changed, gone, _ = block[1].splitlines()
+    assert plain == "uv run main.py run lr-1e-3"
+    assert seeded == "uv run main.py run lr-1e-3 --seed 7"
+    assert changed.startswith(f"# lr-1e-3 ({records[2]['spec_id']})")
+    assert gone.startswith("# gone (")
+
+
+def test_one_spec_under_two_names_is_one_run():
+    """Neither a second seed nor a rival of itself."""
+    text = report.markdown([THREE[0], {**THREE[0], "name": "again"}], EXPERIMENTS)
+    assert "Over seeds" not in text
+    assert "Choice of the learning rate" not in text

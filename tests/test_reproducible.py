@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from core import checkpoint, train
+from core.runs import Run
 from core.spec import resolve, spec_id
-from core.store import Run
 from experiments import EXPERIMENTS
 from tests.conftest import ROOT
 from tests.test_cli import call
@@ -55,28 +55,61 @@ def test_verify_trains_again_and_compares(data_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_default_network_compiled_interrupted_and_resumed(data_dir, tmp_path):
-    """The main job's own network: stopped by SIGTERM in the middle of its epoch, and not stopped at all."""
-    options = ("--epochs", "1", "--device", "cpu", "--data", str(data_dir))
-    whole = call("run", "lr-1e-3", *options, "--out", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen(
-        (sys.executable, str(ROOT / "main.py"), "run", "lr-1e-3", *options, "--out", str(tmp_path / "cut")),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if "first step" in line:
-            process.send_signal(signal.SIGTERM)
-            break
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+def test_the_default_network_compiled_stopped_killed_and_resumed(data_dir, tmp_path):
+    """The main job's own network: not stopped at all; with one thread; stopped by SIGTERM in the middle of its epoch,
+    then killed, then left alone; and, as the negative control, with a state that lost its moments on the way."""
+    options = ("run", "lr-1e-3", "--epochs", "1", "--device", "cpu", "--data", str(data_dir))
+    changes = {"epochs": 1}
+
+    def finish(out, **env):
+        done = call(*options, "--out", tmp_path / out, **env)
+        assert done.returncode == 0, done.stderr
+        return digest(tmp_path / out, "lr-1e-3", **changes), done.stdout
+
+    def cut(out, words, number):
+        process = subprocess.Popen(
+            (sys.executable, str(ROOT / "main.py"), *options, "--out", str(tmp_path / out)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for line in process.stdout:
+            if words in line:
+                process.send_signal(number)
+                break
+        _, errors = process.communicate(timeout=60)
+        return process.returncode, errors
+
+    whole, _ = finish("whole")
+    assert finish("one thread", OMP_NUM_THREADS="1")[0] == whole
+    status, errors = cut("cut", "first step", signal.SIGTERM)
+    assert status == 130
     assert "goes on from there" in errors
-    again = call("run", "lr-1e-3", *options, "--out", tmp_path / "cut")
-    assert again.returncode == 0, again.stderr
-    assert "resumed after step" in again.stdout
-    assert digest(tmp_path / "cut", "lr-1e-3", epochs=1) == digest(tmp_path / "whole", "lr-1e-3", epochs=1)
+    shutil.copytree(tmp_path / "cut", tmp_path / "control")
+    assert cut("cut", "resumed after step", signal.SIGKILL)[0] == -signal.SIGKILL
+    resumed, output = finish("cut")
+    assert "resumed after step" in output
+    assert resumed == whole
+
+    run = Run(tmp_path / "control", "lr-1e-3", spec_id(resolve({**EXPERIMENTS["lr-1e-3"], **changes})))
+    (path,) = run.resume_points()
+    tensors, meta = checkpoint.load(path, lambda _: shapes(path))
+    checkpoint.save(path, {n: torch.zeros_like(t) if "exp_avg/" in n else t for n, t in tensors.items()}, meta)
+    assert finish("control")[0] != whole
+
+
+def test_the_number_of_threads_could_matter():
+    """The negative control of equal digests: a sum that torch shares between threads depends on their number."""
+    threads = torch.get_num_threads()
+    values = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
+    try:
+        sums = []
+        for n in (1, 2, 3, 4):
+            torch.set_num_threads(n)
+            sums.append(values.sum().item())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(sums)) > 1
 
 
 @pytest.fixture
@@ -136,7 +169,7 @@ def shapes(path):
         return checkpoint.shapes_of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
-@pytest.mark.parametrize("key", ["torch", "hardware", "mode", "device"])
+@pytest.mark.parametrize("key", ["code", "torch", "hardware", "mode", "device"])
 def test_resuming_elsewhere_is_refused_or_marked(training, key):
     path = stopped(training, "cut", 20)
     tensors, meta = checkpoint.load(path, lambda _: shapes(path))
@@ -146,13 +179,37 @@ def test_resuming_elsewhere_is_refused_or_marked(training, key):
     assert training("cut", loosely=True)()["bitwise"] is False
 
 
-@pytest.mark.parametrize("change", [{"data": "other"}, {"spec": {"lr": 1}}])
-def test_resuming_on_other_data_or_another_spec_is_refused(training, change):
+@pytest.mark.parametrize("change", [{"data": "other"}, {"spec": {"lr": 1}}], ids=str)
+def test_resuming_on_other_data_or_another_spec_is_refused_or_marked(training, change):
     path = stopped(training, "cut", 20)
     tensors, meta = checkpoint.load(path, lambda _: shapes(path))
     checkpoint.save(path, tensors, {**meta, **change})
-    with pytest.raises(train.ResumeError, match="another spec or other data"):
-        training("cut", loosely=True)()
+    with pytest.raises(train.ResumeError, match=f"another {next(iter(change))}: .*--resume-anyway"):
+        training("cut")()
+    assert training("cut", loosely=True)()["bitwise"] is False
+
+
+def test_what_began_eager_goes_on_eager(training):
+    """As where compiling had failed: the same command must go on, bit by bit."""
+    whole = training("whole")()
+    stopped(training, "cut", 20)
+    again = training("cut", compiled=True)()
+    assert again["environment"]["mode"] == "eager"
+    assert again["bitwise"]
+    assert again["digest"] == whole["digest"]
+
+
+def test_a_signal_between_the_end_of_an_epoch_and_its_save(training):
+    """Whatever moment it comes at: what is said to be saved is."""
+    for moment in range(15, 19):
+        asked = iter(range(10**9))
+        out = str(moment)
+        run = training(out, every=2)
+        run.should_stop = lambda asked=asked, moment=moment: next(asked) >= moment
+        with pytest.raises(train.Interrupted) as stop:
+            run()
+        step = int(str(stop.value).split("after step ")[1].split()[0])
+        assert run.run.resume_points()[0] == run.run.resume_point(step)
 
 
 def test_the_newest_damaged_falls_back_to_the_one_before_loudly(training):

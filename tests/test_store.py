@@ -1,5 +1,6 @@
 """Files that are whole or as they were, locks that die with their process, records that say when they are damaged."""
 
+import copy
 import errno
 import json
 import os
@@ -9,12 +10,14 @@ from collections import namedtuple
 
 import pytest
 
-from core import store
-from core.store import Held, Run, StoreError
+from core import runs, store
+from core.runs import Run
+from core.store import Held, StoreError
 from tests.conftest import ROOT
+from tests.test_report import make
 
 ID = "0123456789ab"
-FINISHED = dict.fromkeys(store.ALWAYS | store.FINISHED, 0) | {"status": "finished", "spec_id": ID}
+FINISHED = {**make("x"), "spec_id": ID}
 
 
 def python(source, *arguments):
@@ -91,7 +94,7 @@ def test_room_is_known_beforehand(tmp_path, monkeypatch):
 HOLD = """
 import sys, time
 from pathlib import Path
-from core.store import Run
+from core.runs import Run
 with Run(Path(sys.argv[1]), "x", sys.argv[2]).lock():
     print("held", flush=True)
     time.sleep(60)
@@ -134,13 +137,13 @@ def test_no_update_under_a_lock_is_lost(tmp_path):
 REPORT = """
 import json, sys
 from pathlib import Path
-from core import report, store
+from core import report, runs, store
 out, source, first = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), int(sys.argv[3])
 for seed in range(first, first + 4):
-    run = store.Run(out, f"x{seed}", f"{seed:012x}")
+    run = runs.Run(out, f"x{seed}", f"{seed:012x}")
     run.folder.mkdir(parents=True)
     store.write_json(run.record, {**source, "name": f"x{seed}", "spec_id": run.spec_id, "seed": seed})
-    report.rebuild(out)
+    report.rebuild(out, {})
 """
 
 
@@ -161,9 +164,9 @@ def test_processes_that_rebuild_at_once_lose_no_row(tmp_path):
 def test_the_sweep_takes_what_nobody_needs_and_nothing_else(run, tmp_path):
     other = Run(tmp_path, "y", ID)
     other.folder.mkdir()
-    kept = [run.weights, run.record, other.resume_point(5), tmp_path / "checkpoints" / "notes.md", tmp_path / "a.tmp"]
+    kept = [run.weights, run.record, run.resume_point(7), other.resume_point(5)]
+    kept += [tmp_path / "checkpoints" / "notes.md", tmp_path / "a.tmp", tmp_path / "results.md.mine.tmp"]
     swept = [
-        run.resume_point(7),  # of a finished run
         run.folder / f"{ID}.json.77.tmp",
         other.folder / f"{ID}.step-0000000005.safetensors.77.tmp",
         other.folder / f"{'0' * 12}.owner.77.tmp",
@@ -172,7 +175,7 @@ def test_the_sweep_takes_what_nobody_needs_and_nothing_else(run, tmp_path):
     ]
     for path in kept + swept:
         path.write_text(json.dumps(FINISHED))
-    store.sweep_all(tmp_path)
+    runs.sweep_all(tmp_path)
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in swept)
 
@@ -182,11 +185,11 @@ def test_the_sweep_leaves_a_run_alone_that_is_under_way(run, tmp_path):
     temporary.touch()
     holder = python(HOLD, tmp_path, ID)
     assert holder.stdout.readline() == "held\n"
-    store.sweep_all(tmp_path)
+    runs.sweep_all(tmp_path)
     assert temporary.exists()
     holder.kill()
     holder.wait()
-    store.sweep_all(tmp_path)
+    runs.sweep_all(tmp_path)
     assert not temporary.exists()
 
 
@@ -205,9 +208,44 @@ def test_a_run_is_finished_with_its_record_and_its_weights(run):
     store.write_json(run.record, FINISHED)
     assert run.finished() is None
     run.weights.touch()
-    assert run.finished() == FINISHED
+    assert run.finished() == run.result() == FINISHED
+    run.resume_point(7).touch()  # it is being trained again
+    assert run.finished() is None
+    assert run.result() == FINISHED
+    run.resume_point(7).unlink()
     store.write_json(run.record, {**FINISHED, "status": "failed", "error": "NaN"})
     assert run.finished() is None
+
+
+def changed(value, *where):
+    """A finished record with another value somewhere, or without it."""
+    record = copy.deepcopy(FINISHED)
+    inner = record
+    for key in where[:-1]:
+        inner = inner[key]
+    if value is None:
+        del inner[where[-1]]
+    else:
+        inner[where[-1]] = value
+    return record
+
+
+WRONG = [
+    changed({}, "metrics"),
+    changed([], "history"),
+    changed([{}], "history"),
+    changed(None, "spec", "lr"),
+    changed("fast", "spec", "lr"),
+    changed({}, "environment"),
+    changed("x", "metrics", "test", "accuracy"),
+    changed(7.5, "metrics", "test", "accuracy"),
+    changed(float("nan"), "metrics", "test", "loss"),
+    changed(0, "metrics", "validation", "n"),
+    changed(True, "metrics", "validation", "n"),
+    changed(5, "digest"),
+    changed([], "name"),
+    changed(None, "bitwise"),
+]
 
 
 @pytest.mark.parametrize(
@@ -224,13 +262,14 @@ def test_a_run_is_finished_with_its_record_and_its_weights(run):
         '{"status": []}',
         "\0",
         "\x80",
+        *(json.dumps(record) for record in WRONG),
     ],
-    ids=range(11),
+    ids=range(11 + len(WRONG)),
 )
 def test_a_damaged_record_is_named_rather_than_left_out(run, tmp_path, text):
     run.record.write_bytes(text.encode("latin-1"))
     run.weights.touch()
-    for read in (run.finished, lambda: store.records(tmp_path)):
+    for read in (run.finished, lambda: runs.records(tmp_path)):
         with pytest.raises(StoreError, match=f"{run.record} is damaged or not a record .* delete it"):
             read()
 

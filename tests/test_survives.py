@@ -14,8 +14,9 @@ import pytest
 
 from core import checkpoint
 from core.resume import KEEP
+from core.runs import Run, read_record
 from core.spec import resolve, spec_id
-from core.store import Run, read_record
+from core.store import locked
 from experiments import EXPERIMENTS
 from tests.conftest import ROOT
 from tests.test_cli import call
@@ -193,6 +194,40 @@ def test_a_compiled_run_that_is_killed(data_dir, tmp_path):
     assert_nothing_left(tmp_path / "cut")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_while_it_compiles(data_dir, tmp_path, number):
+    """At once, since another process compiles; and that one does not outlive the run and its locks."""
+    cache = tmp_path / "cache"
+    arguments = ("run", "smoke", "--epochs", "1", "--device", "cpu", "--data", str(data_dir), "--out", str(tmp_path))
+    process = subprocess.Popen(
+        (sys.executable, str(ROOT / "main.py"), *arguments),
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(cache.glob("*.lock")):
+        time.sleep(0.1)
+    time.sleep(2)
+    since = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - since < 5
+    assert process.returncode == (130 if number == signal.SIGTERM else -number)
+    assert number == signal.SIGKILL or "stopped before the first step; the same command goes on" in errors
+    assert not list(cache.glob("*.so"))
+    with locked(next(cache.glob("*.lock")), timeout=5):
+        pass
+
+
+def test_the_default_network_compiled_diverges(data_dir, tmp_path):
+    done = call(
+        "run", "lr-1e-3", "--lr", "1e30", "--epochs", "1", "--device", "cpu", "--data", data_dir, "--out", tmp_path
+    )
+    assert done.returncode == 1
+    assert "lr-1e-3 failed: the loss or a gradient is NaN or infinite since step 2 (epoch 1)" in done.stderr
+    assert "%" not in next(line for line in (tmp_path / "results.md").read_text().splitlines() if "| lr-1e-3" in line)
+
+
 # SIGINT and SIGTERM
 
 
@@ -288,6 +323,27 @@ def test_a_disk_that_is_too_full_is_known_before_an_epoch(start, tmp_path):
         assert_nothing_left(out)
 
 
+def test_training_again_keeps_what_is_finished_until_it_is_replaced(start, tmp_path):
+    """On a full disk, and when it is stopped; the second goes on without --force."""
+    command = (*SMOKE[:-1], 3)
+    finish(start, *command, out=tmp_path)
+    run = run_of(tmp_path, epochs=3)
+    before = run.record.read_bytes(), run.weights.read_bytes()
+    process = start(*command, "--force", out=tmp_path, patch=LIMIT.format(n=100_000))
+    assert process.wait() == 2
+    assert (run.record.read_bytes(), run.weights.read_bytes()) == before
+    assert run.finished()
+    process = start(*command, "--force", out=tmp_path)
+    process.until("epoch 1")
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 130
+    assert "; without --force, the same command goes on from there" in process.output()
+    assert (run.record.read_bytes(), run.weights.read_bytes()) == before
+    assert "smoke: resumed after step" in finish(start, *command, out=tmp_path)
+    assert run.weights.read_bytes() == before[1]
+    assert_nothing_left(tmp_path)
+
+
 def test_a_disk_that_fills_up_on_the_way(start, whole, tmp_path):
     patch = (
         """
@@ -315,10 +371,12 @@ core.resume.save = fill_up
 def test_results_that_cannot_be_written_stay_as_they_are(start, tmp_path):
     finish(start, *SMOKE[:-1], 1, out=tmp_path)
     before = (tmp_path / "results.md").read_bytes()
-    process = start("report", out=tmp_path, patch=LIMIT.format(n=500))
-    assert process.wait() == 2
-    assert f"error: cannot write {tmp_path}" in process.output()
-    assert (tmp_path / "results.md").read_bytes() == before
+    long = "import core.report\ncore.report.markdown = lambda *_: 'x' * 1_000_000\n"
+    for patch, name in ((LIMIT.format(n=500), "checkpoints/learning-curves.svg"), (long, "results.md")):
+        process = start("report", out=tmp_path, patch=patch if "SIZE" in patch else patch + LIMIT.format(n=500_000))
+        assert process.wait() == 2
+        assert f"error: cannot write {tmp_path / name}" in process.output()
+        assert (tmp_path / "results.md").read_bytes() == before
     assert_nothing_left(tmp_path)
 
 

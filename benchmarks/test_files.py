@@ -29,6 +29,25 @@ def test_write(tensors, tmp_path, benchmark):
 
 
 @pytest.mark.benchmark(group="files")
+def test_refuse(tensors, tmp_path, benchmark, board):
+    """One bit of the last tensor flipped: the whole file must be hashed before that is known."""
+    path, shapes = tmp_path / "state.safetensors", checkpoint.shapes_of(tensors)
+    checkpoint.save(path, tensors, {})
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+    def refuse():
+        with pytest.raises(checkpoint.CheckpointError):
+            checkpoint.load(path, lambda _: shapes)
+
+    benchmark.pedantic(refuse, rounds=10, warmup_rounds=2)
+    if benchmark.stats:
+        seconds = benchmark.stats.stats.median
+        board.lines.append(f"A checkpoint of {len(data) / 1e6:.0f} MB with a flipped bit is refused in {seconds:.3f} s")
+
+
+@pytest.mark.benchmark(group="files")
 def test_read(tensors, tmp_path, benchmark):
     path, shapes = tmp_path / "state.safetensors", checkpoint.shapes_of(tensors)
     checkpoint.save(path, tensors, {})

@@ -27,6 +27,19 @@ _library.define("mm(Tensor a, Tensor b) -> Tensor")
 _library.impl("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
 
 
+def known_options() -> dict[str, Any]:
+    """Those of OPTIONS that this version of torch has."""
+    from torch._inductor import config
+
+    known = config.get_config_copy()
+    return {key: value for key, value in OPTIONS.items() if key in known}
+
+
+def _patch(owner: Any, name: str, new: Any) -> Any:
+    """Replace something that only costs time; a version of torch that lacks it does not mind."""
+    return mock.patch.object(owner, name, new, create=True)
+
+
 def aot_compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], threads: int) -> Path:
     """Compile a graph of Dynamo's, for a number of threads, into a shared library in inductor's cache.
 
@@ -39,7 +52,7 @@ def aot_compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], threads: 
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    options = OPTIONS | {"cpp.threads": threads}
+    options = known_options() | {"cpp.threads": threads}
     if prefers_onednn():
         options["post_grad_custom_pre_pass"] = use_onednn
     with FakeTensorMode() as fake:
@@ -71,9 +84,9 @@ def one_lowering() -> Iterator[None]:
     from torch._inductor import compile_fx
 
     with (
-        mock.patch.object(compile_fx, "run_pre_grad_passes", lambda graph, _: graph),
-        mock.patch.object(compile_fx, "aot_export_module", lambda graph, *_, **__: (graph, None)),
-        mock.patch.object(compile_fx, "_unlift_graph", lambda graph, *_: graph),
+        _patch(compile_fx, "run_pre_grad_passes", lambda graph, _: graph),
+        _patch(compile_fx, "aot_export_module", lambda graph, *_, **__: (graph, None)),
+        _patch(compile_fx, "_unlift_graph", lambda graph, *_: graph),
     ):
         yield
 
@@ -111,7 +124,7 @@ def needed_buffers() -> Any:
             if isinstance(value, TensorBox) and name in value.get_read_names():
                 value.realize()
 
-    return mock.patch.object(GraphLowering, "mark_buffer_mutated", mark_mutated)
+    return _patch(GraphLowering, "mark_buffer_mutated", mark_mutated)
 
 
 @contextlib.contextmanager
@@ -123,9 +136,9 @@ def no_idle_work() -> Iterator[None]:
     from torch._inductor.fx_passes import joint_graph
 
     with (
-        mock.patch.object(VecISA, "check_build", return_value=True),  # builds and runs a program for each set of them
-        mock.patch.object(codecache, "triton_key", return_value=None),  # hashes all of Triton
-        mock.patch.object(joint_graph, "lazy_init"),  # makes patterns of attention, to look for in the graph
+        _patch(VecISA, "check_build", lambda *_: True),  # builds and runs a program for each set of them
+        _patch(codecache, "triton_key", lambda: None),  # hashes all of Triton
+        _patch(joint_graph, "lazy_init", lambda *_: None),  # makes patterns of attention, to look for in the graph
         config.patch(run_gc_after_compile=False),
     ):
         yield
@@ -136,9 +149,10 @@ def no_input_checks() -> Any:
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
     def nothing(wrapper: Any) -> None:
-        wrapper.prefix.splice_aot("static void __check_inputs_outputs(AtenTensorHandle*, AtenTensorHandle*) {}")
+        splice = getattr(wrapper.prefix, "splice_aot", wrapper.prefix.splice)
+        splice("static void __check_inputs_outputs(AtenTensorHandle*, AtenTensorHandle*) {}")
 
-    return mock.patch.object(CppWrapperCpu, "generate_input_output_runtime_checks", nothing)
+    return _patch(CppWrapperCpu, "generate_input_output_runtime_checks", nothing)
 
 
 @contextlib.contextmanager
@@ -171,7 +185,7 @@ def parallel_builds() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         header = Path(folder) / "wrapper.h"
         header.write_text("#include <torch/csrc/inductor/aoti_include/cpu.h>\n")
-        with config.patch(OPTIONS), mock.patch.object(cpu_vec_isa.VecISA, "check_build", return_value=True):
+        with config.patch(known_options()), _patch(cpu_vec_isa.VecISA, "check_build", lambda *_: True):
             isa = cpu_vec_isa.pick_vec_isa()
             flags = cpp_builder.CppTorchDeviceOptions(
                 precompiling=True, min_optimize=True, aot_mode=True, device_type="cpu", vec_isa=isa
@@ -200,8 +214,8 @@ def parallel_builds() -> Iterator[None]:
         from torch._inductor import codecache
 
         with (
-            mock.patch.object(CppBuilder, "build", concurrent),
-            mock.patch.object(codecache, "_precompile_header", precompiled),
+            _patch(CppBuilder, "build", concurrent),
+            _patch(codecache, "_precompile_header", precompiled),
         ):
             yield
 

@@ -53,8 +53,9 @@ def test_first_step(state, caches, data, tmp_path, benchmark, board):
     starts = [start(cache, tmp_path / str(i)) for i, cache in enumerate(caches)]
     seconds, gigabytes = map(list, zip(*starts, strict=True))
     benchmark.extra_info |= {"peak_gigabytes": round(max(gigabytes), 3)}
+    spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
     board.lines.append(
-        f"First step of main.py, caches {state}: {statistics.median(seconds):.1f} s (of {ROUNDS}: {min(seconds):.1f} to "
-        f"{max(seconds):.1f}); peak memory of its largest process over the whole run {max(gigabytes):.2f} GB"
+        f"First step of main.py, caches {state}: {statistics.median(seconds):.1f} s (of {ROUNDS}: {spread}); "
+        f"peak memory of its largest process over the whole run {max(gigabytes):.2f} GB"
     )
     arena.replay.report(benchmark, seconds)

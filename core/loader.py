@@ -55,7 +55,7 @@ def normalise(images: Tensor) -> Tensor:
     for c in (0, 1):
         scale = torch.where(channel == c, 1 / (255 * STD[c]), scale)
         shift = torch.where(channel == c, -MEAN[c] / STD[c], shift)
-    return images.float() * scale + shift
+    return torch.addcmul(shift, images.float(), scale)
 
 
 def augment(images: Tensor, kind: str, seed: Tensor, step: Tensor) -> Tensor:

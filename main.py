@@ -194,7 +194,8 @@ def train_all(args: argparse.Namespace, experiments: list[tuple[str, Spec]]) -> 
         record = run.finished()
         if record and not args.force:
             accuracy = report.percent(record["metrics"]["test"]["accuracy"])
-            console.print(f"{name} ({run.spec_id}) is finished: {accuracy} test accuracy; --force trains it again")
+            line = f"{name} ({run.spec_id}) is finished: {accuracy} test accuracy; --force trains it again"
+            console.print(line, soft_wrap=True)
         else:
             todo.append((name, spec, run))
     status = 0
@@ -209,7 +210,9 @@ def train_all(args: argparse.Namespace, experiments: list[tuple[str, Spec]]) -> 
                     raise KeyboardInterrupt(f"stopped after {name}")
         except KeyboardInterrupt as error:
             status = 130
-            errors.print(f"{str(error) or 'stopped before the first step'}; {how_to_go_on(args)}", soft_wrap=True)
+            errors.print(
+                f"{error}; {how_to_go_on(args)}" if str(error) else "stopped before the first step", soft_wrap=True
+            )
     table(report.rebuild(args.out, EXPERIMENTS), {spec_id(spec) for _, spec in experiments})
     return status
 
@@ -237,8 +240,9 @@ class Trainer:
         if problem and not args.no_compile:
             errors.print(f"{problem}: the train step runs eager, which is slower")
         self.compiled = not (args.no_compile or problem)
-        if self.compiled:
-            train.compile_ahead(first)
+        if self.compiled and self.device.type == "cpu":
+            with contextlib.suppress(RuntimeError, MemoryError, OSError):  # which the run will meet again, and say
+                train.compile_ahead(first)
         self.data = jit.place(load_data(args), self.device)
         self.args, self.stop = args, stop
 
@@ -324,6 +328,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     """Evaluate checkpoints on the test split; 1 where one differs from what its run recorded."""
     from core import jit, network
 
+    gc.enable()
     paths = args.checkpoints or [
         p for p in sorted((args.out / "checkpoints").glob("*/*.safetensors")) if ".step-" not in p.name
     ]
@@ -340,7 +345,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     for path, net, (test, digest) in zip(paths, networks, records, strict=True):
         result = net.evaluate(data.test_images, data.test_labels)
         same = (
-            digest == net.meta["digest"]
+            digest == net.digest()
             and result["correct"] == test["correct"]
             and abs(result["loss"] - test["loss"]) < 1e-4
         )
@@ -374,15 +379,16 @@ def evaluate_command(args: argparse.Namespace) -> int:
 def recorded(path: Path, net: Any) -> tuple[dict[str, Any], str]:
     """The test metrics and the digest of the weights in the record beside a checkpoint; where there is none, those that
     the checkpoint has of itself."""
+    expected = {"name": str, "seed": int, "digest": str, "test": runs.METRICS}
+    try:
+        runs.check(net.meta, expected)
+    except ValueError as error:
+        raise UserError(f"{path} does not hold what its run recorded: {error}") from None
     beside = path.with_suffix(".json")
     record = runs.read_record(beside) if beside.exists() else None
     if record and record["status"] == "finished":
         return record["metrics"]["test"], record["digest"]
-    test = net.meta.get("test")
-    whole = isinstance(test, dict) and test.keys() >= {"accuracy", "correct", "loss"}
-    if not whole or not net.meta.keys() >= {"name", "seed", "digest"}:
-        raise UserError(f"{path} does not hold what its run recorded, so there is nothing to compare with")
-    return test, net.meta["digest"]
+    return net.meta["test"], net.meta["digest"]
 
 
 def verify_command(args: argparse.Namespace) -> int:
@@ -434,7 +440,9 @@ def main(argv: list[str]) -> int:
         argv = ["run", *argv]
     try:
         args = parser().parse_args(argv)
-        return globals()[f"{args.command}_command"](args)
+        status = globals()[f"{args.command}_command"](args)
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1

@@ -199,6 +199,7 @@ def _download(address: str, folder: Path, progress: Progress) -> None:
         if digest.hexdigest() != ARCHIVE_MD5:
             raise OSError(f"md5 {digest.hexdigest()}, expected {ARCHIVE_MD5}")
         archive.seek(0)
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)  # DVC takes the folder away when it fails
         with tarfile.open(fileobj=archive) as tar:
             for name in missing(folder):
                 target = folder / FOLDER / name

@@ -4,7 +4,6 @@ threads; the graph that comes in and the arithmetic that goes out are the step's
 
 import contextlib
 import gc
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,9 +21,9 @@ OPTIONS: dict[str, Any] = {
     "alignment_asserts": False,
 }
 
-_library = torch.library.Library("cifar10", "FRAGMENT")
-_library.define("mm(Tensor a, Tensor b) -> Tensor")
-_library.impl("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
+_operators = torch.library.Library("cifar10", "FRAGMENT")
+_operators.define("mm(Tensor a, Tensor b) -> Tensor")
+_operators.impl("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
 
 
 def known_options() -> dict[str, Any]:
@@ -62,14 +61,14 @@ def aot_compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], threads: 
 
 
 @contextlib.contextmanager
-def compiling() -> Iterator[None]:
-    """All that holds while a step is compiled, from Dynamo on."""
+def compiling(scratch: Path) -> Iterator[None]:
+    """All that holds while a step is compiled, from Dynamo on; `scratch` is an empty folder."""
     collecting = gc.isenabled()
     gc.disable()  # a compiler's heap is large and stays: to search it for garbage again and again takes 2 s
     try:
         with contextlib.ExitStack() as stack:
             # First what starts to compile headers, so that it goes on during the imports.
-            stack.enter_context(parallel_builds())
+            stack.enter_context(parallel_builds(scratch))
             for each in (one_lowering, short_draws, needed_buffers, no_idle_work, no_input_checks, sums_on_one_thread):
                 stack.enter_context(each())
             yield
@@ -127,6 +126,12 @@ def needed_buffers() -> Any:
     return _patch(GraphLowering, "mark_buffer_mutated", mark_mutated)
 
 
+def _believed(isa: Any, *_: Any) -> bool:
+    """Whether a set of vector instructions can be used, of those that the CPU has: AMX, which float32 does not need, is
+    unknown to many compilers."""
+    return "AMX" not in type(isa).__name__.upper()
+
+
 @contextlib.contextmanager
 def no_idle_work() -> Iterator[None]:
     """Leave out what comes to nothing on a CPU that reports its vector instructions: 13 s less."""
@@ -136,7 +141,7 @@ def no_idle_work() -> Iterator[None]:
     from torch._inductor.fx_passes import joint_graph
 
     with (
-        _patch(VecISA, "check_build", lambda *_: True),  # builds and runs a program for each set of them
+        _patch(VecISA, "check_build", _believed),  # builds and runs a program for each set of them
         _patch(codecache, "triton_key", lambda: None),  # hashes all of Triton
         _patch(joint_graph, "lazy_init", lambda *_: None),  # makes patterns of attention, to look for in the graph
         config.patch(run_gc_after_compile=False),
@@ -173,7 +178,7 @@ def sums_on_one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def parallel_builds() -> Iterator[None]:
+def parallel_builds(scratch: Path) -> Iterator[None]:
     """Compile the kernels and what calls them at the same time, rather than one after the other, 4 s less; and the
     headers of the latter, which takes longer, already while the graph is made, 1 s less."""
     from torch._inductor import config, cpp_builder, cpu_vec_isa
@@ -182,10 +187,10 @@ def parallel_builds() -> Iterator[None]:
     build = CppBuilder.build
     objects: list[Future] = []
 
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
-        header = Path(folder) / "wrapper.h"
+    with ThreadPoolExecutor() as pool:
+        header = scratch / "wrapper.h"
         header.write_text("#include <torch/csrc/inductor/aoti_include/cpu.h>\n")
-        with config.patch(known_options()), _patch(cpu_vec_isa.VecISA, "check_build", lambda *_: True):
+        with config.patch(known_options()), _patch(cpu_vec_isa.VecISA, "check_build", _believed):
             isa = cpu_vec_isa.pick_vec_isa()
             flags = cpp_builder.CppTorchDeviceOptions(
                 precompiling=True, min_optimize=True, aot_mode=True, device_type="cpu", vec_isa=isa

@@ -109,7 +109,7 @@ def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = Tru
         step = in_place(make_train_step(spec))
         return lambda: step(state, data, hyper)
     try:
-        return (_library if device.type == "cpu" else _cuda_graph)(spec, (state, data, hyper))
+        return (_ahead_of_time if device.type == "cpu" else _cuda_graph)(spec, (state, data, hyper))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Dynamo, inductor, the C++ compiler and the loader each raise their own
@@ -122,7 +122,7 @@ def compile_ahead(spec: Spec, state: State, data: dict, hyper: dict) -> None:
     library.start(*_recipe(spec, (state, data, hyper)))
 
 
-def _library(spec: Spec, trees: Trees) -> Advance:
+def _ahead_of_time(spec: Spec, trees: Trees) -> Advance:
     """The step as a shared library, compiled by the first process that needs it."""
     path, make = _recipe(spec, trees)
     tensors = [t for tree in trees for t in leaves(tree)]
@@ -135,9 +135,10 @@ def _recipe(spec: Spec, trees: Trees) -> tuple[Path, library.Make]:
     tensors = [t for tree in trees for t in leaves(tree)]
     threads = torch.get_num_threads()
     signature = [(str(t.dtype), list(t.shape)) for t in tensors]
-    machine = [torch.__version__, threads, platform.machine(), dict(torch.cpu.get_capabilities())]
+    capability = torch.backends.cpu.get_cpu_capability()  # what torch makes use of, of what the CPU has
+    machine = [torch.__version__, threads, platform.machine(), capability, dict(torch.cpu.get_capabilities())]
 
-    def make() -> tuple[bytes, list[int]]:
+    def make(scratch: Path) -> tuple[bytes, list[int]]:
         graphs: list[torch.fx.GraphModule] = []
         order: list[int] = []
 
@@ -151,13 +152,13 @@ def _recipe(spec: Spec, trees: Trees) -> tuple[Path, library.Make]:
 
             return note_order
 
-        with inductor.compiling():
+        with inductor.compiling(scratch):
             torch.compiler.allow_in_graph(random.bits)  # 160 operations that Dynamo need not follow one by one
             step = in_place(make_train_step(spec))
             torch.compile(step, fullgraph=True, dynamic=False, backend=capture)(*trees)
             return inductor.aot_compile(graphs[0], [tensors[i] for i in order], threads).read_bytes(), order
 
-    return library.place([CODE, static_key(spec), signature, machine]), make
+    return library.path_of([CODE, static_key(spec), signature, machine]), make
 
 
 def _cuda_graph(spec: Spec, trees: Trees) -> Advance:

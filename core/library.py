@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -25,13 +26,13 @@ from core.spec import canonical
 # Inductor's own cache and the libraries made with it.
 CACHE = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".cache")))
 
-# Compiles: the bytes of a library, and which tensors of whoever asks are its inputs, in order.
-Make = Callable[[], tuple[bytes, list[int]]]
+# Compiles, in an empty folder: the bytes of a library, and which tensors of the caller's are its inputs, in order.
+Make = Callable[[Path], tuple[bytes, list[int]]]
 
 _makers: dict[Path, int] = {}  # the processes that compile, by what they make
 
 
-def place(key: Any) -> Path:
+def path_of(key: Any) -> Path:
     """Where the library of a key is kept; the key is all that it depends on."""
     return CACHE / f"{hashlib.sha256(canonical(key).encode()).hexdigest()[:32]}.so"
 
@@ -57,21 +58,24 @@ def start(path: Path, make: Make) -> None:
     """
     if sys.platform != "linux" or path in _makers or inputs_of(path) is not None:
         return
-    _makers[path] = os.fork()
-    if not _makers[path]:
-        try:
-            _seclude()
-            _make_and_keep(path, make)
-        finally:
-            os._exit(0)  # if it has failed, `obtain` tries again, and says why
+    stops = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # so that none finds the new process with the old one's handlers
+    try:
+        _makers[path] = os.fork()
+        if not _makers[path]:
+            try:
+                _seclude()
+                _make_and_keep(path, make)
+            finally:
+                os._exit(0)  # if it has failed, `obtain` tries again, and says why
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
 
 
 def _seclude() -> None:
     """Make a forked process one that shares nothing: no signal but at the death of its parent, no files, no output, and
     none of torch's threads, which did not come along."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.closerange(3, 1024)  # among them the lock of a run, which else would outlive its holder
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
@@ -85,7 +89,8 @@ def obtain(path: Path, make: Make) -> list[int]:
         return inputs
     start(path, make)
     if maker := _makers.pop(path, None):
-        os.waitpid(maker, 0)
+        with contextlib.suppress(ChildProcessError):  # it has ended, and somebody else was told
+            os.waitpid(maker, 0)
     return inputs_of(path) or _make_and_keep(path, make)
 
 
@@ -93,8 +98,14 @@ def _make_and_keep(path: Path, make: Make) -> list[int]:
     with store.locked(path.with_suffix(".lock")):
         if found := inputs_of(path):  # another process has made it meanwhile
             return found
+        scratch = path.with_suffix(".scratch")
+        shutil.rmtree(scratch, ignore_errors=True)  # where a process was killed, 130 MB
         store.sweep(path.parent, path.stem)
-        library, inputs = make()
+        try:
+            scratch.mkdir()
+            library, inputs = make(scratch)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
         store.atomic_write(path, library)
         store.write_json(path.with_suffix(".json"), {"inputs": inputs, "sha256": _hash(library, inputs)})
     return inputs

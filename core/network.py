@@ -31,6 +31,10 @@ class Network(NamedTuple):
         x = loader.normalise(images.flatten(1))
         return model.forward(self.params, self.stats, x, self.spec)[0]
 
+    def digest(self) -> str:
+        """The sha256 of the weights; see core.checkpoint.digest."""
+        return checkpoint.digest({**self.params, **self.stats})
+
     def evaluate(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
         """Loss and accuracy over all the images; see core.step.evaluate."""
         return step.evaluate(self.params, self.stats, images, labels, self.spec)

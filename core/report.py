@@ -181,7 +181,7 @@ def markdown(records: list[Record], experiments: Mapping[str, Spec]) -> str:
     ]
     parts += [f"\n{r['name']} failed: {r['error']}.\n" for r in records if r["status"] == "failed"]
     parts += [
-        f"\n{r['name']} was resumed on other hardware or software, so its bits are not those of an uninterrupted run.\n"
+        f"\n{r['name']} was resumed where its bits are not those of an uninterrupted run: --resume-anyway.\n"
         for r in finished
         if not r["bitwise"]
     ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from core import checkpoint
 from core.checkpoint import CheckpointError
 from core.provenance import difference
-from core.runs import Run
+from core.runs import Run, check
 from core.spec import canonical
 from core.store import delete
 
@@ -27,6 +27,8 @@ COLUMNS = {
     "samples_per_second": int,
 }
 History = list[dict[str, Any]]
+# What a resume point carries besides. `seconds` and `timed` (steps) belong to the epoch under way.
+PROGRESS = {"seconds": float, "timed": int, "first_step_seconds": float, "bitwise": bool}
 
 
 class ResumeError(Exception):
@@ -94,8 +96,7 @@ def _load(path: Path, meta: dict[str, Any], state: dict[str, Tensor], steps_per_
 
     def template(found: dict[str, Any]) -> checkpoint.Shapes:
         nonlocal step
-        if found["progress"].keys() != meta["progress"].keys():
-            raise ValueError("its progress is not that of a run")
+        check(found, {"spec": dict, "data": str, "environment": {"mode": str}, "progress": PROGRESS})
         step = int(path.name.split(".step-")[1].split(".")[0])
         rows = step // steps_per_epoch, len(COLUMNS)
         return {**checkpoint.shapes_of(state), "history": (rows, torch.float64)}

@@ -72,7 +72,8 @@ ALWAYS: dict[str, Any] = {
     "spec_id": str,
     "seed": int,
     "data": str,
-    "environment": dict.fromkeys(("torch", "device", "hardware", "mode", "device_name", "python", "git"), str),
+    "environment": dict.fromkeys(("torch", "device", "hardware", "mode", "device_name", "python", "git"), str)
+    | {"threads": int},
 }
 FINISHED = {
     "metrics": dict.fromkeys(("train", "validation", "test"), METRICS),
@@ -87,16 +88,16 @@ FINISHED = {
 }
 
 
-def _check(value: Any, expected: Any, where: str) -> None:
-    """Raise ValueError where a value is not as expected."""
+def check(value: Any, expected: Any, where: str = "") -> None:
+    """Raise ValueError where a value of JSON is not as expected: see METRICS."""
     if isinstance(expected, dict) and isinstance(value, dict):
         for key, inner in expected.items():
             if key not in value:
                 raise ValueError(f"it lacks {where}{key}")
-            _check(value[key], inner, f"{where}{key}.")
+            check(value[key], inner, f"{where}{key}.")
     elif isinstance(expected, list) and isinstance(value, list) and value:
         for item in value:
-            _check(item, expected[0], where)
+            check(item, expected[0], where)
     elif expected is float and type(value) is int:
         pass
     elif type(value) is not expected:
@@ -115,7 +116,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
     try:
         record = json.loads(path.read_bytes(), parse_constant=not_a_number)
-        _check(record, ALWAYS | (FINISHED if record["status"] == "finished" else {"error": str}), "")
+        check(record, ALWAYS | (FINISHED if record["status"] == "finished" else {"error": str}))
         for metrics in record.get("metrics", {}).values():
             if not (0 <= metrics["accuracy"] <= 1 and metrics["n"] > 0):
                 raise ValueError(f"accuracy is {metrics['accuracy']} of {metrics['n']}")

@@ -52,7 +52,7 @@ def reserve(path: Path, size: int, copies: int) -> None:
             raise IsADirectoryError(errno.EISDIR, "Is a directory")
         free = shutil.disk_usage(path.parent).free
         if free < copies * size:
-            raise OSError(errno.ENOSPC, f"{copies * size:,} bytes are needed for resume points, {free:,} are free")
+            raise OSError(errno.ENOSPC, f"{copies * size:,} bytes are needed, {free:,} are free")
         with open(temporary, "wb") as file:  # a limit on the size of files or a quota is not in the free space
             getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, size)
 

@@ -81,7 +81,7 @@ class Training:
         every: epochs between resume points.
         listen: called with an event and its details: resumed, damaged, eager, first_step, step, epoch.
         should_stop: asked between steps.
-        loosely: go on from a resume point made on other hardware or software, and say so in the record.
+        loosely: go on from a resume point even where the bits will differ, and say so in the record.
         clock_start: time.perf_counter() when the process started.
     """
 
@@ -114,8 +114,7 @@ class Training:
         }
         self.state, self.data, self.hyper = step_inputs(spec, *train_split, self.steps_per_epoch)
         self.history: resume.History = []
-        # What a resume point carries besides. `seconds` and `timed` (steps) belong to the epoch under way.
-        self.progress: dict[str, Any] = {"seconds": 0.0, "timed": 0, "first_step_seconds": None, "bitwise": True}
+        self.progress: dict[str, Any] = {"seconds": 0.0, "timed": 0, "first_step_seconds": 0.0, "bitwise": True}
 
     def __call__(self) -> dict[str, Any]:
         """Train to the end; returns the record, which is then on disk.

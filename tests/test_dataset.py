@@ -266,7 +266,7 @@ def test_an_altered_file_is_named_rather_than_a_missing_one(fake, filled):
 
 def test_a_file_in_the_place_of_the_folder(fake, tmp_path):
     (tmp_path / dataset.FOLDER).write_text("mine")
-    with pytest.raises(DataError, match=rf"^cannot make the folder {tmp_path / dataset.FOLDER}: File exists$"):
+    with pytest.raises(DataError, match=rf"^cannot write into {tmp_path / dataset.FOLDER}: File exists$"):
         dataset.load(tmp_path)
     assert (tmp_path / dataset.FOLDER).read_text() == "mine"
 

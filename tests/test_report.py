@@ -188,7 +188,7 @@ def test_a_run_that_is_not_bitwise_says_so():
     record = {**make("a"), "bitwise": False}
     text = report.markdown([record], EXPERIMENTS)
     assert "`abcdef012345` (not bitwise)" in text
-    assert "a was resumed on other hardware or software" in text
+    assert "a was resumed where its bits are not those of an uninterrupted run" in text
     assert "not bitwise" not in report.markdown([make("a")], EXPERIMENTS)
 
 

@@ -225,6 +225,17 @@ def test_the_newest_damaged_falls_back_to_the_one_before_loudly(training):
     assert again["digest"] == whole["digest"]
 
 
+@pytest.mark.parametrize("key", ["spec", "data", "environment", "progress"])
+def test_a_resume_point_that_lacks_something_is_damaged(training, key):
+    """Though rightly signed: the one before is good."""
+    newest = stopped(training, "cut", 40)
+    tensors, meta = checkpoint.load(newest, lambda _: shapes(newest))
+    checkpoint.save(newest, tensors, {k: v for k, v in meta.items() if k != key})
+    events = []
+    training("cut", listen=lambda *event: events.append(event))()
+    assert [event for event, _ in events[:2]] == ["damaged", "resumed"]
+
+
 def test_all_damaged_is_refused_and_nothing_restarts(training):
     stopped(training, "cut", 40)
     points = training("cut").run.resume_points()

@@ -82,7 +82,7 @@ def test_room_is_known_beforehand(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage(9, 0, 3 << 20))
     store.reserve(path, 1 << 20, 3)
-    with pytest.raises(StoreError, match=rf"cannot write {path}: 4,194,304 bytes are needed .* 3,145,728 are free"):
+    with pytest.raises(StoreError, match=rf"cannot write {path}: 4,194,304 bytes are needed, 3,145,728 are free"):
         store.reserve(path, 1 << 20, 4)
     with pytest.raises(StoreError, match="cannot write"):
         store.reserve(tmp_path / "missing" / "a", 1, 1)
@@ -237,6 +237,7 @@ WRONG = [
     changed(None, "spec", "lr"),
     changed("fast", "spec", "lr"),
     changed({}, "environment"),
+    changed(None, "environment", "threads"),
     changed("x", "metrics", "test", "accuracy"),
     changed(7.5, "metrics", "test", "accuracy"),
     changed(float("nan"), "metrics", "test", "loss"),

@@ -25,12 +25,10 @@ def digest(out, name, **changes):
 
 
 @pytest.mark.slow
-def test_processes_threads_and_compile_caches(data_dir, tmp_path):
-    """Compiled: two threads and a warm cache, one thread, and two threads with a cache that is empty."""
+def test_processes_and_compile_caches(data_dir, tmp_path):
+    """Compiled, with a warm cache and with one that is empty; the number of threads is below, on the default network."""
     digests = []
-    for i, env in enumerate(
-        ({}, {"OMP_NUM_THREADS": "1"}, {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "2"})
-    ):
+    for i, env in enumerate(({}, {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})):
         out = tmp_path / str(i)
         done = call("run", "smoke", "--device", "cpu", "--data", data_dir, "--out", out, **env)
         assert done.returncode == 0, done.stderr

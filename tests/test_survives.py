@@ -175,25 +175,6 @@ def test_killed_inside_every_write(start, tmp_path):
     assert n >= 12  # the owner of the lock, the resume point, the weights, record, picture, results.md; two syncs each
 
 
-def test_a_compiled_run_that_is_killed(data_dir, tmp_path):
-    """Without the nursery, compiled, on all of the data."""
-    arguments = ("run", "smoke", "--epochs", "6", "--device", "cpu", "--data", str(data_dir))
-    assert call(*arguments, "--out", tmp_path / "whole").returncode == 0
-    process = subprocess.Popen(
-        (sys.executable, str(ROOT / "main.py"), *arguments, "--out", str(tmp_path / "cut")),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if "epoch 2" in line:
-            process.kill()
-    assert process.wait() == -signal.SIGKILL
-    again = call(*arguments, "--out", tmp_path / "cut")
-    assert "smoke: resumed after step" in again.stdout, again.stderr
-    assert digest(tmp_path / "cut", epochs=6) == digest(tmp_path / "whole", epochs=6)
-    assert_nothing_left(tmp_path / "cut")
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_stopped_while_it_compiles(data_dir, tmp_path, number):
     """At once, since another process compiles; and that one does not outlive the run and its locks."""

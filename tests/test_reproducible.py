@@ -26,7 +26,7 @@ def digest(out, name, **changes):
 
 @pytest.mark.slow
 def test_processes_and_compile_caches(data_dir, tmp_path):
-    """Compiled, with a warm cache and with one that is empty; the number of threads is below, on the default network."""
+    """Compiled, with a warm cache and with one that is empty. Below, on the default network: the number of threads."""
     digests = []
     for i, env in enumerate(({}, {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})):
         out = tmp_path / str(i)

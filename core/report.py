@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core import runs, store
-from core.spec import Spec, canonical, resolve
+from core.spec import Spec, SpecError, canonical, resolve
 
 Record = dict[str, Any]
 PICTURE = "checkpoints/learning-curves.svg"
@@ -158,7 +158,10 @@ def _commands(finished: list[Record], experiments: Mapping[str, Spec]) -> list[s
     plain, others = [], []
     for record in finished:
         name, spec = record["name"], record["spec"]
-        now = resolve(experiments[name]) if name in experiments else {}
+        try:
+            now = resolve(experiments[name])
+        except (KeyError, SpecError):  # a name that is gone, or that stands for something which cannot be run
+            now = {}
         changed = [key for key in spec if spec[key] != now.get(key)]
         if not changed:
             plain.append(name)

@@ -271,6 +271,11 @@ def test_how_to_reproduce_names_the_options_of_a_run():
     assert gone.startswith("# gone (")
 
 
+def test_an_experiment_that_has_become_invalid_spoils_no_report():
+    text = report.markdown(THREE, {**EXPERIMENTS, "lr-1e-3": {"learning_rate": 1e-3}})
+    assert "\nuv run main.py run lr-5e-4 lr-1e-4\n# lr-1e-3 (" in text
+
+
 def test_one_spec_under_two_names_is_one_run():
     """Neither a second seed nor a rival of itself."""
     text = report.markdown([THREE[0], {**THREE[0], "name": "again"}], EXPERIMENTS)

@@ -28,7 +28,12 @@ from rich.progress import (  # noqa: E402
 )
 from rich.table import Table  # noqa: E402
 
-from core import dataset, report, runs, store  # noqa: E402
+from core.data import cifar10  # noqa: E402
+from core.report import stats  # noqa: E402
+from core.report.rebuild import rebuild  # noqa: E402
+from core.runs import files, store  # noqa: E402
+from core.runs.record import METRICS, check, read_record  # noqa: E402
+from core.runs.record import records as read_records  # noqa: E402
 from core.spec import Spec, SpecError, nearest, resolve, spec_id  # noqa: E402
 from experiments import DEFAULT, EXPERIMENTS, SUITES  # noqa: E402
 
@@ -171,7 +176,7 @@ def progress_bar(name: str, stop: Stop) -> Iterator[Callable[[str, dict[str, Any
         yield listen
 
 
-def load_data(args: argparse.Namespace) -> dataset.Cifar10:
+def load_data(args: argparse.Namespace) -> cifar10.Cifar10:
     bar: dict[str, Any] = {}
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bars:
 
@@ -180,20 +185,20 @@ def load_data(args: argparse.Namespace) -> dataset.Cifar10:
                 bar[what] = bars.add_task(what, total=total)
             bars.update(bar[what], completed=done)
 
-        return dataset.load(args.data, args.data_url, show)
+        return cifar10.load(args.data, args.data_url, show)
 
 
 def train_all(args: argparse.Namespace, experiments: list[tuple[str, Spec]]) -> int:
     """Train what is not finished yet; returns the exit status."""
     todo = []
     # So that an --out that cannot be written and a record that cannot be read are known before the training, too.
-    runs.sweep_all(args.out)
-    runs.records(args.out)
+    files.sweep_all(args.out)
+    read_records(args.out)
     for name, spec in experiments:
-        run = runs.Run(args.out, name, spec_id(spec))
+        run = files.Run(args.out, name, spec_id(spec))
         record = run.finished()
         if record and not args.force:
-            accuracy = report.percent(record["metrics"]["test"]["accuracy"])
+            accuracy = stats.percent(record["metrics"]["test"]["accuracy"])
             line = f"{name} ({run.spec_id}) is finished: {accuracy} test accuracy; --force trains it again"
             console.print(line, soft_wrap=True)
         else:
@@ -213,7 +218,7 @@ def train_all(args: argparse.Namespace, experiments: list[tuple[str, Spec]]) -> 
             errors.print(
                 f"{error}; {how_to_go_on(args)}" if str(error) else "stopped before the first step", soft_wrap=True
             )
-    table(report.rebuild(args.out, EXPERIMENTS), {spec_id(spec) for _, spec in experiments})
+    table(rebuild(args.out, EXPERIMENTS), {spec_id(spec) for _, spec in experiments})
     return status
 
 
@@ -229,24 +234,26 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, stop: Stop, first: Spec) -> None:
         if args.checkpoint_every < 1:
             raise UserError(f"--checkpoint-every {args.checkpoint_every}, expected at least 1")
-        from core import jit, train
+        from core import train
+        from core.compile import fused
+        from core.compile.device import pick_device, place
 
         gc.enable()
         try:
-            self.device = jit.pick_device(args.device)
+            self.device = pick_device(args.device)
         except ValueError as error:
             raise UserError(str(error)) from None
-        problem = jit.compiler_problem(self.device)
+        problem = fused.compiler_problem(self.device)
         if problem and not args.no_compile:
             errors.print(f"{problem}: the train step runs eager, which is slower")
         self.compiled = not (args.no_compile or problem)
         if self.compiled and self.device.type == "cpu":
             with contextlib.suppress(RuntimeError, MemoryError, OSError):  # which the run will meet again, and say
                 train.compile_ahead(first)
-        self.data = jit.place(load_data(args), self.device)
+        self.data = place(load_data(args), self.device)
         self.args, self.stop = args, stop
 
-    def __call__(self, name: str, spec: Spec, run: runs.Run) -> int:
+    def __call__(self, name: str, spec: Spec, run: files.Run) -> int:
         """Train one experiment; returns the exit status.
 
         Raises:
@@ -254,7 +261,7 @@ class Trainer:
         """
         import torch
 
-        from core.provenance import environment
+        from core.runs.provenance import environment
         from core.train import Diverged, Interrupted, ResumeError, Training, fail
 
         try:
@@ -306,14 +313,14 @@ def table(records: list[dict[str, Any]], ids: set[str]) -> None:
     for record in records:
         if record["spec_id"] in ids and record["status"] == "finished":
             train, validation, test = (record["metrics"][split] for split in ("train", "validation", "test"))
-            low, high = report.interval(test["accuracy"], test["n"])
+            low, high = stats.interval(test["accuracy"], test["n"])
             shown.add_row(
                 record["name"],
                 f"{record['spec']['lr']:g}",
                 str(record["spec"]["epochs"]),
-                *(report.percent(split["accuracy"]) for split in (train, validation, test)),
+                *(stats.percent(split["accuracy"]) for split in (train, validation, test)),
                 f"{100 * low:.1f}-{100 * high:.1f}",
-                f"{report.speed(record):,}",
+                f"{stats.speed(record):,}",
             )
     if shown.rows:
         console.print(shown)
@@ -326,7 +333,8 @@ def run_command(args: argparse.Namespace) -> int:
 
 def evaluate_command(args: argparse.Namespace) -> int:
     """Evaluate checkpoints on the test split; 1 where one differs from what its run recorded."""
-    from core import jit, network
+    from core import predict
+    from core.compile.device import pick_device, place
 
     gc.enable()
     paths = args.checkpoints or [
@@ -335,12 +343,12 @@ def evaluate_command(args: argparse.Namespace) -> int:
     if not paths:
         raise UserError(f"no checkpoint under {args.out / 'checkpoints'}; `uv run main.py` trains some")
     try:
-        device = jit.pick_device(args.device)
+        device = pick_device(args.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-    networks = [network.load(path, device) for path in paths]
+    networks = [predict.load(path, device) for path in paths]
     records = [recorded(path, net) for path, net in zip(paths, networks, strict=True)]
-    data = jit.place(load_data(args), device)
+    data = place(load_data(args), device)
     status = 0
     for path, net, (test, digest) in zip(paths, networks, records, strict=True):
         result = net.evaluate(data.test_images, data.test_labels)
@@ -362,15 +370,15 @@ def evaluate_command(args: argparse.Namespace) -> int:
             }
             print(json.dumps(line))
             continue
-        low, high = report.interval(result["accuracy"], result["n"])
-        verdict = f"the run recorded {report.percent(test['accuracy'])}, {test['loss']:.4f}, weights {digest[:12]}"
+        low, high = stats.interval(result["accuracy"], result["n"])
+        verdict = f"the run recorded {stats.percent(test['accuracy'])}, {test['loss']:.4f}, weights {digest[:12]}"
         console.print(
-            f"{net.meta['name']} ({path}): {report.percent(result['accuracy'])} of {result['n']:,} test images "
+            f"{net.meta['name']} ({path}): {stats.percent(result['accuracy'])} of {result['n']:,} test images "
             f"(95% interval {100 * low:.2f}-{100 * high:.2f}%), loss {result['loss']:.4f}; "
             + ("as recorded" if same else verdict),
             soft_wrap=True,
         )
-        classes = zip(dataset.CLASSES, result["correct"], result["count"], strict=True)
+        classes = zip(cifar10.CLASSES, result["correct"], result["count"], strict=True)
         accuracies = ", ".join(f"{label} {100 * hit / count:.1f}%" for label, hit, count in classes)
         console.print(f"  {accuracies}", soft_wrap=True)
     return status
@@ -379,13 +387,13 @@ def evaluate_command(args: argparse.Namespace) -> int:
 def recorded(path: Path, net: Any) -> tuple[dict[str, Any], str]:
     """The test metrics and the digest of the weights in the record beside a checkpoint; where there is none, those that
     the checkpoint has of itself."""
-    expected = {"name": str, "seed": int, "digest": str, "test": runs.METRICS}
+    expected = {"name": str, "seed": int, "digest": str, "test": METRICS}
     try:
-        runs.check(net.meta, expected)
+        check(net.meta, expected)
     except ValueError as error:
         raise UserError(f"{path} does not hold what its run recorded: {error}") from None
     beside = path.with_suffix(".json")
-    record = runs.read_record(beside) if beside.exists() else None
+    record = read_record(beside) if beside.exists() else None
     if record and record["status"] == "finished":
         return record["metrics"]["test"], record["digest"]
     return net.meta["test"], net.meta["digest"]
@@ -393,12 +401,12 @@ def recorded(path: Path, net: Any) -> tuple[dict[str, Any], str]:
 
 def verify_command(args: argparse.Namespace) -> int:
     """Train finished runs again in a folder of their own and compare the bits of the weights with the records."""
-    from core.provenance import difference
+    from core.runs.provenance import difference
 
     status = 0
     for name, spec in chosen(args.names, {}):
-        path = runs.Run(args.out, name, spec_id(spec)).record
-        record = runs.read_record(path) if path.exists() else None
+        path = files.Run(args.out, name, spec_id(spec)).record
+        record = read_record(path) if path.exists() else None
         if not record or record["status"] != "finished":
             raise UserError(f"{name} has no finished run under {args.out}; `uv run main.py run {name}` trains it")
         with tempfile.TemporaryDirectory() as elsewhere:
@@ -407,7 +415,7 @@ def verify_command(args: argparse.Namespace) -> int:
             again.no_compile = args.no_compile or record["environment"]["mode"] == "eager"
             if failed := train_all(again, [(name, spec)]):
                 return failed
-            new = runs.read_record(runs.Run(again.out, name, spec_id(spec)).record)
+            new = read_record(files.Run(again.out, name, spec_id(spec)).record)
         same = new["digest"] == record["digest"]
         status = max(status, 0 if same else 1)
         verdict = "the same bits" if same else "DIFFERENT bits"
@@ -430,7 +438,7 @@ def list_command(args: argparse.Namespace) -> int:
 
 
 def report_command(args: argparse.Namespace) -> int:
-    count = len(report.rebuild(args.out, EXPERIMENTS))
+    count = len(rebuild(args.out, EXPERIMENTS))
     console.print(f"{args.out / 'results.md'} rebuilt from {count} records", soft_wrap=True)
     return 0
 
@@ -446,7 +454,7 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except (UserError, dataset.DataError, store.StoreError, OSError) as error:
+    except (UserError, cifar10.DataError, store.StoreError, OSError) as error:
         errors.print(f"error: {error}", soft_wrap=True)
         return 2
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from core import dataset
+from core.data import cifar10
 
 IDLE = 0.05  # of the processors' time may be used by others
 BATCHES = (128, 512)
@@ -37,7 +37,7 @@ def board(request: pytest.FixtureRequest) -> Board:
 @pytest.fixture(scope="module", autouse=True)
 def idle(request: pytest.FixtureRequest, board: Board) -> None:
     """Warn if something else was running before the measurements of a file."""
-    from benchmarks.arena import busy_share
+    from benchmarks.harness import busy_share
 
     share = busy_share()
     if share is not None and share > IDLE:
@@ -45,36 +45,36 @@ def idle(request: pytest.FixtureRequest, board: Board) -> None:
 
 
 @pytest.fixture(scope="session")
-def data() -> dataset.Cifar10:
+def data() -> cifar10.Cifar10:
     """CIFAR-10 on the device that main.py would take."""
-    from core import jit
+    from core.compile.device import pick_device, place
 
-    if dataset.missing(dataset.ROOT / "data"):
+    if cifar10.missing(cifar10.ROOT / "data"):
         pytest.skip("CIFAR-10 is not in data/; `uv run dvc pull` fetches it")
-    return jit.place(dataset.load(dataset.ROOT / "data"), jit.pick_device("auto"))
+    return place(cifar10.load(cifar10.ROOT / "data"), pick_device("auto"))
 
 
 @pytest.fixture(scope="module")
-def epochs(data: dataset.Cifar10, board: Board) -> Iterator[Callable[[int], dict[str, Any]]]:
+def epochs(data: cifar10.Cifar10, board: Board) -> Iterator[Callable[[int], dict[str, Any]]]:
     """A function from a batch size to the result of every contestant, over an epoch in interleaved rounds."""
-    from benchmarks import arena, peers
+    from benchmarks import harness, peers
 
     rounds = 9  # of 39 steps at batch 128: the whole epoch of 45,000 images
-    workers: dict[str, arena.Worker] = {}
+    workers: dict[str, harness.Worker] = {}
 
     def measure(batch: int) -> dict[str, Any]:
         if batch not in board.epochs:
             steps = 45_000 // batch // rounds
-            for name in arena.CONTESTANTS:
+            for name in harness.CONTESTANTS:
                 if peers.missing(name):
                     continue
                 if name not in workers:
-                    workers[name] = arena.Worker(name)
+                    workers[name] = harness.Worker(name)
                 workers[name].build(batch)
             plays = {name: lambda w=worker: w.run(steps) for name, worker in workers.items()}
-            seconds = arena.interleave(plays, rounds)
+            seconds = harness.interleave(plays, rounds)
             board.epochs[batch] = {
-                name: arena.Result(seconds[name], steps * batch, worker.loss) for name, worker in workers.items()
+                name: harness.Result(seconds[name], steps * batch, worker.loss) for name, worker in workers.items()
             }
         return board.epochs[batch]
 
@@ -105,11 +105,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     today = datetime.date.today().isoformat()
     terminalreporter.section(f"comparison, {today}, {platform.processor() or platform.machine()}")
     for batch, results in board.epochs.items():
-        from benchmarks import arena, peers
+        from benchmarks import harness, peers
 
         write(f"Epoch at batch {batch}; the fastest peer is {fastest_peer(results)}, the limit is products + Adam:")
         write(f"  {'':<16} {'samples/s':>10} {'to seed':>9} {'to peer':>9} {'to limit':>9} {'loss':>7}")
-        for name in arena.CONTESTANTS:
+        for name in harness.CONTESTANTS:
             if name not in results:
                 write(f"  {name:<16} {peers.missing(name)}")
                 continue

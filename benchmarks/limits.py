@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.peers import Contestant, Work, sequential
-from core import jit
+from core.compile.device import synchronize
 
 
 class Products(Contestant):
@@ -31,7 +31,7 @@ class Products(Contestant):
         for _ in range(steps):
             for a, b, out in self.products:
                 torch.mm(a, b, out=out)
-        jit.synchronize(self.device)
+        synchronize(self.device)
 
 
 class ProductsAdam(Products):
@@ -45,7 +45,7 @@ class ProductsAdam(Products):
         for _ in range(steps):
             super().run(1)
             self.adam.step()
-        jit.synchronize(self.device)
+        synchronize(self.device)
 
 
 def evaluation_products(work: Work, images: int, batch: int = 1000) -> Callable[[], None]:
@@ -57,7 +57,7 @@ def evaluation_products(work: Work, images: int, batch: int = 1000) -> Callable[
         for _ in range(images // batch):
             for x, w, y in zip(acts[:-1], weights, acts[1:], strict=True):
                 torch.mm(x, w.t(), out=y)
-        jit.synchronize(work.device)
+        synchronize(work.device)
 
     return run
 

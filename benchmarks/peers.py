@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from core import jit, loader, optim
-from core import step as steps
-from core.dataset import ROOT, Cifar10
+from core.compile import fused
+from core.compile.device import synchronize, to_device
+from core.data import loader
+from core.data.cifar10 import ROOT, Cifar10
+from core.functional import augment, optim
+from core.functional import step as steps
 from core.spec import Spec, resolve
 
 
@@ -42,16 +45,16 @@ class Ours(Contestant):
     """The fused functional step."""
 
     def __init__(self, work: Work) -> None:
-        self.state = jit.to_device(steps.init_state(work.spec), work.device)
+        self.state = to_device(steps.init_state(work.spec), work.device)
         hyper = optim.hyper_tensors(work.spec, work.steps, work.device)
         data = {"images": work.images, "labels": work.labels, "order": work.order}
-        self.advance = jit.fuse(work.spec, self.state, data, hyper)
+        self.advance = fused.fuse(work.spec, self.state, data, hyper)
         self.batch, self.device, self.counted = work.batch, work.device, 0
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
             self.advance()
-        jit.synchronize(self.device)
+        synchronize(self.device)
 
     def loss(self) -> float:
         count = int(self.state["step"]) - self.counted
@@ -82,8 +85,8 @@ class Eager(Contestant):
         self.batches = self.make_batches(work)
 
     def make_batches(self, work: Work) -> Iterator[tuple[Tensor, Tensor]]:
-        std = torch.tensor(loader.STD, device=work.device).repeat_interleave(1024) * 255
-        mean = torch.tensor(loader.MEAN, device=work.device).repeat_interleave(1024) * 255
+        std = torch.tensor(augment.STD, device=work.device).repeat_interleave(1024) * 255
+        mean = torch.tensor(augment.MEAN, device=work.device).repeat_interleave(1024) * 255
         while True:
             for examples in work.order:
                 x = work.images.index_select(0, examples).float().sub_(mean).div_(std)
@@ -101,7 +104,7 @@ class Eager(Contestant):
             self.update()
             self.total += loss.detach()
         self.count += steps
-        jit.synchronize(self.device)
+        synchronize(self.device)
 
     def loss(self) -> float:
         mean = self.total.item() / self.count
@@ -129,7 +132,7 @@ class SeedStyle(Eager):
     def make_batches(self, work: Work) -> Iterator[tuple[Tensor, Tensor]]:
         from torchvision import datasets, transforms
 
-        transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(loader.MEAN, loader.STD)])
+        transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(augment.MEAN, augment.STD)])
         images = datasets.CIFAR10(str(ROOT / "data"), train=True, transform=transform)
         batches = torch.utils.data.DataLoader(images, batch_size=work.batch, shuffle=True, drop_last=True)
         while True:
@@ -149,8 +152,8 @@ class Jax(Contestant):
         import optax
 
         images, labels, order = (jnp.asarray(t.cpu().numpy()) for t in (work.images, work.labels, work.order))
-        mean = jnp.repeat(jnp.asarray(loader.MEAN), 1024) * 255
-        std = jnp.repeat(jnp.asarray(loader.STD), 1024) * 255
+        mean = jnp.repeat(jnp.asarray(augment.MEAN), 1024) * 255
+        std = jnp.repeat(jnp.asarray(augment.STD), 1024) * 255
         adam = optax.adam(1e-3)
 
         def init(key):

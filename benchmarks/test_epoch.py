@@ -2,12 +2,12 @@
 
 import pytest
 
-from benchmarks import arena, peers
+from benchmarks import harness, peers
 from benchmarks.conftest import BATCHES, ratios
 
 
-@pytest.mark.benchmark(group="epoch", timer=arena.replay)
-@pytest.mark.parametrize("name", arena.CONTESTANTS)
+@pytest.mark.benchmark(group="epoch", timer=harness.replay)
+@pytest.mark.parametrize("name", harness.CONTESTANTS)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_epoch(batch, name, epochs, benchmark):
     reason = peers.missing(name)
@@ -20,5 +20,5 @@ def test_epoch(batch, name, epochs, benchmark):
         **{key: round(value, 3) for key, value in ratios(results, name).items()},
         "loss": result.loss,
     }
-    arena.replay.report(benchmark, result.seconds)
+    harness.replay.report(benchmark, result.seconds)
     assert result.loss is None or result.loss < 2  # 2.3 is that of guessing: it really learns

@@ -2,8 +2,8 @@
 
 import pytest
 
-from core import checkpoint
-from core import step as steps
+from core.functional import step as steps
+from core.runs import checkpoint
 from core.spec import resolve
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from benchmarks import peers
-from core import jit, loader
+from core.compile.device import synchronize
+from core.data import loader
+from core.functional import augment
 
 
 @pytest.mark.benchmark(group="loader")
@@ -13,13 +15,13 @@ def test_gather_and_normalise(batch, data, benchmark):
     """Compiled, as inside the step."""
     work = peers.Work(data, batch)
     gather = torch.compile(
-        lambda images, examples: loader.normalise(images.index_select(0, examples)), fullgraph=True, dynamic=False
+        lambda images, examples: augment.normalise(images.index_select(0, examples)), fullgraph=True, dynamic=False
     )
     rows = iter(work.order.repeat(2, 1))
 
     def run() -> None:
         gather(work.images, next(rows))
-        jit.synchronize(work.device)
+        synchronize(work.device)
 
     benchmark.pedantic(run, rounds=80, warmup_rounds=10)
     if benchmark.stats:

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from benchmarks import arena
-from core.dataset import ROOT
+from benchmarks import harness
+from core.data.cifar10 import ROOT
 
 # The kernel counts a child's peak from that of the process which starts it, so a small one stands between.
 LAUNCHER = """
@@ -45,7 +45,7 @@ def start(cache, out):
     return json.loads(path.read_text())["first_step_seconds"], kilobytes * 1024 / 1e9
 
 
-@pytest.mark.benchmark(group="start", timer=arena.replay)
+@pytest.mark.benchmark(group="start", timer=harness.replay)
 @pytest.mark.parametrize("state", ["cold", "warm"])
 def test_first_step(state, caches, data, tmp_path, benchmark, board):
     if state == "warm" and not any(caches[0].iterdir()):
@@ -58,4 +58,4 @@ def test_first_step(state, caches, data, tmp_path, benchmark, board):
         f"First step of main.py, caches {state}: {statistics.median(seconds):.1f} s (of {ROUNDS}: {spread}); "
         f"peak memory of its largest process over the whole run {max(gigabytes):.2f} GB"
     )
-    arena.replay.report(benchmark, seconds)
+    harness.replay.report(benchmark, seconds)

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import arena, limits, peers
+from benchmarks import harness, limits, peers
 
 
 @pytest.fixture(scope="module")
@@ -13,20 +13,20 @@ def steps(data):
     """A function from a batch size to the result of ours and the limits, in rounds of a few steps."""
     done = {}
 
-    def measure(batch: int) -> dict[str, arena.Result]:
+    def measure(batch: int) -> dict[str, harness.Result]:
         if batch not in done:
             work = peers.Work(data, batch)
-            contestants = {name: arena.CONTESTANTS[name](work) for name in (arena.OURS, *limits.LIMITS)}
-            plays = {name: arena.timed(lambda c=c: c.run(1)) for name, c in contestants.items()}
-            seconds = arena.interleave(plays, 60)
-            done[batch] = {name: arena.Result(seconds[name], batch, c.loss()) for name, c in contestants.items()}
+            contestants = {name: harness.CONTESTANTS[name](work) for name in (harness.OURS, *limits.LIMITS)}
+            plays = {name: harness.timed(lambda c=c: c.run(1)) for name, c in contestants.items()}
+            seconds = harness.interleave(plays, 60)
+            done[batch] = {name: harness.Result(seconds[name], batch, c.loss()) for name, c in contestants.items()}
         return done[batch]
 
     return measure
 
 
-@pytest.mark.benchmark(group="step", timer=arena.replay)
-@pytest.mark.parametrize("name", [arena.OURS, *limits.LIMITS])
+@pytest.mark.benchmark(group="step", timer=harness.replay)
+@pytest.mark.parametrize("name", [harness.OURS, *limits.LIMITS])
 @pytest.mark.parametrize("batch", [128, 256, 512])
 def test_step(batch, name, steps, benchmark):
     results = steps(batch)
@@ -35,10 +35,10 @@ def test_step(batch, name, steps, benchmark):
         "to_limit": round(results[name].ratio(results[limits.LIMIT]), 3),
         "loss": results[name].loss,
     }
-    arena.replay.report(benchmark, results[name].seconds)
+    harness.replay.report(benchmark, results[name].seconds)
 
 
-@pytest.mark.benchmark(group="overhead", timer=arena.replay)
+@pytest.mark.benchmark(group="overhead", timer=harness.replay)
 def test_overhead(data, benchmark, board, monkeypatch):
     """The seconds of a step of batch 128 that pass outside the call of the compiled library."""
     work = peers.Work(data, 128)
@@ -55,7 +55,7 @@ def test_overhead(data, benchmark, board, monkeypatch):
                 inside[0] += time.perf_counter() - start
 
     monkeypatch.setattr(torch._C._aoti, "AOTIModelContainerRunnerCpu", Watched)
-    advance = arena.timed(peers.Ours(work).advance)
+    advance = harness.timed(peers.Ours(work).advance)
     outside, whole = [], []
     for _ in range(110):
         inside[0] = 0.0
@@ -66,4 +66,4 @@ def test_overhead(data, benchmark, board, monkeypatch):
     share = sum(outside[10:]) / sum(whole[10:])
     benchmark.extra_info["share_of_step"] = round(share, 5)
     board.lines.append(f"Outside the compiled library at batch 128: {share:.2%} of the step")
-    arena.replay.report(benchmark, outside[10:])
+    harness.replay.report(benchmark, outside[10:])

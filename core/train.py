@@ -6,14 +6,18 @@ from typing import Any
 
 import torch
 
-from core import checkpoint, jit, loader, optim, resume
-from core import step as steps
-from core.dataset import DIRECTORY_HASH, Cifar10
-from core.provenance import environment
-from core.resume import KEEP, ResumeError
-from core.runs import Run
+from core.compile import fused
+from core.compile.device import synchronize, to_device
+from core.data import loader
+from core.data.cifar10 import DIRECTORY_HASH, Cifar10
+from core.functional import optim
+from core.functional import step as steps
+from core.runs import checkpoint, resume
+from core.runs.files import Run
+from core.runs.provenance import environment
+from core.runs.resume import KEEP, ResumeError
+from core.runs.store import delete, reserve, write_json
 from core.spec import Spec, spec_id
-from core.store import delete, reserve, write_json
 
 Listener = Callable[[str, dict[str, Any]], None]
 
@@ -58,7 +62,7 @@ def step_inputs(
     """State, data and hyper-parameters as they are before the first step, on the device of the images."""
     device = images.device
     order = torch.zeros(steps_per_epoch, spec["batch_size"], dtype=torch.int64, device=device)
-    state = jit.to_device(steps.init_state(spec), device)
+    state = to_device(steps.init_state(spec), device)
     data = {"images": images, "labels": labels, "order": order}
     return state, data, optim.hyper_tensors(spec, steps_per_epoch, device)
 
@@ -67,7 +71,7 @@ def compile_ahead(spec: Spec) -> None:
     """Have the step of a spec compiled for a CPU while the data is still being read."""
     images, labels = torch.empty(50_000, 3072, dtype=torch.uint8), torch.empty(50_000, dtype=torch.int64)
     examples = len(labels) - 10 * loader.VALIDATION_PER_CLASS
-    jit.compile_ahead(spec, *step_inputs(spec, images, labels, examples // spec["batch_size"]))
+    fused.compile_ahead(spec, *step_inputs(spec, images, labels, examples // spec["batch_size"]))
 
 
 class Training:
@@ -120,13 +124,13 @@ class Training:
         """Train to the end; returns the record, which is then on disk.
 
         Raises:
-            Diverged, Interrupted, ResumeError, core.store.StoreError.
+            Diverged, Interrupted, ResumeError, core.runs.store.StoreError.
         """
         step = self._resume()
         total = self.spec["epochs"] * self.steps_per_epoch
         size = sum(t.nbytes for t in _flat(self.state).values())
         reserve(self.run.resume_point(total), size, max(1, KEEP + 1 - len(self.run.resume_points())))
-        advance: jit.Advance | None = None
+        advance: fused.Advance | None = None
         while step < total:
             self._start_epoch(step)
             end = (step // self.steps_per_epoch + 1) * self.steps_per_epoch
@@ -156,21 +160,21 @@ class Training:
                 raise Interrupted(f"stopped after step {step} of {total}, which is saved")
         return self._finish()
 
-    def _first_step(self, resumed: bool) -> jit.Advance:
+    def _first_step(self, resumed: bool) -> fused.Advance:
         """The first step of this process, which compiles; where that fails, the same step eager."""
         try:
-            advance = jit.fuse(self.spec, self.state, self.data, self.hyper, self.environment["mode"] == "compiled")
+            advance = fused.fuse(self.spec, self.state, self.data, self.hyper, self.environment["mode"] == "compiled")
             advance()
-        except jit.CompileError as error:
+        except fused.CompileError as error:
             self.environment["mode"] = "eager"
             reason = f"torch.compile failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
             if resumed and not self.loosely:
                 raise ResumeError(f"{reason}; {resume.REMEDY}") from None
             self.progress["bitwise"] = self.progress["bitwise"] and not resumed
             self.listen("eager", {"reason": reason})
-            advance = jit.fuse(self.spec, self.state, self.data, self.hyper, compiled=False)
+            advance = fused.fuse(self.spec, self.state, self.data, self.hyper, compiled=False)
             advance()
-        jit.synchronize(self.device)
+        synchronize(self.device)
         seconds = round(time.perf_counter() - self.clock_start, 3)
         self.progress["first_step_seconds"] = self.progress["first_step_seconds"] or seconds
         self.listen("first_step", {"seconds": seconds, "total": self.spec["epochs"] * self.steps_per_epoch})

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core import dataset, library, optim, step
+from core.compile import cache
+from core.data import cifar10 as dataset
+from core.functional import optim, step
 from core.spec import Spec, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 REMOTE = ROOT.parent / "shared" / "dvc-remote"
 
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(library.CACHE))  # so that a second call of pytest compiles little
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.CACHE))  # so that a second call of pytest compiles little
 
 # The same examples every time: a failure in CI is a failure at home.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -90,7 +92,7 @@ def step_inputs(invented: dataset.Cifar10) -> Callable[[Spec], tuple[dict, dict,
 
 
 class Masked(nn.Module):
-    """Dropout with a given mask, [features, batch] as core.model lays it out."""
+    """Dropout with a given mask, [features, batch] as core.functional.model lays it out."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()

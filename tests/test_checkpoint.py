@@ -9,8 +9,9 @@ import tracemalloc
 import pytest
 import torch
 
-from core import checkpoint, model
-from core.checkpoint import CheckpointError
+from core.functional import model
+from core.runs import checkpoint
+from core.runs.checkpoint import CheckpointError
 from core.spec import resolve
 from tests.conftest import ROOT
 

@@ -10,7 +10,10 @@ import sys
 import pytest
 import torch
 
-from core import checkpoint, dataset, model, network
+from core import predict
+from core.data import cifar10 as dataset
+from core.functional import model
+from core.runs import checkpoint
 from core.spec import resolve, spec_id
 from experiments import EXPERIMENTS, SUITES
 from tests.conftest import ROOT
@@ -203,7 +206,7 @@ def test_a_checkpoint_without_what_its_run_recorded_is_refused(key, tmp_path, sm
 @pytest.mark.slow
 def test_evaluate_as_json_and_a_record_that_differs(out, data_dir):
     """Two checkpoints: one as it was written, one that claims another accuracy, which is exit status 1."""
-    tensors, meta = checkpoint.load(weights(out), network.template)
+    tensors, meta = checkpoint.load(weights(out), predict.template)
     boast = out / "boast.safetensors"
     correct = [meta["test"]["correct"][0] + 1, *meta["test"]["correct"][1:]]
     claimed = {**meta["test"], "correct": correct, "accuracy": meta["test"]["accuracy"] + 1e-4}
@@ -372,7 +375,7 @@ def test_damaged_checkpoints(out, data_dir):
         path = out / f"{name}.safetensors"
         path.write_bytes(data)
         with pytest.raises(checkpoint.CheckpointError, match=re.escape(str(path))):
-            network.load(path)
+            predict.load(path)
     assert_refused(call("evaluate", weights(out), out / "truncated.safetensors"), "truncated.safetensors", "truncated")
     assert_refused(call("evaluate", out / "altered.safetensors"), "altered.safetensors is damaged")
     assert_refused(call("evaluate", out / "gone.safetensors"), "cannot read", "gone.safetensors: No such file")

@@ -6,43 +6,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = sorted(path.stem for path in (ROOT / "core").glob("*.py") if path.stem != "__init__")
+FILES = [*sorted((ROOT / "core").rglob("*.py")), *sorted((ROOT / "experiments").glob("*.py")), ROOT / "main.py"]
 
-# From each room to those below it that it may use. A line that is added here is a decision about the design.
-ALLOWED = {
-    "spec": set(),
-    "random": set(),
-    "store": set(),
-    "dataset": set(),
-    "optim": set(),
-    "inductor": set(),
-    "runs": {"store"},
-    "library": {"spec", "store"},
-    "provenance": set(),
-    "model": {"spec"},
-    "loader": {"random"},
-    "checkpoint": {"spec", "store"},
-    "report": {"spec", "store", "runs"},
-    "step": {"spec", "random", "loader", "model", "optim"},
-    "jit": {"spec", "random", "dataset", "inductor", "library", "provenance", "step"},
-    "network": {"spec", "checkpoint", "loader", "model", "step"},
-    "resume": {"spec", "store", "runs", "checkpoint", "provenance"},
-    "train": {
-        "spec",
-        "store",
-        "checkpoint",
-        "dataset",
-        "jit",
-        "loader",
-        "optim",
-        "provenance",
-        "resume",
-        "runs",
-        "step",
-    },
+# Folder, or file, of core -> what else of core it may import. A word that is added here is a decision about the design.
+RULES = {
+    "functional": {"spec"},
+    "data": {"errors", "runs"},
+    "runs": {"errors", "spec"},
+    "compile": {"errors", "spec", "functional", "runs"},
+    "report": {"errors", "spec", "runs"},
+    "train": {"errors", "spec", "functional", "data", "compile"},  # no files, so no runs; no terminal
+    "predict": {"errors", "spec", "functional", "runs"},
+    "session": {"errors", "spec", "functional", "data", "compile", "runs", "train"},
+    "terminal": {"errors", "report", "runs", "spec"},
+    "spec": {"errors"},
+    "errors": set(),
 }
-COMPILER = {"jit", "inductor"}  # inductor is a part of jit: only jit may import it
-MAIN = {"spec", "store", "runs", "dataset", "report", "jit", "network", "train", "provenance"}
 
 
 def tree(path):
@@ -56,14 +35,12 @@ def imported(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            if node.module == "core":
-                yield from (f"core.{alias.name}" for alias in node.names)
-            else:
-                yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def rooms(path):
-    return {name.split(".")[1] for name in imported(path) if name.startswith("core.")}
+def room(path):
+    """ "functional" of core/functional/model.py, "train" of core/train.py."""
+    return path.relative_to(ROOT / "core").parts[0].removesuffix(".py")
 
 
 def dotted(node):
@@ -75,69 +52,53 @@ def dotted(node):
     return ".".join([node.id if isinstance(node, ast.Name) else "", *reversed(parts)])
 
 
-def test_every_room_is_in_the_table():
-    assert set(ROOMS) == set(ALLOWED)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_point_down(path):
+    rooms = {name.split(".")[1] for name in imported(path) if name.startswith("core.")}
+    if path.parent.name == "experiments":
+        assert not rooms, "experiments are plain data"
+    elif path.name == "main.py":
+        assert "functional" not in rooms, "main parses, calls and prints"
+    elif path.parent != ROOT / "core" or path.name != "__init__.py":
+        assert rooms - {room(path)} <= RULES[room(path)]
+    assert not any(name.split(".")[0] == "main" for name in imported(path)), "nothing imports main"
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_imports_point_downward_only(room):
-    assert rooms(ROOT / "core" / f"{room}.py") <= ALLOWED.get(room, set())
+def test_the_functional_part_is_torch_and_nothing_else():
+    for path in (ROOT / "core" / "functional").glob("*.py"):
+        outside = {name.split(".")[0] for name in imported(path)} - {"core"}
+        assert outside <= {"torch", "math", "collections", "typing"}, path
 
 
-def test_the_table_has_no_circle():
-    left = dict(ALLOWED)
-    while left:
-        bottom = {room for room, below in left.items() if not below & left.keys()}
-        assert bottom, f"a circle among {sorted(left)}"
-        left = {room: below for room, below in left.items() if room not in bottom}
-
-
-def test_main_uses_the_upper_rooms_only():
-    assert rooms(ROOT / "main.py") <= MAIN
-
-
-def test_nothing_imports_main():
-    files = [*(ROOT / "core").glob("*.py"), *(ROOT / "experiments").glob("*.py")]
-    assert not any(name.split(".")[0] == "main" for path in files for name in imported(path))
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda path: path.stem)
-def test_experiments_import_nothing_but_each_other(path):
-    assert {name.split(".")[0] for name in imported(path)} <= {"experiments", "typing"}
-
-
-@pytest.mark.parametrize("room", sorted(set(ROOMS) - COMPILER))
-def test_only_jit_names_the_compiler(room):
-    path = ROOT / "core" / f"{room}.py"
-    names = {dotted(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)} | set(imported(path))
+def test_only_compile_names_the_compiler():
     machinery = ("torch.compile", "torch.compiler", "torch._dynamo", "torch._inductor", "torch.func.vmap", "torch.vmap")
     graphs = ("torch.cuda.CUDAGraph", "torch.cuda.graph", "torch.cuda.make_graphed_callables")
-    assert not {name for name in names if name.startswith((*machinery, *graphs))}
+    users = set()
+    for path in FILES:
+        names = {dotted(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)} | set(imported(path))
+        if any(name.startswith((*machinery, *graphs)) for name in names):
+            users.add(path.parent.name)
+    assert users == {"compile"}
 
 
-def test_only_jit_uses_its_part():
-    assert {room for room in ROOMS if "inductor" in rooms(ROOT / "core" / f"{room}.py")} <= {"jit"}
-
-
-def test_jit_does_name_the_compiler():
-    """What the test above looks for is found where it belongs."""
-    names = {dotted(node) for node in ast.walk(tree(ROOT / "core" / "jit.py")) if isinstance(node, ast.Attribute)}
-    assert {"torch.compile", "torch.cuda.CUDAGraph"} <= names
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_core_prints_nothing(room):
-    calls = [node.func for node in ast.walk(tree(ROOT / "core" / f"{room}.py")) if isinstance(node, ast.Call)]
-    assert "print" not in [call.id for call in calls if isinstance(call, ast.Name)]
+def test_only_the_terminal_and_main_print():
+    for path in FILES:
+        calls = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+        if path.name not in ("main.py", "terminal.py"):
+            assert "print" not in [call.id for call in calls if isinstance(call, ast.Name)], path
 
 
 def test_what_answers_at_once_imports_no_torch():
     """`main.py list` and a refused argument need not wait for it."""
-    top = {
-        name.split(".")[0]
-        for path in ("main.py", "core/spec.py", "core/store.py", "core/runs.py", "core/report.py", "core/dataset.py")
-        for node in tree(ROOT / path).body
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""])
-    }
-    assert not top & {"torch", "torchvision", "dvc", "matplotlib", "safetensors"}
+    seen, left = set(), [ROOT / "main.py"]
+    while left:
+        path = left.pop()
+        seen.add(path)
+        for node in tree(path).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+                names += [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) else []
+                assert not {n.split(".")[0] for n in names} & {"torch", "torchvision", "dvc", "matplotlib"}, path
+                files = [ROOT / (name.replace(".", "/") + ".py") for name in names]
+                left += [file for file in files if file.exists() and file not in seen]
+    assert ROOT / "core" / "spec.py" in seen

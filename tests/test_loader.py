@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from core import loader, random
+from core.data import loader
+from core.functional import augment, prng
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_normalise_against_a_naive_computation(invented):
     planes = images.view(5, 3, 32, 32).numpy().astype(np.float64) / 255
     mean, std = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616])
     expected = (planes - mean[:, None, None]) / std[:, None, None]
-    found = loader.normalise(images)
+    found = augment.normalise(images)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.view(5, 3, 32, 32).numpy(), expected, rtol=1e-5, atol=2e-6)
 
@@ -92,8 +93,8 @@ def test_normalise_constants_are_the_statistics_of_the_training_images(cifar10):
             counts += np.bincount(part.flatten().numpy(), minlength=256)
         mean = (counts * values).sum() / counts.sum()
         std = ((counts * (values - mean) ** 2).sum() / counts.sum()) ** 0.5
-        assert abs(mean - loader.MEAN[channel]) < 1e-4
-        assert abs(std - loader.STD[channel]) < 1e-4
+        assert abs(mean - augment.MEAN[channel]) < 1e-4
+        assert abs(std - augment.STD[channel]) < 1e-4
 
 
 def naive_augment(image, draws, shift):
@@ -107,13 +108,13 @@ def naive_augment(image, draws, shift):
 @pytest.mark.parametrize("kind", ["flip", "flip+shift"])
 def test_augment_against_a_loop_over_images(invented, kind):
     seed, step = torch.tensor(3, dtype=torch.int32), torch.tensor(17, dtype=torch.int32)
-    x = loader.normalise(invented.train_images[:33])
+    x = augment.normalise(invented.train_images[:33])
     before = x.clone()
-    draws = random.bits(seed, random.AUGMENT, step, 99).view(3, 33).numpy()
+    draws = prng.bits(seed, prng.AUGMENT, step, 99).view(3, 33).numpy()
     expected = [
         naive_augment(image, draws[:, i], kind == "flip+shift") for i, image in enumerate(x.view(-1, 3, 32, 32).numpy())
     ]
-    assert np.array_equal(loader.augment(x, kind, seed, step).view(-1, 3, 32, 32).numpy(), np.stack(expected))
+    assert np.array_equal(augment.augment(x, kind, seed, step).view(-1, 3, 32, 32).numpy(), np.stack(expected))
     assert torch.equal(x, before)
 
 
@@ -123,7 +124,7 @@ def test_augment_reaches_every_mirror_and_move_about_equally():
     x = torch.zeros(n, 3, 32, 32)
     x[:, :, 16, 10] = 1
     zero = torch.tensor(0, dtype=torch.int32)
-    place = loader.augment(x.view(n, -1), "flip+shift", zero, zero).view(n, 3, 1024)[:, 0].argmax(1)
+    place = augment.augment(x.view(n, -1), "flip+shift", zero, zero).view(n, 3, 1024)[:, 0].argmax(1)
     row, column = place // 32, place % 32
     mirrored = column > 15
     assert abs(mirrored.double().mean() - 0.5) < 6 * 0.5 / n**0.5
@@ -134,10 +135,10 @@ def test_augment_reaches_every_mirror_and_move_about_equally():
 
 
 def test_augment_changes_with_seed_and_step(invented):
-    x = loader.normalise(invented.train_images[:64])
+    x = augment.normalise(invented.train_images[:64])
 
     def draw(seed, step):
-        return loader.augment(x, "flip+shift", *torch.tensor([seed, step], dtype=torch.int32))
+        return augment.augment(x, "flip+shift", *torch.tensor([seed, step], dtype=torch.int32))
 
     assert torch.equal(draw(0, 0), draw(0, 0))
     assert not torch.equal(draw(0, 0), draw(0, 1))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core import model, random
+from core.functional import model, prng
 from core.spec import resolve
 
 VARIANTS = [
@@ -86,7 +86,7 @@ def masks_for(spec, batch=BATCH):
     if spec["dropout"] == 0:
         return []
     seed, step = torch.tensor([1, 2], dtype=torch.int32)
-    masks = random.dropout_masks(seed, step, torch.tensor(spec["dropout"]), spec["widths"], batch)
+    masks = prng.dropout_masks(seed, step, torch.tensor(spec["dropout"]), spec["widths"], batch)
     return [mask.double() for mask in masks]
 
 
@@ -203,7 +203,7 @@ def test_dropout_scales_so_that_the_mean_stays():
                 stats,
                 x,
                 spec,
-                random.dropout_masks(*torch.tensor([0, i], dtype=torch.int32), torch.tensor(0.3), [4096], 1),
+                prng.dropout_masks(*torch.tensor([0, i], dtype=torch.int32), torch.tensor(0.3), [4096], 1),
                 train=True,
             )[0]
             for i in range(n)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from core import optim
+from core.functional import optim
 from core.spec import resolve
 
 PEERS = {

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from core import report
+from core.report import markdown, plots, stats
+from core.report.rebuild import rebuild
 from core.spec import resolve, spec_id
 
 
@@ -97,16 +98,16 @@ BASELINE = make(
 
 def test_interval_against_published_values():
     """Wilson's interval: of 5 in 10, and of none in 10."""
-    assert report.interval(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert report.interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    low, high = report.interval(0.57, 10_000)
+    assert stats.interval(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert stats.interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    low, high = stats.interval(0.57, 10_000)
     assert (high - low) / 2 == pytest.approx(1.96 * (0.57 * 0.43 / 10_000) ** 0.5, rel=1e-3)
 
 
 def test_a_row_says_what_the_record_says():
-    (row,) = rows(report.markdown([make("lr-1e-3")], EXPERIMENTS))
-    assert len(row) == len(report.COLUMNS)
-    found = dict(zip(report.COLUMNS, row, strict=True))
+    (row,) = rows(markdown.markdown([make("lr-1e-3")], EXPERIMENTS))
+    assert len(row) == len(markdown.COLUMNS)
+    found = dict(zip(markdown.COLUMNS, row, strict=True))
     assert found == {
         "experiment": "lr-1e-3",
         "lr": "0.001",
@@ -127,7 +128,7 @@ def test_a_row_says_what_the_record_says():
 
 
 def test_the_choice_is_by_validation_alone():
-    text = report.markdown(THREE, EXPERIMENTS)
+    text = markdown.markdown(THREE, EXPERIMENTS)
     choice = text.split("## Choice of the learning rate")[1].split("##")[0]
     assert "chooses **lr-5e-4** (0.0005): 57.00%, 2.00 points before lr-1e-3" in choice
     assert "on it, lr-5e-4 reaches 57.50%" in choice
@@ -136,81 +137,81 @@ def test_the_choice_is_by_validation_alone():
 
 @pytest.mark.parametrize(("second", "verdict"), [(0.569, "within"), (0.50, "more than")])
 def test_the_choice_says_whether_the_lead_is_more_than_chance(second, verdict):
-    text = report.markdown([THREE[1], make("lr-1e-3", lr=1e-3, validation=second)], EXPERIMENTS)
+    text = markdown.markdown([THREE[1], make("lr-1e-3", lr=1e-3, validation=second)], EXPERIMENTS)
     assert f"which is {verdict} the sampling error" in text
 
 
 def test_runs_that_differ_in_more_than_the_learning_rate_are_not_compared():
-    text = report.markdown([make("a", lr=1e-3), make("b", lr=5e-4, epochs=3)], EXPERIMENTS)
+    text = markdown.markdown([make("a", lr=1e-3), make("b", lr=5e-4, epochs=3)], EXPERIMENTS)
     assert "Choice of the learning rate" not in text
 
 
 def test_the_baseline_is_compared_with_the_best_by_validation():
-    text = report.markdown([*THREE, BASELINE], EXPERIMENTS)
+    text = markdown.markdown([*THREE, BASELINE], EXPERIMENTS)
     bought = text.split("## What the network bought over the baseline")[1].split("##")[0]
     assert "lr-5e-4 gains +4.50 points" in bought
     assert "53.00% to 57.50%" in bought
     assert "from 27.0 to 12.5 points" in bought
-    assert "What the network bought" not in report.markdown(THREE, EXPERIMENTS)
-    assert "What the network bought" not in report.markdown([BASELINE], EXPERIMENTS)
+    assert "What the network bought" not in markdown.markdown(THREE, EXPERIMENTS)
+    assert "What the network bought" not in markdown.markdown([BASELINE], EXPERIMENTS)
 
 
 def test_seeds_give_mean_and_sample_deviation():
-    text = report.markdown(
+    text = markdown.markdown(
         [make("x", seed=0, test=0.50), make("x", seed=1, test=0.52), make("x", seed=2, test=0.54)], EXPERIMENTS
     )
     assert "| x | 3 | 52.00% | 2.00 |" in text
 
 
 def test_a_failed_run_claims_no_number():
-    text = report.markdown([failed("lr-1e-3", lr=1e-3), *THREE[1:]], EXPERIMENTS)
+    text = markdown.markdown([failed("lr-1e-3", lr=1e-3), *THREE[1:]], EXPERIMENTS)
     row = next(row for row in rows(text) if row[0] == "lr-1e-3")
     assert row[1:3] == ["0.001", "0"]
     assert set(row[3:]) == {"–"}
-    assert len(row) == len(report.COLUMNS)
+    assert len(row) == len(markdown.COLUMNS)
     assert "\nlr-1e-3 failed: the loss is NaN since step 7 (epoch 1).\n" in text
     elsewhere = [line for line in text.splitlines() if "lr-1e-3" in line]
     assert len(elsewhere) == 2  # its row and its reason: neither in a choice nor in the commands
 
 
 def test_failed_runs_alone_make_a_report():
-    text = report.markdown([failed("a")], EXPERIMENTS)
+    text = markdown.markdown([failed("a")], EXPERIMENTS)
     assert "## Reproduce" not in text
-    assert report.PICTURE not in text
+    assert plots.PICTURE not in text
 
 
 def test_no_runs_make_a_report():
-    assert report.markdown([], EXPERIMENTS).startswith("# Results\n")
-    assert report.picture([]).startswith(b"<?xml")
+    assert markdown.markdown([], EXPERIMENTS).startswith("# Results\n")
+    assert plots.picture([]).startswith(b"<?xml")
 
 
 def test_a_run_that_is_not_bitwise_says_so():
     record = {**make("a"), "bitwise": False}
-    text = report.markdown([record], EXPERIMENTS)
+    text = markdown.markdown([record], EXPERIMENTS)
     assert "`abcdef012345` (not bitwise)" in text
     assert "a was resumed where its bits are not those of an uninterrupted run" in text
-    assert "not bitwise" not in report.markdown([make("a")], EXPERIMENTS)
+    assert "not bitwise" not in markdown.markdown([make("a")], EXPERIMENTS)
 
 
 def test_speed_is_the_median_of_the_timed_epochs():
     record = make("a")
     record["history"] = [{**record["history"][0], "samples_per_second": s} for s in (None, 5, 100, 7)]
-    assert report.speed(record) == 7
+    assert stats.speed(record) == 7
     record["history"] = [{**record["history"][0], "samples_per_second": None}]
-    assert report.speed(record) == 0
+    assert stats.speed(record) == 0
 
 
 def test_rebuild_reads_the_records_and_nothing_else(tmp_path):
     write(tmp_path, [*THREE, BASELINE])
     (tmp_path / "results.md").write_text("what somebody wrote by hand")
-    records = report.rebuild(tmp_path, EXPERIMENTS)
+    records = rebuild(tmp_path, EXPERIMENTS)
     text = (tmp_path / "results.md").read_text()
-    assert text == report.markdown(records, EXPERIMENTS)
+    assert text == markdown.markdown(records, EXPERIMENTS)
     assert "by hand" not in text
     assert [row[0] for row in rows(text)] == ["lr-1e-3", "lr-5e-4", "lr-1e-4", "baseline"]
-    picture = (tmp_path / report.PICTURE).read_bytes()
-    assert picture == report.picture(records)
-    assert f"]({report.PICTURE})" in text
+    picture = (tmp_path / plots.PICTURE).read_bytes()
+    assert picture == plots.picture(records)
+    assert f"]({plots.PICTURE})" in text
 
 
 def test_rebuild_twice_gives_the_same_bytes(tmp_path):
@@ -220,8 +221,8 @@ def test_rebuild_twice_gives_the_same_bytes(tmp_path):
     for out, records in ((tmp_path / "a", everything), (tmp_path / "b", everything[::-1])):
         write(out, records)
         for _ in range(2):
-            report.rebuild(out, EXPERIMENTS)
-            written.append(((out / "results.md").read_bytes(), (out / report.PICTURE).read_bytes()))
+            rebuild(out, EXPERIMENTS)
+            written.append(((out / "results.md").read_bytes(), (out / plots.PICTURE).read_bytes()))
     assert all(each == written[0] for each in written)
 
 
@@ -230,29 +231,29 @@ def test_rebuild_passes_over_what_is_no_record(tmp_path):
     folder = tmp_path / "checkpoints" / "lr-1e-3"
     (folder / "half.json").write_text('{"name": ')
     (folder / "other.json").write_text("[1]")
-    assert [record["name"] for record in report.rebuild(tmp_path, EXPERIMENTS)] == ["lr-1e-3"]
+    assert [record["name"] for record in rebuild(tmp_path, EXPERIMENTS)] == ["lr-1e-3"]
 
 
 def test_the_picture_is_the_same_bytes_for_equal_records():
-    one, other = report.picture(THREE), report.picture(copy.deepcopy(THREE))
+    one, other = plots.picture(THREE), plots.picture(copy.deepcopy(THREE))
     assert one == other
     assert b"<dc:date>" not in one
     changed = copy.deepcopy(THREE)
     changed[0]["history"][1]["val_loss"] += 0.5
-    assert report.picture(changed) != one
+    assert plots.picture(changed) != one
 
 
 def test_the_picture_leaves_matplotlib_as_it_was():
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    report.picture(THREE)
+    plots.picture(THREE)
     after = dict(matplotlib.rcParams)
     assert {key for key in before if before[key] != after[key]} <= {"backend"}
 
 
 def test_how_to_reproduce_names_the_runs():
-    text = report.markdown([*THREE, BASELINE], EXPERIMENTS)
+    text = markdown.markdown([*THREE, BASELINE], EXPERIMENTS)
     block = re.search(r"```sh\n(.*?)```", text, re.S)
     assert block
     assert block[1].splitlines()[0] == "uv run main.py run lr-1e-3 lr-5e-4 lr-1e-4 baseline"
@@ -262,7 +263,7 @@ def test_how_to_reproduce_names_the_runs():
 def test_how_to_reproduce_names_the_options_of_a_run():
     """Or says that the name no longer stands for such a spec."""
     records = [THREE[0], make("lr-1e-3", lr=1e-3, seed=7), make("lr-1e-3", lr=1e-3, dropout=0.1), make("gone")]
-    block = re.search(r"```sh\n(.*?)```", report.markdown(records, EXPERIMENTS), re.S)
+    block = re.search(r"```sh\n(.*?)```", markdown.markdown(records, EXPERIMENTS), re.S)
     assert block
     plain, seeded, changed, gone, _ = block[1].splitlines()
     assert plain == "uv run main.py run lr-1e-3"
@@ -272,12 +273,12 @@ def test_how_to_reproduce_names_the_options_of_a_run():
 
 
 def test_an_experiment_that_has_become_invalid_spoils_no_report():
-    text = report.markdown(THREE, {**EXPERIMENTS, "lr-1e-3": {"learning_rate": 1e-3}})
+    text = markdown.markdown(THREE, {**EXPERIMENTS, "lr-1e-3": {"learning_rate": 1e-3}})
     assert "\nuv run main.py run lr-5e-4 lr-1e-4\n# lr-1e-3 (" in text
 
 
 def test_one_spec_under_two_names_is_one_run():
     """Neither a second seed nor a rival of itself."""
-    text = report.markdown([THREE[0], {**THREE[0], "name": "again"}], EXPERIMENTS)
+    text = markdown.markdown([THREE[0], {**THREE[0], "name": "again"}], EXPERIMENTS)
     assert "Over seeds" not in text
     assert "Choice of the learning rate" not in text

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from core import checkpoint, train
-from core.runs import Run
+from core import train
+from core.runs import checkpoint
+from core.runs.files import Run
 from core.spec import resolve, spec_id
 from experiments import EXPERIMENTS
 from tests.conftest import ROOT

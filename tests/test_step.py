@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core import loader, model, optim, step
+from core.data import loader
+from core.functional import augment, model, optim, step
 
 
 def leaves(tree, prefix=""):
@@ -72,8 +73,8 @@ def batches(data, steps):
 def test_three_steps_against_a_module_in_float64(small_spec, step_inputs, sequential, monkeypatch, norm):
     """In float64, so that Adam does not turn the rounding error of a zero gradient (a bias before batch norm has one)
     into a step of its own."""
-    normalise = loader.normalise
-    monkeypatch.setattr(loader, "normalise", lambda images: normalise(images).double())
+    normalise = augment.normalise
+    monkeypatch.setattr(augment, "normalise", lambda images: normalise(images).double())
     spec = small_spec(dropout=0.0, norm=norm, weight_decay=0.01)
     state, data, hyper = step_inputs(spec)
     state = tree_map(lambda t: t.double() if t.dtype == torch.float32 else t, state)
@@ -83,7 +84,7 @@ def test_three_steps_against_a_module_in_float64(small_spec, step_inputs, sequen
     train_step = step.make_train_step(spec)
     for images, labels in batches(data, 3):
         adam.zero_grad()
-        F.cross_entropy(module(loader.normalise(images)), labels).backward()
+        F.cross_entropy(module(augment.normalise(images)), labels).backward()
         adam.step()
         state = train_step(state, data, hyper)
         for name, value in module.state_dict().items():
@@ -102,7 +103,7 @@ def test_ten_losses_against_a_module(small_spec, step_inputs, sequential):
     total = 0.0
     for images, labels in batches(data, 10):
         adam.zero_grad()
-        loss = F.cross_entropy(module(loader.normalise(images)), labels)
+        loss = F.cross_entropy(module(augment.normalise(images)), labels)
         loss.backward()
         adam.step()
         state = train_step(state, data, hyper)
@@ -133,7 +134,7 @@ def test_metrics_are_sums_over_the_examples(small_spec, step_inputs):
     spec = small_spec(dropout=0.0)
     state, data, hyper = step_inputs(spec)
     images, labels = next(batches(data, 1))
-    logits, _ = model.forward(state["params"], state["stats"], loader.normalise(images), spec, train=True)
+    logits, _ = model.forward(state["params"], state["stats"], augment.normalise(images), spec, train=True)
     after = step.make_train_step(spec)(state, data, hyper)
     assert after["metrics"]["loss"].item() == pytest.approx(F.cross_entropy(logits, labels, reduction="sum").item())
     assert after["metrics"]["correct"].item() == (logits.argmax(1) == labels).sum().item()
@@ -243,7 +244,7 @@ def test_evaluation_counts_every_example(small_spec, invented, sequential, chose
     found = step.evaluate(params, stats, images, labels, spec, chosen, batch=13)
     if chosen is not None:
         images, labels = images[chosen], labels[chosen]
-    logits = module(loader.normalise(images)).detach()
+    logits = module(augment.normalise(images)).detach()
     right = logits.argmax(1) == labels
     assert found["n"] == len(labels) == sum(found["count"])
     assert found["correct"] == [int(right[labels == c].sum()) for c in range(10)]

@@ -10,9 +10,9 @@ from collections import namedtuple
 
 import pytest
 
-from core import runs, store
-from core.runs import Run
-from core.store import Held, StoreError
+from core.runs import files, record, store
+from core.runs.files import Run
+from core.runs.store import Held, StoreError
 from tests.conftest import ROOT
 from tests.test_report import make
 
@@ -94,7 +94,7 @@ def test_room_is_known_beforehand(tmp_path, monkeypatch):
 HOLD = """
 import sys, time
 from pathlib import Path
-from core.runs import Run
+from core.runs.files import Run
 with Run(Path(sys.argv[1]), "x", sys.argv[2]).lock():
     print("held", flush=True)
     time.sleep(60)
@@ -118,7 +118,7 @@ def test_a_lock_names_its_holder_and_dies_with_it(run, tmp_path):
 COUNT = """
 import sys
 from pathlib import Path
-from core import store
+from core.runs import store
 path = Path(sys.argv[1])
 for _ in range(50):
     with store.locked(path.with_suffix(".lock")):
@@ -137,13 +137,14 @@ def test_no_update_under_a_lock_is_lost(tmp_path):
 REPORT = """
 import json, sys
 from pathlib import Path
-from core import report, runs, store
+from core.report import rebuild
+from core.runs import files, store
 out, source, first = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), int(sys.argv[3])
 for seed in range(first, first + 4):
-    run = runs.Run(out, f"x{seed}", f"{seed:012x}")
+    run = files.Run(out, f"x{seed}", f"{seed:012x}")
     run.folder.mkdir(parents=True)
     store.write_json(run.record, {**source, "name": f"x{seed}", "spec_id": run.spec_id, "seed": seed})
-    report.rebuild(out, {})
+    rebuild.rebuild(out, {})
 """
 
 
@@ -175,7 +176,7 @@ def test_the_sweep_takes_what_nobody_needs_and_nothing_else(run, tmp_path):
     ]
     for path in kept + swept:
         path.write_text(json.dumps(FINISHED))
-    runs.sweep_all(tmp_path)
+    files.sweep_all(tmp_path)
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in swept)
 
@@ -185,11 +186,11 @@ def test_the_sweep_leaves_a_run_alone_that_is_under_way(run, tmp_path):
     temporary.touch()
     holder = python(HOLD, tmp_path, ID)
     assert holder.stdout.readline() == "held\n"
-    runs.sweep_all(tmp_path)
+    files.sweep_all(tmp_path)
     assert temporary.exists()
     holder.kill()
     holder.wait()
-    runs.sweep_all(tmp_path)
+    files.sweep_all(tmp_path)
     assert not temporary.exists()
 
 
@@ -270,7 +271,7 @@ WRONG = [
 def test_a_damaged_record_is_named_rather_than_left_out(run, tmp_path, text):
     run.record.write_bytes(text.encode("latin-1"))
     run.weights.touch()
-    for read in (run.finished, lambda: runs.records(tmp_path)):
+    for read in (run.finished, lambda: record.records(tmp_path)):
         with pytest.raises(StoreError, match=f"{run.record} is damaged or not a record .* delete it"):
             read()
 

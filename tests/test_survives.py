@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import pytest
 
-from core import checkpoint
-from core.resume import KEEP
-from core.runs import Run, read_record
+from core.runs import checkpoint
+from core.runs.files import Run
+from core.runs.record import read_record
+from core.runs.resume import KEEP
+from core.runs.store import locked
 from core.spec import resolve, spec_id
-from core.store import locked
 from experiments import EXPERIMENTS
 from tests.conftest import ROOT
 from tests.test_cli import call
@@ -29,7 +30,7 @@ OTHERS = ("run", "smoke", "baseline", "--no-compile", "--device", "cpu", "--epoc
 
 
 class Process(NamedTuple):
-    """One process of main.py that the nursery started."""
+    """One process of main.py that the fork_server started."""
 
     pid: int
     log: object
@@ -60,7 +61,7 @@ def start(data_dir, tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
     # One thread: OpenMP's others would not be there in a forked process.
     server = subprocess.Popen(
-        (sys.executable, str(ROOT / "tests" / "nursery.py"), str(data_dir)),
+        (sys.executable, str(ROOT / "tests" / "fork_server.py"), str(data_dir)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -235,7 +236,10 @@ def test_a_signal_saves_and_says_how_to_go_on(start, whole, tmp_path, number):
 
 
 def test_a_signal_before_the_first_step(start, tmp_path):
-    patch = "import time, core.jit\ncore.jit.fuse = lambda *_: (print('compiling', flush=True), time.sleep(60))"
+    patch = """
+import time, core.compile.fused
+core.compile.fused.fuse = lambda *_: (print('compiling', flush=True), time.sleep(60))
+"""
     process = start(*SMOKE, out=tmp_path, patch=patch)
     process.until("compiling")
     process.signal(signal.SIGTERM)
@@ -245,7 +249,10 @@ def test_a_signal_before_the_first_step(start, tmp_path):
 
 def test_a_second_signal_stops_at_once(start, tmp_path):
     """Even a save that does not come to an end."""
-    patch = "import time, core.resume\ncore.resume.save = lambda *_: (print('saving', flush=True), time.sleep(60))"
+    patch = """
+import time, core.runs.resume
+core.runs.resume.save = lambda *_: (print('saving', flush=True), time.sleep(60))
+"""
     process = start(*SMOKE, out=tmp_path, patch=patch)
     process.until("saving")
     process.signal(signal.SIGINT)
@@ -274,7 +281,7 @@ core.train.Training._finish = lambda self: (os.kill(os.getpid(), signal.SIGTERM)
 def test_two_processes_share_the_experiments(start, tmp_path):
     epochs, out = 4, tmp_path / "both"
     both = (*OTHERS[:-1], epochs)
-    slowly = "import time, core.resume as r\nsave = r.save\nr.save = lambda *a: (time.sleep(0.5), save(*a))"
+    slowly = "import time, core.runs.resume as r\nsave = r.save\nr.save = lambda *a: (time.sleep(0.5), save(*a))"
     first = start(*both, out=out, patch=slowly)
     first.until("smoke: epoch 1:")
     second = start(*both, out=out)
@@ -333,15 +340,15 @@ def test_training_again_keeps_what_is_finished_until_it_is_replaced(start, tmp_p
 def test_a_disk_that_fills_up_on_the_way(start, whole, tmp_path):
     patch = (
         """
-import core.resume
-save, saves = core.resume.save, iter(range(4))
+import core.runs.resume
+save, saves = core.runs.resume.save, iter(range(4))
 def fill_up(*arguments):
     if next(saves, None) is None:
         """
         + LIMIT.format(n=100_000).replace("\n", "; ")
         + """
     save(*arguments)
-core.resume.save = fill_up
+core.runs.resume.save = fill_up
 """
     )
     process = start(*SMOKE, out=tmp_path, patch=patch)
@@ -357,7 +364,7 @@ core.resume.save = fill_up
 def test_results_that_cannot_be_written_stay_as_they_are(start, tmp_path):
     finish(start, *SMOKE[:-1], 1, out=tmp_path)
     before = (tmp_path / "results.md").read_bytes()
-    long = "import core.report\ncore.report.markdown = lambda *_: 'x' * 1_000_000\n"
+    long = "import core.report\ncore.report.rebuild.markdown = lambda *_: 'x' * 1_000_000\n"
     for patch, name in ((LIMIT.format(n=500), "checkpoints/learning-curves.svg"), (long, "results.md")):
         process = start("report", out=tmp_path, patch=patch if "SIZE" in patch else patch + LIMIT.format(n=500_000))
         assert process.wait() == 2
@@ -393,8 +400,8 @@ def test_a_run_that_diverges(start, tmp_path):
 
 def test_a_run_that_diverges_later_keeps_its_resume_points(start, tmp_path):
     patch = """
-import torch, core.jit
-fuse = core.jit.fuse
+import torch, core.compile.fused
+fuse = core.compile.fused.fuse
 def poisoned(spec, state, *rest):
     advance = fuse(spec, state, *rest)
     def step():
@@ -402,7 +409,7 @@ def poisoned(spec, state, *rest):
             state["params"]["1.weight"].view(-1)[5] = torch.nan
         advance()
     return step
-core.jit.fuse = poisoned
+core.compile.fused.fuse = poisoned
 """
     process = start(*SMOKE, out=tmp_path, patch=patch)
     assert process.wait() == 1

@@ -9,11 +9,15 @@ import json
 import pytest
 import torch
 
-from core import inductor, jit, library, runs, step, store, train
+from core import train
+from core.compile import cache, fused, inductor
+from core.compile.device import pick_device, to_device
+from core.functional import step, tree
+from core.runs import files, store
 
 GRAPHS = torch._dynamo.utils.counters["stats"]  # "unique_graphs" counts what Dynamo has compiled in this process
 
-compiles = pytest.mark.skipif(jit.compiler_problem(torch.device("cpu")) is not None, reason="no C++ compiler here")
+compiles = pytest.mark.skipif(fused.compiler_problem(torch.device("cpu")) is not None, reason="no C++ compiler here")
 
 
 def clone(tree):
@@ -21,7 +25,7 @@ def clone(tree):
 
 
 def libraries():
-    return sorted(library.CACHE.glob("*.so"))
+    return sorted(cache.CACHE.glob("*.so"))
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +35,8 @@ def compiled(small_spec, step_inputs, tmp_path_factory):
     state, data, hyper = step_inputs(spec)
     after = clone(state)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "CACHE", tmp_path_factory.mktemp("compiled"))
-        jit.fuse(spec, after, data, hyper, compiled=True)()
+        patch.setattr(cache, "CACHE", tmp_path_factory.mktemp("compiled"))
+        fused.fuse(spec, after, data, hyper, compiled=True)()
         assert len(libraries()) == 1
         yield spec, state, data, hyper, after
 
@@ -44,8 +48,8 @@ def nothing_compiles(compiled, monkeypatch):
     def refuse(*_):
         raise AssertionError("a second compilation")
 
-    monkeypatch.setattr(library, "start", refuse)
-    monkeypatch.setattr(library, "_make_and_keep", refuse)
+    monkeypatch.setattr(cache, "start", refuse)
+    monkeypatch.setattr(cache, "_make_and_keep", refuse)
     yield
     assert libraries() == before
 
@@ -102,7 +106,7 @@ def test_another_spec_of_the_same_shape_compiles_nothing(nothing_compiles, small
     spec = small_spec(**changes)
     state, data, hyper = step_inputs(spec)
     eager = step.make_train_step(spec)(state, data, hyper)
-    advance = jit.fuse(spec, state, data, hyper, compiled=True)
+    advance = fused.fuse(spec, state, data, hyper, compiled=True)
     advance()
     first = clone(state)
     advance()
@@ -116,7 +120,7 @@ def test_a_new_order_of_the_same_epoch_length_compiles_nothing(compiled, nothing
     """Each epoch copies its order into the same buffer."""
     spec, state, data, hyper, _ = compiled
     state, data = clone(state), {**data, "order": data["order"].clone()}
-    advance = jit.fuse(spec, state, data, hyper, compiled=True)
+    advance = fused.fuse(spec, state, data, hyper, compiled=True)
     for _ in range(9):
         advance()
     data["order"].copy_(data["order"].flip(0))
@@ -129,20 +133,20 @@ def test_a_new_order_of_the_same_epoch_length_compiles_nothing(compiled, nothing
 def test_compiled_steps_repeat_bit_for_bit(compiled):
     spec, state, data, hyper, after = compiled
     again = clone(state)
-    jit.fuse(spec, again, data, hyper, compiled=True)()
-    assert all(torch.equal(a, b) for a, b in zip(jit.leaves(after), jit.leaves(again), strict=True))
+    fused.fuse(spec, again, data, hyper, compiled=True)()
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(after), tree.leaves(again), strict=True))
 
 
 @compiles
 @pytest.mark.slow
 def test_another_shape_compiles_and_in_this_process_too(compiled, small_spec, step_inputs, monkeypatch):
     """Where no process can be forked, this one compiles: one graph, counted by Dynamo."""
-    monkeypatch.setattr(library, "start", lambda *_: None)
+    monkeypatch.setattr(cache, "start", lambda *_: None)
     spec = small_spec(optimizer="sgd", augment="flip+shift")
     state, data, hyper = step_inputs(spec)
     eager = step.make_train_step(spec)(state, data, hyper)
     before, graphs = libraries(), GRAPHS["unique_graphs"]
-    jit.fuse(spec, state, data, hyper, compiled=True)()
+    fused.fuse(spec, state, data, hyper, compiled=True)()
     assert len(libraries()) == len(before) + 1
     assert GRAPHS["unique_graphs"] == graphs + 1
     for name, value in state["params"].items():
@@ -175,16 +179,16 @@ def swap(text):
 def test_a_damaged_library_is_made_anew(compiled, monkeypatch, suffix, damage):
     """It is never loaded: that could end the process, or train wrongly."""
     spec, state, data, hyper, after = compiled
-    path = jit._recipe(spec, (state, data, hyper))[0].with_suffix(suffix)
+    path = fused._recipe(spec, (state, data, hyper))[0].with_suffix(suffix)
     good = path.read_bytes()
     # By a new file, as the loaded one is mapped into this process.
     store.atomic_write(path, damage(good)) if damage else path.unlink()
     made = []
-    monkeypatch.setattr(library, "start", lambda *_: (made.append(1), store.atomic_write(path, good)))
+    monkeypatch.setattr(cache, "start", lambda *_: (made.append(1), store.atomic_write(path, good)))
     again = clone(state)
-    jit.fuse(spec, again, data, hyper, compiled=True)()
+    fused.fuse(spec, again, data, hyper, compiled=True)()
     assert made == [1]
-    assert all(torch.equal(a, b) for a, b in zip(jit.leaves(after), jit.leaves(again), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(after), tree.leaves(again), strict=True))
 
 
 def test_eager_fuse_advances_the_standing_buffers(small_spec, step_inputs):
@@ -192,12 +196,12 @@ def test_eager_fuse_advances_the_standing_buffers(small_spec, step_inputs):
     spec = small_spec()
     state, data, hyper = step_inputs(spec)
     pure = step.make_train_step(spec)(state, data, hyper)
-    places = [t.data_ptr() for t in jit.leaves(state)]
-    advance = jit.fuse(spec, state, data, hyper, compiled=False)
+    places = [t.data_ptr() for t in tree.leaves(state)]
+    advance = fused.fuse(spec, state, data, hyper, compiled=False)
     assert int(state["step"]) == 0
     advance()
-    assert [t.data_ptr() for t in jit.leaves(state)] == places
-    assert all(torch.equal(a, b) for a, b in zip(jit.leaves(state), jit.leaves(pure), strict=True))
+    assert [t.data_ptr() for t in tree.leaves(state)] == places
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(state), tree.leaves(pure), strict=True))
     advance()
     assert int(state["step"]) == 2
 
@@ -205,13 +209,13 @@ def test_eager_fuse_advances_the_standing_buffers(small_spec, step_inputs):
 def test_no_compiler_is_said_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert jit.compiler_problem(torch.device("cpu")) == "no C++ compiler (g++ or clang++) was found"
+    assert fused.compiler_problem(torch.device("cpu")) == "no C++ compiler (g++ or clang++) was found"
     compiler = tmp_path / "clang++"
     compiler.touch(0o755)
-    assert jit.compiler_problem(torch.device("cpu")) is None
+    assert fused.compiler_problem(torch.device("cpu")) is None
     compiler.rename(tmp_path / "mine")
     monkeypatch.setenv("CXX", "mine")
-    assert jit.compiler_problem(torch.device("cpu")) is None
+    assert fused.compiler_problem(torch.device("cpu")) is None
 
 
 def test_a_compilation_that_fails_becomes_eager(monkeypatch, tmp_path, invented, small_spec):
@@ -222,10 +226,10 @@ def test_a_compilation_that_fails_becomes_eager(monkeypatch, tmp_path, invented,
 
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(inductor, "compiling", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(library, "CACHE", tmp_path / "nothing compiled yet")
+    monkeypatch.setattr(cache, "CACHE", tmp_path / "nothing compiled yet")
     events = []
     spec = small_spec(epochs=1)
-    run = runs.Run(tmp_path, "x", "0" * 12)
+    run = files.Run(tmp_path, "x", "0" * 12)
     run.folder.mkdir(parents=True)
     record = train.Training(
         run, "x", spec, invented, torch.device("cpu"), compiled=True, listen=lambda *event: events.append(event)
@@ -239,16 +243,16 @@ def test_a_compilation_that_fails_becomes_eager(monkeypatch, tmp_path, invented,
 def test_pick_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert jit.pick_device("auto") == jit.pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
     for name in ("cuda", "mps"):
         with pytest.raises(ValueError, match=f"^device {name} is not there; present: cpu$"):
-            jit.pick_device(name)
+            pick_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert jit.pick_device("auto") == torch.device("cuda")
+    assert pick_device("auto") == torch.device("cuda")
 
 
 def test_to_device_copies_the_tree():
     tree = {"a": {"b": torch.arange(3)}, "c": torch.tensor(1.0, dtype=torch.float64)}
-    moved = jit.to_device(tree, torch.device("cpu"))
+    moved = to_device(tree, torch.device("cpu"))
     assert torch.equal(moved["a"]["b"], tree["a"]["b"])
     assert moved["c"].dtype == torch.float64

@@ -19,8 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from core.runs.store import StoreError, atomic_write
 from core.spec import canonical
-from core.store import StoreError, atomic_write
 
 KEY, ZEROS = "cifar10-mlp", "0" * 64
 MAX_HEADER = 1 << 18
@@ -52,7 +52,7 @@ def save(path: Path, tensors: Tensors, meta: dict[str, Any]) -> None:
     """Write tensors and metadata as one file, whole or not at all.
 
     Raises:
-        core.store.StoreError: it cannot be written.
+        core.runs.store.StoreError: it cannot be written.
     """
     host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     data = safetensors.torch.save(host, {KEY: canonical({**meta, "sha256": ZEROS})})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from core import random
+from core.functional import prng
 
 # From kat_vectors of Random123 (Salmon et al.), "threefry2x32 20": counter, key, answer.
 KNOWN_ANSWERS = [
@@ -46,13 +46,13 @@ def int32(value):
     return torch.tensor(np.uint32(value).view(np.int32).item(), dtype=torch.int32)
 
 
-def bits(seed=0, stream=random.DROPOUT, step=0, count=1 << 16):
-    return random.bits(int32(seed), stream, int32(step), count)
+def bits(seed=0, stream=prng.DROPOUT, step=0, count=1 << 16):
+    return prng.bits(int32(seed), stream, int32(step), count)
 
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
 def test_known_answers(counter, key, answer):
-    drawn = random.threefry2x32(tuple(map(int32, key)), tuple(map(int32, counter)))
+    drawn = prng.threefry2x32(tuple(map(int32, key)), tuple(map(int32, counter)))
     assert tuple(np.int32(word.item()).view(np.uint32) for word in drawn) == answer
     assert tuple(word.item() for word in reference(key, counter)) == answer
 
@@ -60,7 +60,7 @@ def test_known_answers(counter, key, answer):
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize(("seed", "step"), [(0, 0), (1, 7), (2**31 - 1, 2**31 - 1)])
 def test_bits_are_those_of_the_reference(seed, step, count):
-    for stream in (random.DROPOUT, random.AUGMENT):
+    for stream in (prng.DROPOUT, prng.AUGMENT):
         drawn = bits(seed, stream, step, count)
         assert drawn.dtype == torch.int32
         assert drawn.shape == (count,)
@@ -75,24 +75,24 @@ def test_a_longer_draw_begins_with_the_shorter():
 @pytest.mark.slow
 def test_compiled_bits_are_those_of_eager():
     """Odd sizes and step, since vector code has a tail."""
-    compiled = torch.compile(random.bits, fullgraph=True, dynamic=False)
-    assert torch.equal(compiled(int32(3), random.DROPOUT, int32(11), 1003), bits(3, step=11, count=1003))
+    compiled = torch.compile(prng.bits, fullgraph=True, dynamic=False)
+    assert torch.equal(compiled(int32(3), prng.DROPOUT, int32(11), 1003), bits(3, step=11, count=1003))
 
 
 def test_vmapped_bits_are_those_of_each_alone():
     seeds, steps = torch.tensor([0, 1, 77], dtype=torch.int32), torch.tensor([5, 5, 6], dtype=torch.int32)
-    together = torch.func.vmap(lambda seed, step: random.bits(seed, random.DROPOUT, step, 37))(seeds, steps)
-    alone = [random.bits(seed, random.DROPOUT, step, 37) for seed, step in zip(seeds, steps, strict=True)]
+    together = torch.func.vmap(lambda seed, step: prng.bits(seed, prng.DROPOUT, step, 37))(seeds, steps)
+    alone = [prng.bits(seed, prng.DROPOUT, step, 37) for seed, step in zip(seeds, steps, strict=True)]
     assert torch.equal(together, torch.stack(alone))
 
 
 def masks(seed, step, rate, widths, batch):
-    return random.dropout_masks(int32(seed), int32(step), torch.tensor(rate), widths, batch)
+    return prng.dropout_masks(int32(seed), int32(step), torch.tensor(rate), widths, batch)
 
 
 def test_vmapped_masks_are_those_of_each_alone():
     seeds, rates = torch.tensor([4, 5], dtype=torch.int32), torch.tensor([0.2, 0.7])
-    together = torch.func.vmap(lambda seed, rate: random.dropout_masks(seed, int32(2), rate, [7, 4], 3))(seeds, rates)
+    together = torch.func.vmap(lambda seed, rate: prng.dropout_masks(seed, int32(2), rate, [7, 4], 3))(seeds, rates)
     for i, (seed, rate) in enumerate(((4, 0.2), (5, 0.7))):
         alone = masks(seed, 2, rate, [7, 4], 3)
         assert all(torch.equal(mask[i], each) for mask, each in zip(together, alone, strict=True))
@@ -101,14 +101,14 @@ def test_vmapped_masks_are_those_of_each_alone():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_draws_on_a_gpu_are_those_of_the_cpu():
     for seed, step, count in ((0, 0, 1003), (2**31 - 1, 77, 1 << 20)):
-        drawn = random.bits(int32(seed).cuda(), random.DROPOUT, int32(step).cuda(), count)
+        drawn = prng.bits(int32(seed).cuda(), prng.DROPOUT, int32(step).cuda(), count)
         assert torch.equal(drawn.cpu(), bits(seed, step=step, count=count))
 
 
 def test_masks_are_made_of_the_draws():
     """By an independent reading of them: the halves of a word, for widths that are even and odd."""
     widths, batch, rate = [6, 5, 1], 3, 0.3
-    words = reference_bits(4, random.DROPOUT, 9, (3 + 3 + 1) * batch).view(np.uint32)
+    words = reference_bits(4, prng.DROPOUT, 9, (3 + 3 + 1) * batch).view(np.uint32)
     for mask, width in zip(masks(4, 9, rate, widths, batch), widths, strict=True):
         rows = (width + 1) // 2
         used, words = words[: rows * batch].reshape(rows, batch), words[rows * batch :]
@@ -145,7 +145,7 @@ def test_bytes_are_uniform(shift, lane):
     assert within_chance(chi_square((drawn >> shift) & 255, 256), 255)
 
 
-ORIGIN = {"seed": 0, "stream": random.DROPOUT, "step": 0}
+ORIGIN = {"seed": 0, "stream": prng.DROPOUT, "step": 0}
 NEIGHBOURS = [
     {"seed": 1},
     {"seed": 2},
@@ -153,9 +153,9 @@ NEIGHBOURS = [
     {"step": 1},
     {"step": 2},
     {"step": 1 << 16},
-    {"stream": random.AUGMENT},
+    {"stream": prng.AUGMENT},
     {"seed": 1, "step": 1},
-    {"seed": random.AUGMENT, "stream": 0},
+    {"seed": prng.AUGMENT, "stream": 0},
 ]
 
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import store
+from core.runs import store
 from core.spec import canonical
 
 # Inductor's own cache and the libraries made with it.
-CACHE = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".cache")))
+CACHE = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parents[2] / ".cache")))
 
 # Compiles, in an empty folder: the bytes of a library, and which tensors of the caller's are its inputs, in order.
 Make = Callable[[Path], tuple[bytes, list[int]]]

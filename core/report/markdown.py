@@ -1,55 +1,17 @@
-"""results.md and its picture: a view of the records, rebuilt from them and from nothing else."""
+"""The text of results.md, from the records."""
 
-import io
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from core import runs, store
+from core.report import plots, stats
 from core.spec import Spec, SpecError, canonical, resolve
 
 Record = dict[str, Any]
-PICTURE = "checkpoints/learning-curves.svg"
 
 
-def interval(accuracy: float, n: int) -> tuple[float, float]:
-    """The 95% interval of an accuracy measured on n examples (Wilson 1927)."""
-    z = 1.959964
-    center = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
-    return center - half, center + half
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.2f}%"
-
-
-def speed(record: Record) -> int:
-    """The median over the epochs, in samples a second; 0 where none was timed."""
-    speeds = sorted(entry["samples_per_second"] for entry in record["history"] if entry["samples_per_second"])
-    return speeds[len(speeds) // 2] if speeds else 0
-
-
-def rebuild(out: Path, experiments: Mapping[str, Spec]) -> list[Record]:
-    """Write results.md and the learning curves under `out`; returns the records, in the order of the table.
-
-    Args:
-        experiments: what the names of experiments stand for now, to say how to run them again.
-
-    Raises:
-        core.store.StoreError: they cannot be written; the old ones are intact.
-    """
-    with store.locked(out / "checkpoints" / "results.lock"):
-        records = sorted(runs.records(out), key=_order)
-        finished = [r for r in records if r["status"] == "finished"]
-        store.atomic_write(out / PICTURE, picture(finished))
-        store.atomic_write(out / "results.md", markdown(records, experiments).encode())
-    return records
-
-
-def _order(record: Record) -> tuple:
+def order(record: Record) -> tuple:
     # By network, so that a baseline stands below the runs it is compared with; deeper first, then by learning rate.
     spec = record["spec"]
     return -len(spec["widths"]), canonical([spec["widths"], spec["norm"]]), -spec["lr"], record["name"], spec["seed"]
@@ -61,20 +23,20 @@ def _row(record: Record) -> list[str]:
     if record["status"] != "finished":
         return [*start, *["–"] * 12]
     train, validation, test = (record["metrics"][split] for split in ("train", "validation", "test"))
-    low, high = interval(test["accuracy"], test["n"])
+    low, high = stats.interval(test["accuracy"], test["n"])
     history, where = record["history"], record["environment"]
     return [
         *start,
         f"{record['parameters']:,}",
         str(spec["epochs"]),
         str(spec["batch_size"]),
-        percent(train["accuracy"]),
-        percent(validation["accuracy"]),
-        f"**{percent(test['accuracy'])}** ({100 * low:.1f}–{100 * high:.1f})",
+        stats.percent(train["accuracy"]),
+        stats.percent(validation["accuracy"]),
+        f"**{stats.percent(test['accuracy'])}** ({100 * low:.1f}–{100 * high:.1f})",
         f"{100 * (train['accuracy'] - test['accuracy']):.1f}",
         f"{test['loss']:.4f}",
         f"{sum(entry['seconds'] for entry in history):.0f} s",
-        f"{speed(record):,}",
+        f"{stats.speed(record):,}",
         f"{where['device']}, {where['mode']}",
         f"`{record['digest'][:12]}`" + ("" if record["bitwise"] else " (not bitwise)"),
     ]
@@ -109,10 +71,10 @@ def _choice(group: list[Record]) -> str:
     verdict = "more than" if lead > error else "within"
     return (
         f"Of {', '.join(r['name'] for r in group)}, which differ in the learning rate alone, the validation accuracy "
-        f"chooses **{best['name']}** ({best['spec']['lr']:g}): {percent(accuracies[0])}, {100 * lead:.2f} points "
+        f"chooses **{best['name']}** ({best['spec']['lr']:g}): {stats.percent(accuracies[0])}, {100 * lead:.2f} points "
         f"before {second['name']}, which is {verdict} the sampling error of such a difference ({100 * error:.1f} "
         f"points). The test split took no part in the choice; on it, {best['name']} reaches "
-        f"{percent(best['metrics']['test']['accuracy'])}.\n"
+        f"{stats.percent(best['metrics']['test']['accuracy'])}.\n"
     )
 
 
@@ -122,7 +84,7 @@ def _seeds(groups: list[list[Record]]) -> str:
         tests = [r["metrics"]["test"]["accuracy"] for r in group]
         mean = sum(tests) / len(tests)
         deviation = math.sqrt(sum((t - mean) ** 2 for t in tests) / (len(tests) - 1))
-        rows.append([group[0]["name"], str(len(tests)), percent(mean), f"{100 * deviation:.2f}"])
+        rows.append([group[0]["name"], str(len(tests)), stats.percent(mean), f"{100 * deviation:.2f}"])
     return _table(["experiment", "seeds", "mean test accuracy", "standard deviation (points)"], rows)
 
 
@@ -195,7 +157,7 @@ def markdown(records: list[Record], experiments: Mapping[str, Spec]) -> str:
         parts += ["\n## Over seeds\n\n", _seeds(seeds)]
     parts.append(_baseline(finished))
     if finished:
-        parts.append(f"\n## Learning curves\n\n![accuracy and loss of every epoch]({PICTURE})\n")
+        parts.append(f"\n## Learning curves\n\n![accuracy and loss of every epoch]({plots.PICTURE})\n")
         places = sorted({f"- {_place(r)}" for r in finished})
         commands = [*_commands(finished, experiments), "uv run main.py evaluate"]
         parts.append("\n## Reproduce\n\n```sh\n" + "\n".join(commands) + "\n```\n\nMade on:\n\n")
@@ -209,32 +171,3 @@ def _place(record: Record) -> str:
         f"{where['device_name']} ({where['hardware']}), {where['threads']} threads, torch {where['torch']}, Python "
         f"{where['python']}, commit {where['git']}, data {record['data'][:12]}"
     )
-
-
-def picture(finished: list[Record]) -> bytes:
-    """Validation and train curves of the finished runs as SVG; equal records give equal bytes."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    style: Any = {"svg.hashsalt": "cifar10-mlp", "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-        for record in finished:
-            epochs = [entry["epoch"] for entry in record["history"]]
-            for ax, quantity, factor in zip(axes, ("accuracy", "loss"), (100, 1), strict=True):
-                validation = [factor * entry[f"val_{quantity}"] for entry in record["history"]]
-                train = [factor * entry[f"train_{quantity}"] for entry in record["history"]]
-                (line,) = ax.plot(epochs, validation, label=record["name"], marker="." if len(epochs) == 1 else None)
-                ax.plot(epochs, train, color=line.get_color(), linestyle=":", alpha=0.7)
-        for ax, label in zip(axes, ("accuracy (%)", "cross-entropy"), strict=True):
-            ax.set(xlabel="epoch", ylabel=label)
-            ax.grid(alpha=0.3)
-        axes[0].set_title("solid: validation · dotted: train, while training", fontsize=9, loc="left")
-        if finished:
-            axes[1].legend(fontsize=8)
-        out = io.BytesIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    return out.getvalue()

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from core import dataset
-from core.dataset import DataError
+from core.data import cifar10
+from core.data.cifar10 import DataError
 from tests.conftest import REMOTE, ROOT, lacking
 
 DEAD = "http://127.0.0.1:9/cifar-10-python.tar.gz"  # the discard port: refused at once
@@ -39,7 +39,7 @@ def packed(files):
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz", compresslevel=1) as tar:
         for name, data in {**files, "readme.html": b"<html>"}.items():
-            info = tarfile.TarInfo(f"{dataset.FOLDER}/{name}")
+            info = tarfile.TarInfo(f"{cifar10.FOLDER}/{name}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return out.getvalue()
@@ -48,7 +48,7 @@ def packed(files):
 @pytest.fixture(scope="module")
 def contents():
     """Name -> bytes of an invented CIFAR-10, and its archive."""
-    files = {name: batch(i) for i, name in enumerate(list(dataset.FILES)[:6])} | {"batches.meta": b"labels" * 20}
+    files = {name: batch(i) for i, name in enumerate(list(cifar10.FILES)[:6])} | {"batches.meta": b"labels" * 20}
     return files, packed(files)
 
 
@@ -56,10 +56,10 @@ def contents():
 def fake(monkeypatch, contents):
     """The invented CIFAR-10 as the published one, with no mirror that answers."""
     files, archive = contents
-    monkeypatch.setattr(dataset, "FILES", {name: (md5(data), len(data)) for name, data in files.items()})
-    monkeypatch.setattr(dataset, "ARCHIVE_MD5", md5(archive))
-    monkeypatch.setattr(dataset, "ARCHIVE_BYTES", len(archive))
-    monkeypatch.setattr(dataset, "MIRRORS", (DEAD,))
+    monkeypatch.setattr(cifar10, "FILES", {name: (md5(data), len(data)) for name, data in files.items()})
+    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", md5(archive))
+    monkeypatch.setattr(cifar10, "ARCHIVE_BYTES", len(archive))
+    monkeypatch.setattr(cifar10, "MIRRORS", (DEAD,))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
     return files, archive
@@ -109,9 +109,9 @@ def serve():
 @pytest.fixture
 def filled(fake, tmp_path):
     """A data folder with the invented seven files."""
-    (tmp_path / dataset.FOLDER).mkdir()
+    (tmp_path / cifar10.FOLDER).mkdir()
     for name, data in fake[0].items():
-        (tmp_path / dataset.FOLDER / name).write_bytes(data)
+        (tmp_path / cifar10.FOLDER / name).write_bytes(data)
     return tmp_path
 
 
@@ -130,31 +130,31 @@ def listing(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-SEVEN = sorted(f"{dataset.FOLDER}/{name}" for name in dataset.FILES)
+SEVEN = sorted(f"{cifar10.FOLDER}/{name}" for name in cifar10.FILES)
 
 
 def test_hashes_are_those_that_torchvision_publishes():
     from torchvision.datasets import CIFAR10
 
     published = dict([*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
-    assert {name: md5 for name, (md5, _) in dataset.FILES.items()} == published
-    assert CIFAR10.tgz_md5 == dataset.ARCHIVE_MD5
-    assert CIFAR10.base_folder == dataset.FOLDER
-    assert dataset.MIRRORS[0].removeprefix("https") == CIFAR10.url.removeprefix("https")
+    assert {name: md5 for name, (md5, _) in cifar10.FILES.items()} == published
+    assert CIFAR10.tgz_md5 == cifar10.ARCHIVE_MD5
+    assert CIFAR10.base_folder == cifar10.FOLDER
+    assert cifar10.MIRRORS[0].removeprefix("https") == CIFAR10.url.removeprefix("https")
 
 
 def test_data_dvc_tracks_the_directory_of_these_files():
     """The hash of a DVC directory is the md5 of its listing, which follows from the hashes of the files."""
-    entries = sorted((f"{dataset.FOLDER}/{name}", md5) for name, (md5, _) in dataset.FILES.items())
+    entries = sorted((f"{cifar10.FOLDER}/{name}", md5) for name, (md5, _) in cifar10.FILES.items())
     listed = "[" + ", ".join(f'{{"md5": "{md5}", "relpath": "{path}"}}' for path, md5 in entries) + "]"
-    assert md5(listed.encode()) + ".dir" == dataset.DIRECTORY_HASH
+    assert md5(listed.encode()) + ".dir" == cifar10.DIRECTORY_HASH
     tracked = (ROOT / "data.dvc").read_text()
-    assert f"md5: {dataset.DIRECTORY_HASH}\n" in tracked
-    assert f"size: {sum(size for _, size in dataset.FILES.values())}\n" in tracked
+    assert f"md5: {cifar10.DIRECTORY_HASH}\n" in tracked
+    assert f"size: {sum(size for _, size in cifar10.FILES.values())}\n" in tracked
 
 
 def test_read_puts_every_image_and_label_in_its_place(filled):
-    data = dataset.read(filled)
+    data = cifar10.read(filled)
     assert [tuple(t.shape) for t in data] == [(50_000, 3072), (50_000,), (10_000, 3072), (10_000,)]
     assert [t.dtype for t in data] == [torch.uint8, torch.int64] * 2
     assert data.train_images[:, 0].tolist() == [i // 10_000 for i in range(50_000)]
@@ -164,51 +164,52 @@ def test_read_puts_every_image_and_label_in_its_place(filled):
     assert data.test_labels[:3].tolist() == [5, 6, 7]
 
 
-def test_real_data(cifar10):
-    assert cifar10.train_labels.bincount().tolist() == [5000] * 10
-    assert cifar10.test_labels.bincount().tolist() == [1000] * 10
-    first = [dataset.CLASSES[label] for label in cifar10.test_labels[:4]]
+def test_real_data(data_dir):
+    real = cifar10.read(data_dir)
+    assert real.train_labels.bincount().tolist() == [5000] * 10
+    assert real.test_labels.bincount().tolist() == [1000] * 10
+    first = [cifar10.CLASSES[label] for label in real.test_labels[:4]]
     assert first == ["cat", "ship", "ship", "airplane"]
-    assert cifar10.train_images[0, [0, 1024, 2048]].tolist() == [59, 62, 63]  # red, green and blue of the first pixel
+    assert real.train_images[0, [0, 1024, 2048]].tolist() == [59, 62, 63]  # red, green and blue of the first pixel
 
 
 def test_complete_data_asks_nobody(filled, monkeypatch):
-    monkeypatch.setattr(dataset, "_download", None)
-    monkeypatch.setattr(dataset, "_dvc", None)
-    dataset.fetch(filled)
+    monkeypatch.setattr(cifar10, "_download", None)
+    monkeypatch.setattr(cifar10, "_dvc", None)
+    cifar10.fetch(filled)
 
 
 def test_a_mirror_delivers_the_seven_files_and_no_other(fake, serve, tmp_path, monkeypatch):
     files, archive = fake
-    monkeypatch.setattr(dataset, "MIRRORS", (DEAD, serve({"/a": archive}) + "/a"))
+    monkeypatch.setattr(cifar10, "MIRRORS", (DEAD, serve({"/a": archive}) + "/a"))
     progress = []
-    data = dataset.load(tmp_path, progress=lambda *event: progress.append(event))
+    data = cifar10.load(tmp_path, progress=lambda *event: progress.append(event))
     assert listing(tmp_path) == SEVEN
-    assert all((tmp_path / dataset.FOLDER / name).read_bytes() == content for name, content in files.items())
+    assert all((tmp_path / cifar10.FOLDER / name).read_bytes() == content for name, content in files.items())
     assert len(data.train_labels) == 50_000
-    assert progress[-1] == (dataset.MIRRORS[1], len(archive), len(archive))
+    assert progress[-1] == (cifar10.MIRRORS[1], len(archive), len(archive))
 
 
 def test_the_address_that_was_given_comes_first(fake, serve, tmp_path, monkeypatch):
     base = serve({"/mine": fake[1], "/official": fake[1]})
-    monkeypatch.setattr(dataset, "MIRRORS", (base + "/official",))
-    dataset.fetch(tmp_path, base + "/mine")
+    monkeypatch.setattr(cifar10, "MIRRORS", (base + "/official",))
+    cifar10.fetch(tmp_path, base + "/mine")
     assert serve.asked == ["/mine"]
 
 
 def test_an_address_that_fails_is_followed_by_the_mirrors(fake, serve, tmp_path, monkeypatch):
     base = serve({"/official": fake[1]})
-    monkeypatch.setattr(dataset, "MIRRORS", (base + "/official",))
-    dataset.fetch(tmp_path, base + "/mine")
+    monkeypatch.setattr(cifar10, "MIRRORS", (base + "/official",))
+    cifar10.fetch(tmp_path, base + "/mine")
     assert serve.asked == ["/mine", "/official"]
     assert listing(tmp_path) == SEVEN
 
 
 def test_only_what_is_missing_is_replaced(fake, serve, filled):
-    kept, lost = (filled / dataset.FOLDER / name for name in ("data_batch_2", "test_batch"))
+    kept, lost = (filled / cifar10.FOLDER / name for name in ("data_batch_2", "test_batch"))
     lost.unlink()
     before = kept.stat()
-    dataset.fetch(filled, serve({"/a": fake[1]}) + "/a")
+    cifar10.fetch(filled, serve({"/a": fake[1]}) + "/a")
     assert lost.read_bytes() == fake[0]["test_batch"]
     assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
@@ -223,7 +224,7 @@ def test_a_bad_archive_is_refused_and_leaves_nothing(fake, serve, tmp_path, page
     }
     address = serve({"/a": pages.get(page, page if page in ("garbage", "cut") else None)}) + "/a"
     with pytest.raises(DataError) as refused:
-        dataset.load(tmp_path, address)
+        cifar10.load(tmp_path, address)
     assert address in str(refused.value)
     assert "\n" not in str(refused.value)
     assert listing(tmp_path) == []
@@ -235,16 +236,16 @@ def test_a_bad_archive_is_refused_and_leaves_nothing(fake, serve, tmp_path, page
 )
 def test_an_address_that_is_none_is_refused(fake, tmp_path, address):
     with pytest.raises(DataError) as refused:
-        dataset.load(tmp_path, address)
+        cifar10.load(tmp_path, address)
     assert address in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_nobody_delivers(fake, tmp_path):
     with pytest.raises(DataError) as refused:
-        dataset.load(tmp_path)
+        cifar10.load(tmp_path)
     message = str(refused.value)
-    assert all(name in message for name in dataset.FILES)
+    assert all(name in message for name in cifar10.FILES)
     assert DEAD in message
     assert "dvc pull" not in message  # which fills data/, not this folder
     assert "--data-url" in message
@@ -252,29 +253,29 @@ def test_nobody_delivers(fake, tmp_path):
 
 
 def test_a_missing_file_is_named(fake, filled):
-    (filled / dataset.FOLDER / "data_batch_4").unlink()
+    (filled / cifar10.FOLDER / "data_batch_4").unlink()
     with pytest.raises(DataError, match=r"lacks data_batch_4 and nothing delivered it \(.*\); name an address"):
-        dataset.load(filled)
+        cifar10.load(filled)
 
 
 def test_an_altered_file_is_named_rather_than_a_missing_one(fake, filled):
-    (filled / dataset.FOLDER / "data_batch_4").unlink()
-    (filled / dataset.FOLDER / "batches.meta").write_bytes(b"x" * dataset.FILES["batches.meta"][1])
+    (filled / cifar10.FOLDER / "data_batch_4").unlink()
+    (filled / cifar10.FOLDER / "batches.meta").write_bytes(b"x" * cifar10.FILES["batches.meta"][1])
     with pytest.raises(DataError, match=r"batches\.meta is altered"):
-        dataset.load(filled)
+        cifar10.load(filled)
 
 
 def test_a_file_in_the_place_of_the_folder(fake, tmp_path):
-    (tmp_path / dataset.FOLDER).write_text("mine")
-    with pytest.raises(DataError, match=rf"^cannot write into {tmp_path / dataset.FOLDER}: File exists$"):
-        dataset.load(tmp_path)
-    assert (tmp_path / dataset.FOLDER).read_text() == "mine"
+    (tmp_path / cifar10.FOLDER).write_text("mine")
+    with pytest.raises(DataError, match=rf"^cannot write into {tmp_path / cifar10.FOLDER}: File exists$"):
+        cifar10.load(tmp_path)
+    assert (tmp_path / cifar10.FOLDER).read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", dataset.FILES)
+@pytest.mark.parametrize("name", cifar10.FILES)
 def test_one_flipped_bit_is_refused_and_never_unpickled(filled, name, no_pickle):
     """Size and time of the file are as they were, which is all that some tools look at."""
-    path = filled / dataset.FOLDER / name
+    path = filled / cifar10.FOLDER / name
     before = path.stat()
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -282,34 +283,34 @@ def test_one_flipped_bit_is_refused_and_never_unpickled(filled, name, no_pickle)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     with pytest.raises(DataError) as refused:
-        dataset.verified(filled, name)
+        cifar10.verified(filled, name)
     assert f"{path} is altered" in str(refused.value)
     assert f"rm '{path}'" in str(refused.value)
 
 
 def test_load_refuses_before_it_unpickles_an_altered_file(filled, no_pickle):
-    path = filled / dataset.FOLDER / "data_batch_1"
+    path = filled / cifar10.FOLDER / "data_batch_1"
     path.write_bytes(b"c" + path.read_bytes()[1:])
     with pytest.raises(DataError, match="data_batch_1 is altered"):
-        dataset.load(filled)
+        cifar10.load(filled)
 
 
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: b"", lambda data: data + b"x"])
 def test_a_file_of_another_size_is_refused(filled, change, no_pickle):
-    path = filled / dataset.FOLDER / "data_batch_1"
+    path = filled / cifar10.FOLDER / "data_batch_1"
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(
         DataError, match=rf"^{path} has [\d,]+ bytes, expected [\d,]+; delete it \(rm '{path}'\)[^\n]*$"
     ):
-        dataset.load(filled)
+        cifar10.load(filled)
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused(filled):
-    path = filled / dataset.FOLDER / "batches.meta"
+    path = filled / cifar10.FOLDER / "batches.meta"
     path.unlink()
     path.mkdir()
     with pytest.raises(DataError, match=rf"^cannot read {path}: Is a directory; delete it \(rm -r [^\n]*$"):
-        dataset.load(filled)
+        cifar10.load(filled)
 
 
 def test_what_is_unpickled_are_the_bytes_that_were_hashed(filled, monkeypatch):
@@ -317,19 +318,19 @@ def test_what_is_unpickled_are_the_bytes_that_were_hashed(filled, monkeypatch):
     reads: list[str] = []
     read_bytes = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: (reads.append(self.name), read_bytes(self))[1])
-    dataset.read(filled)
-    assert sorted(reads) == sorted(dataset.FILES)
+    cifar10.read(filled)
+    assert sorted(reads) == sorted(cifar10.FILES)
 
 
 def test_the_remedy_works(fake, serve, filled):
     """What the message says to do mends it."""
-    path = filled / dataset.FOLDER / "data_batch_3"
+    path = filled / cifar10.FOLDER / "data_batch_3"
     path.write_bytes(b"")
     address = serve({"/a": fake[1]}) + "/a"
     with pytest.raises(DataError):
-        dataset.load(filled, address)
+        cifar10.load(filled, address)
     path.unlink()
-    dataset.load(filled, address)
+    cifar10.load(filled, address)
 
 
 # With DVC: a copy of the project outside Git, its remote beside it as the real one lies.
@@ -357,9 +358,9 @@ def project(tmp_path):
 def fetch_in(project):
     """Fetch there in a process of its own, with no network but loopback."""
     program = (
-        "import sys; from core import dataset\n"
-        "try: dataset.fetch(dataset.ROOT / 'data')\n"
-        "except dataset.DataError as error: sys.exit(str(error))"
+        "import sys; from core.data import cifar10\n"
+        "try: cifar10.fetch(cifar10.ROOT / 'data')\n"
+        "except cifar10.DataError as error: sys.exit(str(error))"
     )
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     env = {**os.environ, **proxies, "no_proxy": "", "NO_PROXY": "", "PYTHONPATH": ""}
@@ -369,13 +370,13 @@ def fetch_in(project):
 @pytest.mark.slow
 def test_dvc_delivers_in_a_copy_without_git(project):
     """Even where a fetch was killed before, which left a part of a file."""
-    (project / "data" / dataset.FOLDER).mkdir(parents=True)
-    (project / "data" / dataset.FOLDER / ".4ZLalXq.tmp").write_bytes(b"part of a file")
+    (project / "data" / cifar10.FOLDER).mkdir(parents=True)
+    (project / "data" / cifar10.FOLDER / ".4ZLalXq.tmp").write_bytes(b"part of a file")
     done = fetch_in(project)
     assert (done.returncode, done.stderr) == (0, "")
     assert listing(project / "data") == SEVEN
-    for name in dataset.FILES:
-        dataset.verified(project / "data", name)
+    for name in cifar10.FILES:
+        cifar10.verified(project / "data", name)
     assert (project / "data.dvc").read_text() == (ROOT / "data.dvc").read_text()
 
 
@@ -387,18 +388,18 @@ def test_dvc_knows_what_a_mirror_delivered(project, data_dir, stray):
     shutil.rmtree(project.parent / "shared")
     archive = project.parent / "archive.tar"
     with tarfile.open(archive, "w") as tar:
-        for name in dataset.FILES:
-            tar.add((data_dir / dataset.FOLDER / name).resolve(), f"{dataset.FOLDER}/{name}")
+        for name in cifar10.FILES:
+            tar.add((data_dir / cifar10.FOLDER / name).resolve(), f"{cifar10.FOLDER}/{name}")
     if stray:
         (project / "data").mkdir()
         (project / "data" / "notes.txt").write_text("mine")
     program = f"""
 import hashlib, pathlib
-from core import dataset
-dvc = dataset._dvc
+from core.data import cifar10
+dvc = cifar10._dvc
 archive = pathlib.Path({str(archive)!r})
-dataset.ARCHIVE_MD5, dataset.ARCHIVE_BYTES = hashlib.md5(archive.read_bytes()).hexdigest(), archive.stat().st_size
-dataset.fetch(dataset.ROOT / "data", archive.as_uri())
+cifar10.ARCHIVE_MD5, cifar10.ARCHIVE_BYTES = hashlib.md5(archive.read_bytes()).hexdigest(), archive.stat().st_size
+cifar10.fetch(cifar10.ROOT / "data", archive.as_uri())
 problem = dvc(lambda repo: print(repo.status()))
 assert problem is None, problem
 """
@@ -411,7 +412,7 @@ assert problem is None, problem
 @pytest.mark.slow
 def test_a_tampered_remote_is_not_believed(project):
     """`verify = true` in .dvc/config: without it DVC hands over what it finds."""
-    digest, _ = dataset.FILES["batches.meta"]
+    digest, _ = cifar10.FILES["batches.meta"]
     stored = project.parent / "shared" / "dvc-remote" / "files" / "md5" / digest[:2] / digest[2:]
     data = bytearray(stored.read_bytes())
     data[0] ^= 1
@@ -422,7 +423,7 @@ def test_a_tampered_remote_is_not_believed(project):
     assert "lacks" in done.stderr
     assert "batches.meta" in done.stderr
     assert "DVC: " in done.stderr
-    assert not (project / "data" / dataset.FOLDER / "batches.meta").exists()
+    assert not (project / "data" / cifar10.FOLDER / "batches.meta").exists()
 
 
 @pytest.mark.slow
@@ -434,5 +435,5 @@ def test_no_network_and_no_remote(project):
     assert "lacks data_batch_1" in done.stderr
     assert "DVC: " in done.stderr
     assert "run `uv run dvc pull`" in done.stderr
-    assert all(mirror in done.stderr for mirror in dataset.MIRRORS)
+    assert all(mirror in done.stderr for mirror in cifar10.MIRRORS)
     assert "Traceback" not in done.stderr

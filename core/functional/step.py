@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core import loader, model, optim, random
+from core.functional import augment, model, optim, prng
 from core.spec import Spec
 
 State = dict  # {"params", "stats", "opt", "step", "metrics"}: nested dicts of tensors
@@ -64,12 +64,12 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
         batch = order.shape[1]
         examples = order.index_select(0, (step % order.shape[0]).view(1))[0]
         labels = data["labels"].index_select(0, examples)
-        x = loader.normalise(data["images"].index_select(0, examples))
+        x = augment.normalise(data["images"].index_select(0, examples))
         if spec["augment"] != "none":
-            x = loader.augment(x, spec["augment"], hyper["seed"], step)
+            x = augment.augment(x, spec["augment"], hyper["seed"], step)
         masks: list[Tensor] = []
         if spec["dropout"] > 0:
-            masks = random.dropout_masks(hyper["seed"], step, hyper["dropout"], spec["widths"], batch)
+            masks = prng.dropout_masks(hyper["seed"], step, hyper["dropout"], spec["widths"], batch)
 
         def loss_function(params: dict) -> tuple[Tensor, tuple]:
             logits, stats = model.forward(params, state["stats"], x, spec, masks, train=True)
@@ -117,7 +117,7 @@ def evaluate(
     predicted, losses = [], []
     for start in range(0, n, batch):
         part = slice(start, start + batch)
-        x = loader.normalise(images[part] if examples is None else images[examples[part]])
+        x = augment.normalise(images[part] if examples is None else images[examples[part]])
         logits, _ = model.forward(params, stats, x, spec)
         losses.append(F.cross_entropy(logits, labels[part], reduction="none"))
         predicted.append(logits.argmax(1))

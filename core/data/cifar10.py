@@ -18,7 +18,7 @@ from filelock import FileLock
 if TYPE_CHECKING:  # torch takes two seconds to import, which `main.py list` and a missing file need not wait for
     from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "cifar-10-batches-py"
 
 # The md5 that torchvision.datasets.CIFAR10 publishes, and the size in bytes.

@@ -1,49 +1,13 @@
-"""Batches from images that stay on the device as uint8: the split, an epoch's order, gather, augment, normalise."""
-
-import hashlib
+"""What happens to a batch of images before the network sees it: normalisation and augmentation."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core import random
+from core.functional import prng
 
-VALIDATION_PER_CLASS = 500  # 5,000 of the 50,000
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training images, a channel, in 0..1
 MAX_SHIFT = 2  # pixels
-
-
-def split(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the training and the validation examples: fixed, with every class equally often in the validation.
-
-    Args:
-        labels: int64 [50000].
-
-    Returns:
-        int64 [45000] and int64 [5000], sorted.
-    """
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    rank = torch.empty_like(labels)
-    for label in range(10):
-        members = order[labels[order] == label]
-        rank[members] = torch.arange(len(members))
-    return (rank >= VALIDATION_PER_CLASS).nonzero()[:, 0], (rank < VALIDATION_PER_CLASS).nonzero()[:, 0]
-
-
-def epoch_order(examples: Tensor, batch_size: int, seed: int, epoch: int) -> Tensor:
-    """The shuffled examples of one epoch, a function of (seed, epoch); what does not fill a batch is left out.
-
-    Args:
-        examples: int64 [n], on the CPU.
-
-    Returns:
-        int64 [n // batch_size, batch_size].
-    """
-    # Neighbouring seeds and epochs must not share a permutation, so the generator is seeded with a hash of both.
-    mixed = int.from_bytes(hashlib.sha256(f"epoch order {seed} {epoch}".encode()).digest()[:8], "little", signed=True)
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(mixed))
-    steps = len(examples) // batch_size
-    return examples[order[: steps * batch_size]].view(steps, batch_size)
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -66,7 +30,7 @@ def augment(images: Tensor, kind: str, seed: Tensor, step: Tensor) -> Tensor:
         seed, step: int32 scalars that, with the place in the batch, decide what is drawn.
     """
     batch, device = len(images), images.device
-    draws = random.bits(seed, random.AUGMENT, step, 3 * batch).view(3, batch)
+    draws = prng.bits(seed, prng.AUGMENT, step, 3 * batch).view(3, batch)
     column = torch.arange(32, device=device)
     columns = torch.where(draws[0, :, None] < 0, column, 31 - column)  # [batch, 32], to read from
     images = images.view(batch, 3, 32, 32)

@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main  # noqa: E402
-from core import dataset, report, train  # noqa: E402, F401 - imported here, so that no child has to
+from core import train  # noqa: E402, F401 - imported here, so that no child has to
+from core.data import cifar10  # noqa: E402 - imported here, so that no child has to
+from core.report import plots  # noqa: E402 - imported here, so that no child has to
 
 TRAIN_IMAGES = 10_000  # 5,000 to train and 5,000 to validate: ten steps an epoch at a batch of 500
 
@@ -45,12 +47,12 @@ def wait(pid, seconds=120):
 
 
 def serve(data):
-    whole = dataset.load(Path(data))
+    whole = cifar10.load(Path(data))
     small = whole._replace(
         train_images=whole.train_images[:TRAIN_IMAGES].clone(), train_labels=whole.train_labels[:TRAIN_IMAGES].clone()
     )
-    dataset.load = lambda *_: small
-    report.picture([])  # matplotlib, too
+    cifar10.load = lambda *_: small
+    plots.picture([])  # matplotlib, too
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import limits, peers
-from core import dataset
+from core.data import cifar10
 
 OURS = "ours"
 CONTESTANTS = {OURS: peers.Ours, **peers.PEERS, **limits.LIMITS}
@@ -56,7 +56,7 @@ def timed(play: Callable[[], Any]) -> Callable[[], float]:
 
 def serve(pipe: Any, name: str) -> None:
     """The body of a worker: builds a contestant for the batch size that it is told, and runs it round by round."""
-    data = dataset.load(dataset.ROOT / "data")
+    data = cifar10.load(cifar10.ROOT / "data")
     contestant = None
     while (request := pipe.recv()) is not None:
         command, value = request

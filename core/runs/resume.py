@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core import checkpoint
-from core.checkpoint import CheckpointError
-from core.provenance import difference
-from core.runs import Run, check
+from core.runs import checkpoint
+from core.runs.checkpoint import CheckpointError
+from core.runs.files import Run
+from core.runs.provenance import difference
+from core.runs.record import check
+from core.runs.store import delete
 from core.spec import canonical
-from core.store import delete
 
 KEEP = 2
 REMEDY = "the rest would not be the same bits; go on all the same with --resume-anyway, or start anew with --force"
@@ -48,7 +49,7 @@ class Point(NamedTuple):
 
 
 def save(run: Run, state: dict[str, Tensor], history: History, meta: dict[str, Any]) -> None:
-    """Write the resume point of a flat state, and delete all but the newest two; raises core.store.StoreError."""
+    """Write the resume point of a flat state, and delete all but the newest two; raises core.runs.store.StoreError."""
     rows = torch.tensor([[entry[key] for key in COLUMNS] for entry in history], dtype=torch.float64)
     tensors = {**state, "history": rows.view(-1, len(COLUMNS))}
     checkpoint.save(run.resume_point(int(state["step"])), tensors, meta)

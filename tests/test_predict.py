@@ -4,8 +4,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from core import checkpoint, model, network, step
-from core.checkpoint import CheckpointError
+from core import predict
+from core.functional import model, step
+from core.runs import checkpoint
+from core.runs.checkpoint import CheckpointError
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def saved(tmp_path, small_spec):
 def test_load_gives_back_what_was_saved(saved):
     path, spec, params, stats = saved
     for where in (path, str(path)):
-        net = network.load(where)
+        net = predict.load(where)
         assert net.spec == spec
         assert (net.meta["name"], net.meta["seed"]) == ("x", 3)
         assert net.params.keys() == params.keys()
@@ -32,7 +34,7 @@ def test_load_gives_back_what_was_saved(saved):
 
 
 def test_calling_it_classifies_images_of_either_shape(saved, invented):
-    net = network.load(saved[0])
+    net = predict.load(saved[0])
     images = invented.test_images
     logits = net(images)
     assert logits.shape == (100, 10)
@@ -47,13 +49,13 @@ def test_plain_pytorch_reads_the_same_file(saved, invented, sequential):
     module.load_state_dict(safetensors.torch.load_file(path), strict=True)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
     x = (invented.test_images.view(-1, 3, 32, 32) / 255 - mean) / std
-    torch.testing.assert_close(network.load(path)(invented.test_images), module.eval()(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(predict.load(path)(invented.test_images), module.eval()(x), rtol=1e-4, atol=1e-5)
 
 
 def test_evaluate_is_the_evaluation_of_the_run(saved, invented):
     path, spec, params, stats = saved
     expected = step.evaluate(params, stats, invented.test_images, invented.test_labels, spec)
-    assert network.load(path).evaluate(invented.test_images, invented.test_labels) == expected
+    assert predict.load(path).evaluate(invented.test_images, invented.test_labels) == expected
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_weights_of_another_architecture_are_refused(saved, small_spec, changes)
         CheckpointError,
         match=r"^[^\n]*x\.safetensors is damaged or not a checkpoint[^\n]*: tensor '[^\n]*, expected [^\n]*$",
     ):
-        network.load(path)
+        predict.load(path)
 
 
 @pytest.mark.parametrize("spec", [None, {"width": [1]}, {"widths": [0]}, "x"], ids=str)
@@ -75,9 +77,9 @@ def test_a_spec_that_is_none_is_refused(saved, spec):
     path, _, params, stats = saved
     checkpoint.save(path, {**params, **stats}, {"name": "x", "seed": 3, "spec": spec})
     with pytest.raises(CheckpointError, match=r"^[^\n]*x\.safetensors is damaged or not a checkpoint[^\n]*$"):
-        network.load(path)
+        predict.load(path)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"^cannot read [^\n]*gone\.safetensors: No such file or directory$"):
-        network.load(tmp_path / "gone.safetensors")
+        predict.load(tmp_path / "gone.safetensors")

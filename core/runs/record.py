@@ -1,68 +1,11 @@
-"""What runs leave on disk.
+"""The record of a run: what it must hold to be read."""
 
-A run of an experiment NAME whose spec has the id ID owns checkpoints/NAME/ID.*: ID.safetensors (weights), ID.json (the
-record), and while it is under way ID.step-N.safetensors (resume points), ID.lock and ID.owner.
-"""
-
-import contextlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from core.store import Held, StoreError, locked, reserve, sweep
-
-
-class Run:
-    """The files of one run."""
-
-    def __init__(self, out: Path, name: str, spec_id: str) -> None:
-        self.folder = out / "checkpoints" / name
-        self.spec_id = spec_id
-        self.weights = self.folder / f"{spec_id}.safetensors"
-        self.record = self.folder / f"{spec_id}.json"
-
-    def lock(self):
-        """The run for this process alone. Raises Held if another has it for longer than a sweep takes."""
-        return locked(self.folder / f"{self.spec_id}.lock", self.folder / f"{self.spec_id}.owner", timeout=1)
-
-    def resume_point(self, step: int) -> Path:
-        return self.folder / f"{self.spec_id}.step-{step:010d}.safetensors"
-
-    def resume_points(self) -> list[Path]:
-        """The newest first."""
-        return sorted(self.folder.glob(f"{self.spec_id}.step-*.safetensors"), reverse=True)
-
-    def result(self) -> dict[str, Any] | None:
-        """The record of a finished run, if its weights are there too.
-
-        Raises:
-            StoreError: there is a record, but damaged.
-        """
-        record = read_record(self.record) if self.record.exists() and self.weights.exists() else None
-        return record if record and record["status"] == "finished" else None
-
-    def finished(self) -> dict[str, Any] | None:
-        """The result, unless the run is being trained again."""
-        return None if self.resume_points() else self.result()
-
-
-def sweep_all(out: Path) -> None:
-    """Delete the temporary files that killed processes left under `out`, but for runs that another process is at work
-    on.
-
-    Raises:
-        StoreError: `out` cannot be written.
-    """
-    with locked(out / "checkpoints" / "results.lock"):
-        reserve(out / "results.md", 1, 1)
-        sweep(out, "results.md")
-        sweep(out / "checkpoints", "learning-curves")
-    left = (out / "checkpoints").glob("*/*.tmp")
-    for folder, run_id in sorted({(path.parent, path.name.split(".")[0]) for path in left}):
-        with contextlib.suppress(Held), locked(folder / f"{run_id}.lock", timeout=0):
-            sweep(folder, f"{run_id}.")
-
+from core.runs.store import StoreError
 
 # What a record must hold for others to rely on: a type, a dict of such keys, or a list of one such item or more.
 METRICS = {"accuracy": float, "loss": float, "n": int, "correct": [int], "count": [int]}

@@ -6,18 +6,18 @@ The step stays pure; only here is it turned into one that writes its new state o
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from core import inductor, library, random
-from core.dataset import Cifar10
-from core.provenance import CODE
+from core.compile import cache, inductor
+from core.functional import prng
+from core.functional.step import State, make_train_step
+from core.functional.tree import leaves
+from core.runs.provenance import CODE
 from core.spec import Spec, static_key
-from core.step import State, make_train_step
 
 Advance = Callable[[], None]
 Trees = tuple[State, dict, dict]  # state, data, hyper
@@ -29,43 +29,6 @@ class CompileError(Exception):
     """The step could not be compiled; the message is the first line of why."""
 
 
-def leaves(tree: dict) -> Iterator[Tensor]:
-    """The tensors of nested dicts, in order."""
-    for value in tree.values():
-        if isinstance(value, dict):
-            yield from leaves(value)
-        else:
-            yield value
-
-
-def to_device(tree: dict, device: torch.device) -> dict[str, Any]:
-    """Nested dicts of tensors, copied to a device; float64 becomes float32 on MPS, which has none."""
-
-    def move(value: Tensor) -> Tensor:
-        return value.to(device, torch.float32 if device.type == "mps" and value.dtype == torch.float64 else None)
-
-    return {key: to_device(value, device) if isinstance(value, dict) else move(value) for key, value in tree.items()}
-
-
-def place(data: Cifar10, device: torch.device) -> Cifar10:
-    """The images and labels on a device, where they stay."""
-    return Cifar10(*(t.to(device) for t in data))
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA, then MPS, then the CPU.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, present in there.items() if present)
-    if not there[name]:
-        raise ValueError(f"device {name} is not there; present: {', '.join(kind for kind in there if there[kind])}")
-    return torch.device(name)
-
-
 def compiler_problem(device: torch.device) -> str | None:
     """Why the step cannot be compiled on this machine, or None."""
     compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
@@ -74,14 +37,6 @@ def compiler_problem(device: torch.device) -> str | None:
     if device.type == "mps":
         return "the step is not compiled for MPS"
     return None
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def in_place(step: Callable[[State, dict, dict], State]) -> Callable[[State, dict, dict], None]:
@@ -119,17 +74,17 @@ def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = Tru
 
 def compile_ahead(spec: Spec, state: State, data: dict, hyper: dict) -> None:
     """Start to compile, in another process, what `fuse` will be asked for on a CPU."""
-    library.start(*_recipe(spec, (state, data, hyper)))
+    cache.start(*_recipe(spec, (state, data, hyper)))
 
 
 def _ahead_of_time(spec: Spec, trees: Trees) -> Advance:
     """The step as a shared library, compiled by the first process that needs it."""
     path, make = _recipe(spec, trees)
     tensors = [t for tree in trees for t in leaves(tree)]
-    return library.bind(path, [tensors[i] for i in library.obtain(path, make)])
+    return cache.bind(path, [tensors[i] for i in cache.obtain(path, make)])
 
 
-def _recipe(spec: Spec, trees: Trees) -> tuple[Path, library.Make]:
+def _recipe(spec: Spec, trees: Trees) -> tuple[Path, cache.Make]:
     """Where the library of a step is kept, and how it is made: Dynamo traces one full graph, inductor turns it into C++
     and that into a library."""
     tensors = [t for tree in trees for t in leaves(tree)]
@@ -153,12 +108,12 @@ def _recipe(spec: Spec, trees: Trees) -> tuple[Path, library.Make]:
             return note_order
 
         with inductor.compiling(scratch):
-            torch.compiler.allow_in_graph(random.bits)  # 160 operations that Dynamo need not follow one by one
+            torch.compiler.allow_in_graph(prng.bits)  # 160 operations that Dynamo need not follow one by one
             step = in_place(make_train_step(spec))
             torch.compile(step, fullgraph=True, dynamic=False, backend=capture)(*trees)
             return inductor.aot_compile(graphs[0], [tensors[i] for i in order], threads).read_bytes(), order
 
-    return library.path_of([CODE, static_key(spec), signature, machine]), make
+    return cache.path_of([CODE, static_key(spec), signature, machine]), make
 
 
 def _cuda_graph(spec: Spec, trees: Trees) -> Advance:

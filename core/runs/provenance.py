@@ -8,10 +8,15 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # The code that a training consists of, as it is when this process imports it.
-SOURCES = ("inductor", "jit", "library", "loader", "model", "optim", "random", "step", "train")
+SOURCES = (
+    *(f"compile/{name}" for name in ("cache", "device", "fused", "inductor")),
+    "data/loader",
+    *(f"functional/{name}" for name in ("augment", "model", "optim", "prng", "step", "tree")),
+    "train",
+)
 CODE = hashlib.sha256(b"".join((ROOT / "core" / f"{name}.py").read_bytes() for name in SOURCES)).hexdigest()[:12]
 
 # A run repeats bit for bit where these agree. The number of threads is not among them (tests/test_reproducible.py).

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core import checkpoint, loader, model, step
-from core.checkpoint import Shapes
+from core.functional import augment, model, step
+from core.runs import checkpoint
+from core.runs.checkpoint import Shapes
 from core.spec import Spec, resolve
 
 
@@ -28,15 +29,15 @@ class Network(NamedTuple):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits, float32 [n, 10], of images: uint8 [n, 3, 32, 32] or [n, 3072], the red plane first."""
-        x = loader.normalise(images.flatten(1))
+        x = augment.normalise(images.flatten(1))
         return model.forward(self.params, self.stats, x, self.spec)[0]
 
     def digest(self) -> str:
-        """The sha256 of the weights; see core.checkpoint.digest."""
+        """The sha256 of the weights; see core.runs.checkpoint.digest."""
         return checkpoint.digest({**self.params, **self.stats})
 
     def evaluate(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
-        """Loss and accuracy over all the images; see core.step.evaluate."""
+        """Loss and accuracy over all the images; see core.functional.step.evaluate."""
         return step.evaluate(self.params, self.stats, images, labels, self.spec)
 
 
@@ -44,7 +45,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     """The network in a checkpoint.
 
     Raises:
-        core.checkpoint.CheckpointError: the file is missing, damaged or does not hold such a network.
+        core.runs.checkpoint.CheckpointError: the file is missing, damaged or does not hold such a network.
     """
     tensors, meta = checkpoint.load(Path(path), template)
     spec = resolve(meta["spec"])

@@ -1,0 +1,41 @@
+"""Which examples, and in which order: the split of the data, and the order of an epoch."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+VALIDATION_PER_CLASS = 500  # 5,000 of the 50,000
+
+
+def split(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the training and the validation examples: fixed, with every class equally often in the validation.
+
+    Args:
+        labels: int64 [50000].
+
+    Returns:
+        int64 [45000] and int64 [5000], sorted.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    rank = torch.empty_like(labels)
+    for label in range(10):
+        members = order[labels[order] == label]
+        rank[members] = torch.arange(len(members))
+    return (rank >= VALIDATION_PER_CLASS).nonzero()[:, 0], (rank < VALIDATION_PER_CLASS).nonzero()[:, 0]
+
+
+def epoch_order(examples: Tensor, batch_size: int, seed: int, epoch: int) -> Tensor:
+    """The shuffled examples of one epoch, a function of (seed, epoch); what does not fill a batch is left out.
+
+    Args:
+        examples: int64 [n], on the CPU.
+
+    Returns:
+        int64 [n // batch_size, batch_size].
+    """
+    # Neighbouring seeds and epochs must not share a permutation, so the generator is seeded with a hash of both.
+    mixed = int.from_bytes(hashlib.sha256(f"epoch order {seed} {epoch}".encode()).digest()[:8], "little", signed=True)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(mixed))
+    steps = len(examples) // batch_size
+    return examples[order[: steps * batch_size]].view(steps, batch_size)

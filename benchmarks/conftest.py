@@ -29,6 +29,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[board_key] = Board()
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """None: a second process would spoil every measurement."""
+    return 0
+
+
 @pytest.fixture(scope="session")
 def board(request: pytest.FixtureRequest) -> Board:
     return request.config.stash[board_key]
@@ -47,7 +52,8 @@ def idle(request: pytest.FixtureRequest, board: Board) -> None:
 @pytest.fixture(scope="session")
 def data() -> cifar10.Cifar10:
     """CIFAR-10 on the device that main.py would take."""
-    from core.compile.device import pick_device, place
+    from core.compile.device import pick_device
+    from core.data.loader import place
 
     if cifar10.missing(cifar10.ROOT / "data"):
         pytest.skip("CIFAR-10 is not in data/; `uv run dvc pull` fetches it")
@@ -90,10 +96,10 @@ def fastest_peer(results: dict[str, Any]) -> str:
 
 
 def ratios(results: dict[str, Any], name: str) -> dict[str, float]:
-    """How many times as fast a contestant was as the seed style, the fastest peer and the limit."""
+    """How many times as fast a contestant was as naive PyTorch, the fastest peer and the limit."""
     from benchmarks import limits, peers
 
-    against = {"to_seed": peers.SEED, "to_fastest_peer": fastest_peer(results), "to_limit": limits.LIMIT}
+    against = {"to_naive": peers.NAIVE, "to_fastest_peer": fastest_peer(results), "to_limit": limits.LIMIT}
     return {key: results[name].ratio(results[other]) for key, other in against.items()}
 
 

@@ -14,6 +14,7 @@ from core.data import loader
 from core.data.cifar10 import ROOT, Cifar10
 from core.functional import augment, optim
 from core.functional import step as steps
+from core.predict import as_module
 from core.spec import Spec, resolve
 
 
@@ -67,10 +68,7 @@ class Ours(Contestant):
 def sequential(work: Work) -> nn.Sequential:
     """The network as modules."""
     torch.manual_seed(0)
-    layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in zip(work.sizes[:-2], work.sizes[1:-1], strict=True):
-        layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.LeakyReLU(0.01), nn.Dropout(0.2)]
-    return nn.Sequential(*layers, nn.Linear(work.sizes[-2], 10)).to(work.device)
+    return as_module(work.spec).to(work.device)
 
 
 class Eager(Contestant):
@@ -124,7 +122,7 @@ class Compiled(Eager):
         self.update = torch.compile(self.optimizer.step)  # type: ignore[method-assign]
 
 
-class SeedStyle(Eager):
+class Naive(Eager):
     """nn.Module, DataLoader over torchvision's CIFAR10 with ToTensor and Normalize, Adam as it comes."""
 
     fused = False
@@ -228,5 +226,5 @@ def missing(name: str) -> str | None:
     return None
 
 
-SEED = "seed style"
-PEERS: dict[str, Callable[[Work], Contestant]] = {"jax": Jax, "eager": Eager, "compiled": Compiled, SEED: SeedStyle}
+NAIVE = "naive PyTorch"
+PEERS: dict[str, Callable[[Work], Contestant]] = {"jax": Jax, "eager": Eager, "compiled": Compiled, NAIVE: Naive}

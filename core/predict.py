@@ -1,22 +1,18 @@
-"""A trained network, from its checkpoint."""
+"""A trained network, from its checkpoint: to call, to evaluate, or as a torch.nn.Sequential."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.functional import augment, model, step
 from core.runs import checkpoint
 from core.runs.checkpoint import Shapes
-from core.spec import Spec, resolve
+from core.runs.record import Finished, Metrics, Weights, read_record
+from core.spec import Spec
 
-
-def template(meta: dict[str, Any]) -> Shapes:
-    """What a file of weights must hold, by the spec in its metadata."""
-    params, stats = model.shapes(resolve(meta["spec"]))
-    shapes = {name: (shape, torch.float32) for name, shape in (params | stats).items()}
-    return {n: (s, torch.int64 if n.endswith("num_batches_tracked") else d) for n, (s, d) in shapes.items()}
+MODULES = {"leaky_relu": nn.LeakyReLU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "flatten": nn.Flatten}
 
 
 class Network(NamedTuple):
@@ -24,13 +20,20 @@ class Network(NamedTuple):
 
     params: dict[str, Tensor]
     stats: dict[str, Tensor]
-    spec: Spec
-    meta: dict[str, Any]
+    about: Weights
+
+    @property
+    def spec(self) -> Spec:
+        return self.about.spec
+
+    def to(self, device: str | torch.device) -> "Network":
+        """The same network on a device."""
+        params, stats = ({name: t.to(device) for name, t in part.items()} for part in (self.params, self.stats))
+        return Network(params, stats, self.about)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits, float32 [n, 10], of images: uint8 [n, 3, 32, 32] or [n, 3072], the red plane first."""
-        x = augment.normalise(images.flatten(1))
-        return model.forward(self.params, self.stats, x, self.spec)[0]
+        return model.forward(self.params, self.stats, augment.normalise(images.flatten(1)), self.spec)[0]
 
     def digest(self) -> str:
         """The sha256 of the weights; see core.runs.checkpoint.digest."""
@@ -41,16 +44,69 @@ class Network(NamedTuple):
         return step.evaluate(self.params, self.stats, images, labels, self.spec)
 
 
+def template(about: Weights) -> Shapes:
+    """The tensors that a file of weights must hold, by the spec in its metadata."""
+    params, stats = model.shapes(about.spec)
+    return {
+        name: (shape, torch.int64 if name.endswith("num_batches_tracked") else torch.float32)
+        for name, shape in (params | stats).items()
+    }
+
+
 def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     """The network in a checkpoint.
 
     Raises:
         core.runs.checkpoint.CheckpointError: the file is missing, damaged or does not hold such a network.
     """
-    tensors, meta = checkpoint.load(Path(path), template)
-    spec = resolve(meta["spec"])
-    params, _ = model.shapes(spec)
-    moved = {name: t.to(device) for name, t in tensors.items()}
-    return Network(
-        {name: moved[name] for name in params}, {n: t for n, t in moved.items() if n not in params}, spec, meta
-    )
+    tensors, about = checkpoint.load(Path(path), Weights, template)
+    params, stats = ({name: tensors[name] for name in names} for names in model.shapes(about.spec))
+    return Network(params, stats, about).to(device)
+
+
+class Evaluation(NamedTuple):
+    """What a checkpoint reaches on the test split, beside what its run recorded.
+
+    Attributes:
+        found: as core.functional.step.evaluate returns it.
+        recorded, digest: the test metrics and the digest of the weights in the record beside the checkpoint, or in the
+            checkpoint itself where there is no record.
+        same: whether the weights and the right answers are those recorded, and the loss within 1e-4.
+    """
+
+    found: dict[str, Any]
+    recorded: Metrics
+    digest: str
+    same: bool
+
+
+def evaluate(path: Path, network: Network, images: Tensor, labels: Tensor) -> Evaluation:
+    """Evaluate the network of a checkpoint, and compare with its record.
+
+    Raises:
+        core.runs.store.StoreError: there is a record, but damaged.
+    """
+    beside = path.with_suffix(".json")
+    record = read_record(beside) if beside.exists() else None
+    test, digest = network.about.test, network.about.digest
+    if isinstance(record, Finished):
+        test, digest = record.metrics.test, record.digest
+    found = network.evaluate(images, labels)
+    same = digest == network.digest() and found["correct"] == test.correct and abs(found["loss"] - test.loss) < 1e-4
+    return Evaluation(found, test, digest, same)
+
+
+def as_module(spec: Spec) -> nn.Sequential:
+    """The network of a resolved spec in torch.nn, with the same names: a checkpoint's tensors are its state dict.
+
+    Its input is normalised; see core.functional.augment.normalise.
+    """
+
+    def module(kind: str, inputs: int, outputs: int) -> nn.Module:
+        if kind == "linear":
+            return nn.Linear(inputs, outputs)
+        if kind == "norm":
+            return nn.BatchNorm1d(outputs)
+        return nn.Dropout(spec["dropout"]) if kind == "dropout" else MODULES[kind]()
+
+    return nn.Sequential(*(module(*layer) for layer in model.layers(spec)))

@@ -8,15 +8,25 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from core.errors import UserError
+
 Spec = dict[str, Any]
 LARGEST = sys.float_info.max
 
 
-class SpecError(ValueError):
-    """A spec that cannot be run; the message is one sentence for the person who wrote it."""
+class SpecError(UserError, ValueError):
+    """A spec that cannot be run."""
 
 
 class Field(NamedTuple):
+    """A key of a spec.
+
+    Attributes:
+        default: the value of a spec that leaves the key out. It never changes: ids are built on it (see `spec_id`).
+        expected: what a value may be, in words.
+        valid: whether a value may be used.
+    """
+
     default: Any
     expected: str
     valid: Callable[[Any], bool]
@@ -67,8 +77,9 @@ FIELDS: dict[str, Field] = {
     "seed": Field(0, *_integer(0, 2**31 - 1)),
 }
 
-# What decides the shape of the compiled graph; every other key reaches it as a tensor.
-STATIC = ("widths", "norm", "activation", "augment", "batch_size", "optimizer", "schedule", "precision")
+# The keys that reach the compiled step as tensors, so that one compilation serves all their values. Every other key is
+# part of the compilation's identity: a key that is forgotten here compiles once more, and never uses the wrong step.
+TENSORS = frozenset({"dropout", "epochs", "label_smoothing", "lr", "seed", "warmup_epochs", "weight_decay"})
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -111,10 +122,16 @@ def canonical(value: Any) -> str:
 
 
 def spec_id(resolved: Spec) -> str:
-    """Twelve hexadecimal digits that name a resolved spec."""
-    return hashlib.sha256(canonical(resolved).encode()).hexdigest()[:12]
+    """Twelve hexadecimal digits that name a resolved spec.
+
+    Only keys that differ from their default count, so a key that is added later leaves every id as it is.
+    """
+    changed = {key: value for key, value in resolved.items() if value != FIELDS[key].default}
+    return hashlib.sha256(canonical(changed).encode()).hexdigest()[:12]
 
 
 def static_key(resolved: Spec) -> str:
-    """Equal for two specs that one compilation serves."""
-    return canonical([resolved[key] for key in STATIC] + [resolved["dropout"] > 0])
+    """Equal for two specs that one compilation serves: those that agree on all but TENSORS, and on whether anything is
+    dropped at all."""
+    static = {key: value for key, value in resolved.items() if key not in TENSORS}
+    return canonical({**static, "drops": resolved["dropout"] > 0})

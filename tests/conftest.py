@@ -1,7 +1,15 @@
-"""What several rooms need: real and invented data, resolved specs, the same network as torch.nn.Sequential."""
+"""What several test files need: real and invented data, resolved specs, the same network as torch.nn.Sequential."""
 
+import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two workers share two cores
+
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -9,19 +17,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.compile import cache
 from core.data import cifar10 as dataset
 from core.functional import optim, step
+from core.predict import as_module
 from core.spec import Spec, resolve
+from tests.fork_server import TRAIN_IMAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 REMOTE = ROOT.parent / "shared" / "dvc-remote"
 
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.CACHE))  # so that a second call of pytest compiles little
-
 # The same examples every time: a failure in CI is a failure at home.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two workers; a file's tests stay in one of them, so that they share what they have prepared."""
+    config.option.dist = "loadfile"
+    return 2
 
 
 def lacking(what: str) -> None:
@@ -91,6 +104,22 @@ def step_inputs(invented: dataset.Cifar10) -> Callable[[Spec], tuple[dict, dict,
     return make
 
 
+@pytest.fixture(scope="session")
+def default_inputs(cifar10: dataset.Cifar10) -> Callable[[], tuple[Spec, dict, dict, dict]]:
+    """Spec, state, data and hyper-parameters of the default network at batch 128, with an order of examples to be
+    filled in. The shapes are those of `start("run", "lr-1e-3", "--batch-size", 128)`: one compilation serves both."""
+
+    def make() -> tuple[Spec, dict, dict, dict]:
+        spec = resolve({"batch_size": 128})
+        images, labels = cifar10.train_images[:TRAIN_IMAGES], cifar10.train_labels[:TRAIN_IMAGES]
+        steps = (TRAIN_IMAGES - 5000) // 128
+        order = torch.zeros(steps, 128, dtype=torch.int64)
+        data = {"images": images, "labels": labels, "order": order}
+        return spec, step.init_state(spec), data, optim.hyper_tensors(spec, steps, torch.device("cpu"))
+
+    return make
+
+
 class Masked(nn.Module):
     """Dropout with a given mask, [features, batch] as core.functional.model lays it out."""
 
@@ -104,24 +133,111 @@ class Masked(nn.Module):
 
 @pytest.fixture(scope="session")
 def sequential() -> Callable[..., nn.Sequential]:
-    """The network of a spec as a beginner would write it, in torch.nn.
+    """The network of a spec in torch.nn.
 
     Args:
         masks: one dropout mask a hidden layer, in place of torch's own dropout.
     """
-    activations = {"leaky_relu": nn.LeakyReLU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
     def build(spec: Spec, masks: list[Tensor] | None = None) -> nn.Sequential:
-        stack: list[nn.Module] = [nn.Flatten()]
-        inputs = 3072
-        for i, width in enumerate(spec["widths"]):
-            stack.append(nn.Linear(inputs, width))
-            if spec["norm"] == "batch":
-                stack.append(nn.BatchNorm1d(width))
-            stack.append(activations[spec["activation"]]())
-            if spec["dropout"] > 0:
-                stack.append(Masked(masks[i]) if masks else nn.Dropout(spec["dropout"]))
-            inputs = width
-        return nn.Sequential(*stack, nn.Linear(inputs, 10))
+        left = iter(masks or [])
+        return nn.Sequential(
+            *(Masked(next(left)) if masks and isinstance(m, nn.Dropout) else m for m in as_module(spec))
+        )
 
     return build
+
+
+# Processes of main.py
+
+DEAD = "http://127.0.0.1:9"  # a proxy that is not there: no request leaves the machine
+OFFLINE = {
+    **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), DEAD),
+    "no_proxy": "",
+    "NO_PROXY": "",
+}
+
+
+class Process(NamedTuple):
+    """A process of main.py that the fork server started."""
+
+    pid: int
+    stdout: Path
+    stderr: Path
+    ask: Callable[[dict[str, Any]], Any]
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Its exit status, negative where a signal ended it."""
+        return self.ask({"wait": self.pid})
+
+    def output(self) -> str:
+        """What it has printed so far, stdout first."""
+        return self.stdout.read_text() + self.stderr.read_text()
+
+    def until(self, words: str) -> None:
+        """Wait for words in its output."""
+        end = time.monotonic() + 120
+        while words not in self.output():
+            assert time.monotonic() < end, f"no {words!r} in: {self.output()}"
+            time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def start(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Process]]:
+    """Starts a process of main.py with these arguments; see tests/fork_server.py for the options."""
+    logs = tmp_path_factory.mktemp("logs")
+    server = subprocess.Popen(
+        (sys.executable, str(ROOT / "tests" / "fork_server.py"), str(data_dir)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={key: value for key, value in os.environ.items() if key not in ("CIFAR10_URL", "FORCE_COLOR")}
+        | {**OFFLINE, "COLUMNS": "1000"},
+    )
+    questions, answers = server.stdin, server.stdout
+    assert questions is not None
+    assert answers is not None
+
+    def ask(request: dict[str, Any]) -> Any:
+        questions.write(json.dumps(request) + "\n")
+        questions.flush()
+        return json.loads(answers.readline())
+
+    def start(
+        *argv: object,
+        out: Path | None = None,
+        env: dict[str, str | None] | None = None,
+        whole: bool = False,
+        threads: int = 1,
+        patch: str = "",
+    ) -> Process:
+        stdout, stderr = (logs / f"{len(list(logs.iterdir()))}.{name}" for name in ("out", "err"))
+        stdout.touch()
+        stderr.touch()
+        where = [] if out is None else ["--out", str(out)]
+        request = {"argv": [*map(str, argv), *where], "stdout": str(stdout), "stderr": str(stderr)}
+        options = {"env": env or {}, "whole": whole, "threads": threads, "patch": patch}
+        return Process(ask(request | options), stdout, stderr, ask)
+
+    yield start
+    questions.close()
+    server.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def call(start: Callable[..., Process], data_dir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs main.py on all images, without a terminal and without a network, and waits for its end.
+
+    Without --data, a command that takes it gets the real data.
+    """
+
+    def call(*argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        if "--data" not in argv and argv[:1] != ("list",) and argv[:1] != ("report",):
+            argv = (*argv, "--data", data_dir)
+        process = start(*argv, **{"whole": True, **options})
+        return subprocess.CompletedProcess(argv, process.wait(), process.stdout.read_text(), process.stderr.read_text())
+
+    return call

@@ -1,7 +1,11 @@
 """Real processes of main.py in milliseconds: one process imports torch and reads the data once, and forks the others.
 
-Requests and answers are lines of JSON: {"argv", "log", "patch"} starts main.py in a child, with its output in the file
-`log`, after executing the source `patch` in it, and answers its process id; {"wait": pid} answers its exit status.
+Requests and answers are lines of JSON. {"argv", "stdout", "stderr", ...} starts main.py in a child, with its output in
+files, and answers its process id; {"wait": pid} answers its exit status. Other keys of the first kind:
+    env: changes of the environment; None takes a variable away.
+    whole: all images of CIFAR-10, rather than the first TRAIN_IMAGES for training.
+    threads: of torch.
+    patch: Python source that the child executes before it starts.
 """
 
 import json
@@ -13,21 +17,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-import main  # noqa: E402
-from core import train  # noqa: E402, F401 - imported here, so that no child has to
-from core.data import cifar10  # noqa: E402 - imported here, so that no child has to
-from core.report import plots  # noqa: E402 - imported here, so that no child has to
-
 TRAIN_IMAGES = 10_000  # 5,000 to train and 5,000 to validate: ten steps an epoch at a batch of 500
 
 
-def child(argv, log, patch):
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+def child(argv, stdout, stderr, data, env, whole, threads, patch):
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     status = 1
     try:
+        import torch
+
+        import main
+        from core.data import cifar10
+
+        for key, value in env.items():
+            os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+        torch.set_num_threads(threads)
+        load = cifar10.load
+        cifar10.load = lambda folder, *rest: data[whole] if folder == FOLDER else load(folder, *rest)
         exec(patch, {})
         status = main.main(argv)
     except BaseException:
@@ -36,7 +43,7 @@ def child(argv, log, patch):
     os._exit(status)
 
 
-def wait(pid, seconds=120):
+def wait(pid, seconds=300):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -46,13 +53,18 @@ def wait(pid, seconds=120):
     return "it hangs"
 
 
-def serve(data):
-    whole = cifar10.load(Path(data))
-    small = whole._replace(
-        train_images=whole.train_images[:TRAIN_IMAGES].clone(), train_labels=whole.train_labels[:TRAIN_IMAGES].clone()
-    )
-    cifar10.load = lambda *_: small
-    plots.picture([])  # matplotlib, too
+def serve():
+    import main  # noqa: F401 - here, so that no child has to
+    from core import predict, session  # noqa: F401
+    from core.data import cifar10
+    from core.report import plots
+
+    everything = cifar10.load(FOLDER)
+    few = {
+        f"train_{what}": getattr(everything, f"train_{what}")[:TRAIN_IMAGES].clone() for what in ("images", "labels")
+    }
+    data = {True: everything, False: everything._replace(**few)}
+    plots.draw(plots.content([]))  # matplotlib, too
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -60,9 +72,10 @@ def serve(data):
         else:
             answer = os.fork()
             if not answer:
-                child(**request)
+                child(data=data, **request)
         print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    FOLDER = Path(sys.argv[1])
+    serve()

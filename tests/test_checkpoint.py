@@ -9,19 +9,39 @@ import tracemalloc
 import pytest
 import torch
 
-from core.functional import model
-from core.runs import checkpoint
+from core.functional import model, step
+from core.functional.tree import flatten
+from core.runs import checkpoint, resume
 from core.runs.checkpoint import CheckpointError
-from core.spec import resolve
+from core.runs.files import Run
+from core.runs.record import About, Epoch, Progress, ResumePoint
+from core.spec import resolve, spec_id
 from tests.conftest import ROOT
+from tests.test_report import make
 
 TENSORS = {"1.weight": torch.linspace(-1, 1, 600).view(20, 30), "2.num_batches_tracked": torch.tensor(7)}
-META = {"spec": {"lr": 1e-3}, "name": "x"}
 SHAPES = checkpoint.shapes_of(TENSORS)
+SPEC = resolve({"widths": [8]})
+ABOUT = {
+    "name": "x",
+    "spec": SPEC,
+    "spec_id": spec_id(SPEC),
+    "data": "15fc275e5cae.dir",
+    "environment": make("x").environment,
+    "seed": 0,
+}
+META = About(**ABOUT)
 
 
-def template(_):
-    return SHAPES
+def load(path, schema=About, shapes=SHAPES):
+    return checkpoint.load(path, schema, lambda _: shapes)
+
+
+def sentence(refused):
+    """The message of an error, if it is one line that a terminal may show."""
+    message = str(refused.value)
+    assert message.isprintable(), f"{message!r} is more than a sentence"
+    return message
 
 
 @pytest.fixture
@@ -35,26 +55,25 @@ def header_length(data):
     return 8 + struct.unpack("<Q", data[:8])[0]
 
 
-def signed(tensors, meta, path, header=None, body=None):
-    """A file as its author would sign it, with a header or body of the author's choice."""
-    checkpoint.save(path, tensors, meta)
+def signed(tensors, about, path, header=None, meta=None):
+    """A file as its author would sign it, with entries of the header and of the metadata of the author's choice."""
+    checkpoint.save(path, tensors, about)
     data = path.read_bytes()
     end = header_length(data)
     raw = json.loads(data[8:end])
-    inner = json.loads(raw["__metadata__"][checkpoint.KEY])
-    inner["sha256"] = checkpoint.ZEROS
+    inner = {**json.loads(raw["__metadata__"][checkpoint.KEY]), **(meta or {}), "sha256": checkpoint.ZEROS}
     raw["__metadata__"][checkpoint.KEY] = json.dumps(inner, sort_keys=True, separators=(",", ":"))
     text = json.dumps({**raw, **(header or {})}, separators=(",", ":")).encode()
-    data = struct.pack("<Q", len(text)) + text + (data[end:] if body is None else body)
+    data = struct.pack("<Q", len(text)) + text + data[end:]
     total = checkpoint.hashlib.sha256(data).hexdigest()
     path.write_bytes(data.replace(checkpoint._signature(checkpoint.ZEROS), checkpoint._signature(total), 1))
     return path
 
 
 def test_round_trip(path):
-    tensors, meta = checkpoint.load(path, template)
+    tensors, meta = load(path)
     assert all(torch.equal(tensors[name], t) and tensors[name].dtype == t.dtype for name, t in TENSORS.items())
-    assert {key: meta[key] for key in META} == META
+    assert meta == META
     assert checkpoint.digest(tensors) == checkpoint.digest(TENSORS)
 
 
@@ -66,7 +85,7 @@ def test_equal_tensors_give_equal_bytes(path, tmp_path):
 
 def test_the_signing_of_these_tests_is_that_of_the_program(path, tmp_path):
     """Else what follows would be refused for its signature and prove nothing."""
-    checkpoint.load(signed(TENSORS, META, tmp_path / "b.safetensors"), template)
+    load(signed(TENSORS, META, tmp_path / "b.safetensors", meta={"name": "y"}))
 
 
 def test_every_flipped_bit_of_the_header_is_refused(path):
@@ -76,7 +95,7 @@ def test_every_flipped_bit_of_the_header_is_refused(path):
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         with pytest.raises(CheckpointError):
-            checkpoint.load(path, template)
+            load(path)
 
 
 def test_a_thousand_flipped_bits_of_the_data_are_refused(path):
@@ -88,7 +107,7 @@ def test_a_thousand_flipped_bits_of_the_data_are_refused(path):
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         with pytest.raises(CheckpointError, match="sha256"):
-            checkpoint.load(path, template)
+            load(path)
 
 
 def test_every_truncation_is_refused(path):
@@ -96,10 +115,10 @@ def test_every_truncation_is_refused(path):
     for length in range(0, len(data), 7):
         path.write_bytes(data[:length])
         with pytest.raises(CheckpointError):
-            checkpoint.load(path, template)
+            load(path)
     path.write_bytes(data + b"\0")
     with pytest.raises(CheckpointError, match="too long"):
-        checkpoint.load(path, template)
+        load(path)
 
 
 @pytest.mark.parametrize(
@@ -111,12 +130,13 @@ def test_every_truncation_is_refused(path):
         {"1.weight": TENSORS["1.weight"]},
         {**TENSORS, "1.weight": TENSORS["1.weight"] * float("nan")},
         {**TENSORS, "1.weight": TENSORS["1.weight"] / 0},
+        {**TENSORS, "2.num_batches_tracked": torch.tensor(-1)},
     ],
-    ids=["dtype", "shape", "odd name", "missing", "nan", "infinity"],
+    ids=["dtype", "shape", "odd name", "missing", "nan", "infinity", "negative"],
 )
 def test_rightly_signed_but_not_the_network(tensors, tmp_path):
-    with pytest.raises(CheckpointError, match=r"tensor|NaN"):
-        checkpoint.load(signed(tensors, META, tmp_path / "b.safetensors"), template)
+    with pytest.raises(CheckpointError, match=r"tensor|NaN|negative"):
+        load(signed(tensors, META, tmp_path / "b.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +145,7 @@ def test_rightly_signed_but_not_the_network(tensors, tmp_path):
 def test_offsets_that_lie(offsets, tmp_path):
     entry = {"dtype": "F32", "shape": [20, 30], "data_offsets": offsets}
     with pytest.raises(CheckpointError):
-        checkpoint.load(signed(TENSORS, META, tmp_path / "b.safetensors", {"1.weight": entry}), template)
+        load(signed(TENSORS, META, tmp_path / "b.safetensors", {"1.weight": entry}))
 
 
 def test_duplicate_names(path):
@@ -134,21 +154,21 @@ def test_duplicate_names(path):
     text = data[8:end].rstrip().replace(b'"2.num_batches_tracked"', b'"1.weight"')
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[end:])
     with pytest.raises(CheckpointError, match="duplicate"):
-        checkpoint.load(path, template)
+        load(path)
 
 
 @pytest.mark.parametrize("claim", [0, 1, 2**18 + 1, 2**40, 2**63, 2**64 - 1])
 def test_the_header_claims_a_size(path, claim):
     path.write_bytes(struct.pack("<Q", claim) + path.read_bytes()[8:])
     with pytest.raises(CheckpointError):
-        checkpoint.load(path, template)
+        load(path)
 
 
 @pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 40_000, b"null", b"\xff\xfe", b"{}"], ids=range(5))
 def test_headers_that_are_no_header(path, text):
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(CheckpointError):
-        checkpoint.load(path, template)
+        load(path)
 
 
 def test_refusing_costs_little_memory(tmp_path):
@@ -160,7 +180,7 @@ def test_refusing_costs_little_memory(tmp_path):
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError, match="too long"):
-            checkpoint.load(path, template)
+            load(path)
         assert tracemalloc.get_traced_memory()[1] < 50e6
     finally:
         tracemalloc.stop()
@@ -184,14 +204,14 @@ def test_refusing_a_resume_point_of_the_default_network_costs_little_memory(tmp_
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError, match="sha256" if damage == "bit" else "NaN"):
-            checkpoint.load(path, lambda _: shapes)
+            load(path, shapes=shapes)
         assert tracemalloc.get_traced_memory()[1] < (3e6 if damage == "bit" else 50e6)
     finally:
         tracemalloc.stop()
 
 
 def test_what_was_loaded_shares_nothing_with_the_file(path):
-    tensors, _ = checkpoint.load(path, template)
+    tensors, _ = load(path)
     path.write_bytes(b"\0" * path.stat().st_size)
     path.write_bytes(b"")
     assert all(torch.equal(tensors[name], t) for name, t in TENSORS.items())
@@ -208,8 +228,175 @@ def test_a_failing_write_leaves_the_old_file(path, monkeypatch):
 
 def test_no_other_way_to_unpickle():
     """torch.load is nowhere, and pickle is only where the batches of CIFAR-10 have just been hashed."""
-    for path in [ROOT / "main.py", *ROOT.glob("core/*.py")]:
+    for path in [ROOT / "main.py", *ROOT.glob("core/**/*.py")]:
         tree = ast.parse(path.read_text())
         calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        assert "torch.load" not in calls
-        assert path.name == "dataset.py" or not any("pickle" in name for name in calls)
+        assert "torch.load" not in calls, path
+        assert path.name == "cifar10.py" or not any("pickle" in name for name in calls), path
+
+
+# Rightly signed nonsense
+
+HUGE = 10**400
+DEEP: list = []
+for _ in range(300):
+    DEEP = [DEEP]
+
+
+def environment(**changes):
+    return {"environment": {**checkpoint.msgspec.to_builtins(META.environment), **changes}}
+
+
+def progress(**changes):
+    return {"progress": {**checkpoint.msgspec.to_builtins(Progress()), **changes}}
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        *({"name": f"x{end}"} for end in ("\x1b[31m", "\n", "\x9b", "\u202e", "\ud800", "/../y", "|", "y" * 100)),
+        {"name": ""},
+        {"name": 5},
+        {"spec": None},
+        {"spec": "x"},
+        {"spec": DEEP},
+        {"spec": {**SPEC, "lr": HUGE}},
+        {"spec": {**SPEC, "lr": float("nan")}},
+        {"spec": {**SPEC, "widths": DEEP}},
+        {"spec": {**SPEC, "\x1b[31m": 1}},
+        {"spec": {**SPEC, "norm": "\x1b[31m\ud800"}},
+        {"spec_id": "../../../etc"},
+        {"data": "a\nb"},
+        {"seed": 1},
+        {"seed": -1},
+        {"seed": HUGE},
+        {"seed": 0.0},
+        {"schema_version": 2},
+        {"schema_version": HUGE},
+        {"environment": {}},
+        environment(threads=HUGE),
+        environment(threads=-1),
+        environment(git="\x1b]0;"),
+        environment(hardware="\ud800"),
+        {"progress": None},
+        *(progress(seconds=value) for value in (float("nan"), float("inf"), -1.0, HUGE, "1", True)),
+        *(progress(first_step_seconds=value) for value in (float("nan"), -1.0, HUGE)),
+        *(progress(timed=value) for value in (-1, HUGE, 0.5, float("nan"))),
+        progress(bitwise=1),
+    ],
+    ids=lambda meta: ascii(meta)[:50],
+)
+def test_metadata_that_no_run_writes(meta, tmp_path):
+    about = ResumePoint(**ABOUT, progress=Progress())
+    path = tmp_path / "b.safetensors"
+    load(signed(TENSORS, about, path, meta={"name": "y"}), ResumePoint)
+    with pytest.raises(CheckpointError) as refused:
+        load(signed(TENSORS, about, path, meta=meta), ResumePoint)
+    assert sentence(refused).startswith(f"{path} is damaged or not a checkpoint of this program: ")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"\x1b[31m": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}},
+        {"1.weight": {"dtype": "\x1b[31m\ud800", "shape": [20, 30], "data_offsets": [8, 2408]}},
+        {"1.weight": {"dtype": ["F32"], "shape": [20, 30], "data_offsets": [8, 2408]}},
+        {"1.weight": {"dtype": "F32", "shape": ["\n\x1b", "\u202e"], "data_offsets": [8, 2408]}},
+        {"1.weight": {"dtype": "F32", "shape": [HUGE, 30], "data_offsets": [8, 2408]}},
+        {"1.weight": {"dtype": "F32", "shape": [20, 30], "data_offsets": ["\x1b"]}},
+        {"1.weight": []},
+    ],
+    ids=["name", "dtype", "list", "shape", "huge", "offsets", "none"],
+)
+def test_a_header_that_would_write_to_the_terminal(entry, tmp_path):
+    with pytest.raises(CheckpointError) as refused:
+        load(signed(TENSORS, META, tmp_path / "b.safetensors", entry))
+    sentence(refused)
+
+
+# Resume points
+
+STEPS = 4  # an epoch
+
+
+@pytest.fixture
+def go_on(tmp_path):
+    """A function that writes the resume point of two epochs, with a tensor and metadata changed, and reads it as a run
+    does that goes on from it."""
+    run, state = Run(tmp_path, "x", spec_id(SPEC)), flatten(step.init_state(SPEC))
+    run.folder.mkdir(parents=True)
+    state["step"] += 2 * STEPS
+    history = torch.tensor([[n, 1.5, 0.4, 1.4, 0.5, 3.25, 9000] for n in (1, 2)], dtype=torch.float64)
+
+    def go_on(name="step", change=lambda t: t, meta=None, spec=SPEC):
+        tensors = {key: t.clone() for key, t in {**state, "history": history}.items()}
+        tensors[name] = change(tensors[name])
+        about = {**ABOUT, "spec": spec}
+        signed(tensors, ResumePoint(**about, progress=Progress()), run.resume_point(2 * STEPS), meta=meta)
+        return resume.newest(run, About(**about), state, STEPS, False, said.append)
+
+    said: list[str] = []
+    go_on.said = said
+    return go_on
+
+
+def refuses(go_on, *arguments, **options):
+    with pytest.raises(resume.ResumeError, match=r"^every resume point of x is damaged; --force starts anew$"):
+        go_on(*arguments, **options)
+    (said,) = go_on.said
+    assert said.isprintable(), f"{said!r} is more than a sentence"
+    assert said.endswith("; looking for the one before")
+
+
+def test_a_resume_point_comes_back(go_on):
+    found = go_on()
+    assert not go_on.said
+    assert (found.step, found.mode, found.different) == (2 * STEPS, "compiled", None)
+    assert found.history == [Epoch(n, 1.5, 0.4, 1.4, 0.5, 3.25, 9000) for n in (1, 2)]
+
+
+def put(row, column, value):
+    def change(history):
+        history[row, column] = value
+        return history
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("history", put(0, 0, 2)),
+        ("history", put(1, 0, 1.5)),
+        ("history", put(0, 1, -1)),
+        ("history", put(0, 2, 5)),
+        ("history", put(1, 4, 5)),
+        ("history", put(1, 5, -0.5)),
+        ("history", put(1, 6, 0.5)),
+        ("history", put(1, 6, 1e300)),
+        ("history", put(1, 6, float("nan"))),
+        ("history", lambda t: t[:1]),
+        ("history", lambda t: t.float()),
+        ("step", lambda t: t + 1),
+        ("stats/2.running_var", lambda t: t - 2),
+        ("stats/2.num_batches_tracked", lambda t: t - 2),
+        ("opt/exp_avg_sq/1.weight", lambda t: t - 1),
+        ("metrics/loss", lambda t: t - 1),
+        ("metrics/loss", lambda t: t + 1e305),
+        ("metrics/correct", lambda t: t - 1),
+        ("metrics/correct", lambda t: t + STEPS * SPEC["batch_size"] + 1),
+        ("params/1.weight", lambda t: t / 0),
+    ],
+)
+def test_a_resume_point_that_no_run_writes(go_on, name, change):
+    refuses(go_on, name, change)
+
+
+def test_more_steps_were_timed_than_an_epoch_has(go_on):
+    go_on(meta=progress(timed=STEPS))
+    refuses(go_on, meta=progress(timed=STEPS + 1))
+
+
+def test_a_resume_point_beyond_the_end_of_the_run(go_on):
+    go_on(spec=resolve({**SPEC, "epochs": 2}))
+    refuses(go_on, spec=resolve({**SPEC, "epochs": 1}))

@@ -8,6 +8,19 @@ import pytest
 from core.spec import resolve, spec_id
 from experiments import DEFAULT, EXPERIMENTS, SUITES
 
+# The experiments whose records are in the repository.
+OFFICIAL = {
+    "lr-1e-3": "44136fa355b3",
+    "lr-5e-4": "1bb560989863",
+    "lr-1e-4": "833789983205",
+    "baseline": "d3d8b29e540c",
+}
+
+
+def test_the_ids_of_the_official_experiments_are_pinned():
+    """Finished runs are found by their id: a change here abandons them, so it has to be meant."""
+    assert {name: spec_id(resolve(EXPERIMENTS[name])) for name in OFFICIAL} == OFFICIAL
+
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_each_is_a_plain_dict_that_resolves(name):

@@ -18,7 +18,7 @@ RULES = {
     "train": {"errors", "spec", "functional", "data", "compile"},  # no files, so no runs; no terminal
     "predict": {"errors", "spec", "functional", "runs"},
     "session": {"errors", "spec", "functional", "data", "compile", "runs", "train"},
-    "terminal": {"errors", "report", "runs", "spec"},
+    "terminal": {"data", "report", "runs"},
     "spec": {"errors"},
     "errors": set(),
 }

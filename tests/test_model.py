@@ -56,6 +56,33 @@ def test_names_and_shapes_are_those_of_sequential(spec, sequential):
     assert list(model.shapes(spec)) == expected
 
 
+def test_the_layers_of_sequential_written_out(sequential):
+    """The module of these tests is built from the table of layers, so its order is said here once by hand."""
+    spec = resolve({"widths": [8, 4], "activation": "gelu", "dropout": 0.3})
+    hidden = [nn.BatchNorm1d, nn.GELU, nn.Dropout, nn.Linear]
+    assert [type(module) for module in sequential(spec)] == [nn.Flatten, nn.Linear, *hidden, *hidden]
+    assert [(m.in_features, m.out_features) for m in sequential(spec) if isinstance(m, nn.Linear)] == [
+        (3072, 8),
+        (8, 4),
+        (4, 10),
+    ]
+    assert {m.p for m in sequential(spec) if isinstance(m, nn.Dropout)} == {0.3}
+    plain = resolve({"widths": [8], "activation": "relu", "norm": "none", "dropout": 0.0})
+    assert [type(module) for module in sequential(plain)] == [nn.Flatten, nn.Linear, nn.ReLU, nn.Linear]
+
+
+@pytest.mark.parametrize("kind", model.LAYERS)
+def test_a_layer_makes_the_tensors_that_it_says(kind):
+    layer = model.LAYERS[kind]
+    params, stats = layer.shapes(5, 5)
+    made = layer.init(5, 5, torch.Generator().manual_seed(0))
+    assert {name: tuple(t.shape) for name, t in made.items()} == {**params, **stats}
+    h = torch.randn(5, 3)
+    out, after = layer.apply(made, h, model.Context("float32", True, iter(())))
+    assert out.shape == h.shape
+    assert after.keys() == stats.keys()
+
+
 def test_evaluation_mode(spec, twins):
     params, stats, module = twins
     x = images()

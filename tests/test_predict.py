@@ -3,21 +3,44 @@
 import pytest
 import safetensors.torch
 import torch
+from msgspec.structs import replace
 
 from core import predict
 from core.functional import model, step
 from core.runs import checkpoint
 from core.runs.checkpoint import CheckpointError
+from core.runs.files import Run
+from core.runs.record import Metrics, Weights, write_record
+from core.runs.store import StoreError
+from core.spec import spec_id
+from tests.test_checkpoint import signed
+from tests.test_report import make
+
+
+def metadata(spec, weights, test):
+    return Weights(
+        name="x",
+        spec=spec,
+        spec_id=spec_id(spec),
+        data="15fc275e5cae.dir",
+        environment=make("x").environment,
+        seed=spec["seed"],
+        digest=checkpoint.digest(weights),
+        test=test,
+    )
 
 
 @pytest.fixture
-def saved(tmp_path, small_spec):
+def saved(tmp_path, small_spec, invented):
     """A checkpoint as a run leaves it, with statistics that no initialisation has."""
-    spec = small_spec()
+    spec = small_spec(seed=3)
     params, stats = model.init(spec, 3)
     stats = {name: s + torch.rand_like(s) if s.is_floating_point() else s + 2 for name, s in stats.items()}
-    path = tmp_path / "x.safetensors"
-    checkpoint.save(path, {**params, **stats}, {"name": "x", "seed": 3, "spec": spec})
+    path = Run(tmp_path, "x", spec_id(spec)).weights
+    path.parent.mkdir(parents=True)
+    test = Metrics(**step.evaluate(params, stats, invented.test_images, invented.test_labels, spec))
+    weights = {**params, **stats}
+    checkpoint.save(path, weights, metadata(spec, weights, test))
     return path, spec, params, stats
 
 
@@ -26,7 +49,7 @@ def test_load_gives_back_what_was_saved(saved):
     for where in (path, str(path)):
         net = predict.load(where)
         assert net.spec == spec
-        assert (net.meta["name"], net.meta["seed"]) == ("x", 3)
+        assert (net.about.name, net.about.seed) == ("x", 3)
         assert net.params.keys() == params.keys()
         assert net.stats.keys() == stats.keys()
         assert all(torch.equal(net.params[name], params[name]) for name in params)
@@ -42,10 +65,10 @@ def test_calling_it_classifies_images_of_either_shape(saved, invented):
     torch.testing.assert_close(logits[:1], net(images[:1]), rtol=1e-4, atol=1e-5)
 
 
-def test_plain_pytorch_reads_the_same_file(saved, invented, sequential):
+def test_plain_pytorch_reads_the_same_file(saved, invented):
     """As the README shows it: safetensors, nn.Sequential, the channels' mean and deviation."""
     path, spec, *_ = saved
-    module = sequential(spec)
+    module = predict.as_module(spec)
     module.load_state_dict(safetensors.torch.load_file(path), strict=True)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
     x = (invented.test_images.view(-1, 3, 32, 32) / 255 - mean) / std
@@ -58,25 +81,94 @@ def test_evaluate_is_the_evaluation_of_the_run(saved, invented):
     assert predict.load(path).evaluate(invented.test_images, invented.test_labels) == expected
 
 
+# Beside what the run recorded
+
+
+def evaluate(path, invented):
+    return predict.evaluate(path, predict.load(path), invented.test_images, invented.test_labels)
+
+
+def record_beside(path, **changes):
+    """The record of the run that left a checkpoint, with changes to its test metrics and its digest."""
+    about = predict.load(path).about
+    record = make("x", **about.spec)
+    test = replace(about.test, **{key: changes.pop(key) for key in ("loss", "accuracy", "correct") if key in changes})
+    digest = changes.get("digest", about.digest)
+    write_record(path.with_suffix(".json"), replace(record, metrics=replace(record.metrics, test=test), digest=digest))
+
+
+def test_a_checkpoint_alone_is_compared_with_what_it_says_itself(saved, invented):
+    path, *_ = saved
+    found = evaluate(path, invented)
+    assert found.same
+    assert found.recorded == predict.load(path).about.test
+    assert found.digest == predict.load(path).digest()
+
+
+def test_a_checkpoint_is_compared_with_the_record_beside_it(saved, invented):
+    """On another machine the loss may differ in its last digits."""
+    path, *_ = saved
+    test = predict.load(path).about.test
+    record_beside(path, loss=test.loss + 5e-5)
+    found = evaluate(path, invented)
+    assert found.same
+    assert found.recorded.loss == test.loss + 5e-5
+
+
+def test_a_checkpoint_that_is_not_as_recorded(saved, invented):
+    path, *_ = saved
+    test = predict.load(path).about.test
+    swapped = [test.correct[1], test.correct[0], *test.correct[2:]]
+    assert swapped != test.correct
+    for changes in ({"loss": test.loss + 2e-4}, {"correct": swapped}, {"digest": "0" * 64}):
+        record_beside(path, **changes)
+        assert not evaluate(path, invented).same, changes
+
+
+def test_a_damaged_record_beside_a_checkpoint_is_named(saved, invented):
+    path, *_ = saved
+    path.with_suffix(".json").write_text("{")
+    with pytest.raises(StoreError, match=r"\.json is damaged or not a record"):
+        evaluate(path, invented)
+
+
+# Refused
+
+
 @pytest.mark.parametrize(
     "changes", [{"widths": [32, 15]}, {"widths": [32]}, {"norm": "none"}, {"dropout": 0.0}], ids=str
 )
 def test_weights_of_another_architecture_are_refused(saved, small_spec, changes):
     """The spec in the file and the tensors in the file disagree."""
     path, _, params, stats = saved
-    checkpoint.save(path, {**params, **stats}, {"name": "x", "seed": 3, "spec": small_spec(**changes)})
+    about = predict.load(path).about
+    checkpoint.save(path, {**params, **stats}, metadata(small_spec(**changes), {**params, **stats}, about.test))
     with pytest.raises(
         CheckpointError,
-        match=r"^[^\n]*x\.safetensors is damaged or not a checkpoint[^\n]*: tensor '[^\n]*, expected [^\n]*$",
+        match=r"^[^\n]*\.safetensors is damaged or not a checkpoint[^\n]*: tensor '[^\n]*, expected [^\n]*$",
     ):
         predict.load(path)
 
 
-@pytest.mark.parametrize("spec", [None, {"width": [1]}, {"widths": [0]}, "x"], ids=str)
-def test_a_spec_that_is_none_is_refused(saved, spec):
+@pytest.mark.parametrize(
+    "meta",
+    [
+        *(
+            {"spec": spec}
+            for spec in (None, {"width": [1]}, {"widths": [0]}, {"seed": 3}, {"seed": 3, "widths": []}, "x")
+        ),
+        {"digest": "x"},
+        {"digest": "\x1b" * 64},
+        {"test": {}},
+        {"test": {"accuracy": 0.5, "loss": 1.0, "n": 100, "correct": [1] * 10, "count": [10] * 10}},
+    ],
+    ids=str,
+)
+def test_metadata_that_is_not_of_these_weights_is_refused(saved, meta):
     path, _, params, stats = saved
-    checkpoint.save(path, {**params, **stats}, {"name": "x", "seed": 3, "spec": spec})
-    with pytest.raises(CheckpointError, match=r"^[^\n]*x\.safetensors is damaged or not a checkpoint[^\n]*$"):
+    about = predict.load(path).about
+    signed({**params, **stats}, about, path, meta=meta)
+    with pytest.raises(CheckpointError, match=r"^[^\n\x1b]*\.safetensors is damaged or not a checkpoint[^\n\x1b]*$"):
         predict.load(path)
 
 

@@ -3,97 +3,103 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from core import train
+from core.compile import fused
+from core.errors import UserError
 from core.runs import checkpoint
 from core.runs.files import Run
+from core.runs.record import ResumePoint, read_record
+from core.runs.resume import KEEP, ResumeError
+from core.session import Interrupted, run_experiment
 from core.spec import resolve, spec_id
 from experiments import EXPERIMENTS
-from tests.conftest import ROOT
-from tests.test_cli import call
 
-CPU = torch.device("cpu")
+
+def run_of(out, name, **changes):
+    return Run(out, name, spec_id(resolve({**EXPERIMENTS[name], **changes})))
 
 
 def digest(out, name, **changes):
-    run = Run(out, name, spec_id(resolve({**EXPERIMENTS[name], **changes})))
-    return json.loads(run.record.read_text())["digest"]
+    return read_record(run_of(out, name, **changes).record).digest
+
+
+# Processes of main.py
 
 
 @pytest.mark.slow
-def test_processes_and_compile_caches(data_dir, tmp_path):
-    """Compiled, with a warm cache and with one that is empty. Below, on the default network: the number of threads."""
+def test_processes_and_compile_caches(call, tmp_path):
+    """Compiled, with a warm cache and with one that is empty; below, with another number of threads."""
     digests = []
-    for i, env in enumerate(({}, {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})):
-        out = tmp_path / str(i)
-        done = call("run", "smoke", "--device", "cpu", "--data", data_dir, "--out", out, **env)
+    for out, env in (("warm", {}), ("cold", {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})):
+        done = call("run", "smoke", "--device", "cpu", out=tmp_path / out, env=env, whole=False)
         assert done.returncode == 0, done.stderr
-        digests.append(digest(out, "smoke"))
+        digests.append(digest(tmp_path / out, "smoke"))
     assert len(set(digests)) == 1
-    other = tmp_path / "other"
-    assert call("run", "smoke", "--seed", 1, "--data", data_dir, "--out", other).returncode == 0
-    assert digest(other, "smoke", seed=1) != digests[0]  # a digest that never changes would prove nothing
+    assert call("run", "smoke", "--seed", 1, out=tmp_path / "other", whole=False).returncode == 0
+    assert digest(tmp_path / "other", "smoke", seed=1) != digests[0]  # a digest that never changes would prove nothing
 
 
 @pytest.mark.slow
-def test_verify_trains_again_and_compares(data_dir, tmp_path):
-    assert call("run", "smoke", "--data", data_dir, "--out", tmp_path).returncode == 0
-    done = call("verify", "smoke", "--data", data_dir, "--out", tmp_path)
+def test_verify_trains_again_and_compares(call, tmp_path):
+    assert call("run", "smoke", out=tmp_path, whole=False).returncode == 0
+    done = call("verify", "smoke", out=tmp_path, whole=False)
     assert done.returncode == 0, done.stderr
     assert "smoke: the same bits" in done.stdout
-    record = Run(tmp_path, "smoke", spec_id(resolve(EXPERIMENTS["smoke"]))).record
+    record = run_of(tmp_path, "smoke").record
     record.write_text(record.read_text().replace(digest(tmp_path, "smoke"), "0" * 64))
-    done = call("verify", "smoke", "--data", data_dir, "--out", tmp_path)
+    done = call("verify", "smoke", out=tmp_path, whole=False)
     assert done.returncode == 1
     assert "DIFFERENT bits" in done.stdout
+    assert "to be expected" not in done.stdout
 
 
 @pytest.mark.slow
-def test_the_default_network_compiled_stopped_killed_and_resumed(data_dir, tmp_path):
-    """The main job's own network: not stopped at all; with one thread; stopped by SIGTERM in the middle of its epoch,
-    then killed, then left alone; and, as the negative control, with a state that lost its moments on the way."""
-    options = ("run", "lr-1e-3", "--epochs", "1", "--device", "cpu", "--data", str(data_dir))
-    changes = {"epochs": 1}
+def test_what_decides_the_bits_of_mkl_is_recorded_and_compared(call, tmp_path):
+    """MKL_CBWR set from outside, where the record was made without."""
+    assert call("run", "smoke", "--no-compile", out=tmp_path, whole=False).returncode == 0
+    record = run_of(tmp_path, "smoke").record
+    assert read_record(record).environment.settings == "MKL_CBWR=AUTO,STRICT"
+    record.write_text(record.read_text().replace(digest(tmp_path, "smoke"), "0" * 64))
+    done = call("verify", "smoke", out=tmp_path, whole=False, env={"MKL_CBWR": "COMPATIBLE"})
+    assert "the recorded run had settings MKL_CBWR=AUTO,STRICT (now MKL_CBWR=COMPATIBLE)" in done.stdout
 
-    def finish(out, **env):
-        done = call(*options, "--out", tmp_path / out, **env)
-        assert done.returncode == 0, done.stderr
-        return digest(tmp_path / out, "lr-1e-3", **changes), done.stdout
+
+@pytest.mark.slow
+def test_the_default_network_compiled_stopped_killed_and_resumed(start, data_dir, tmp_path):
+    """The main job's own network: not stopped at all; with two threads; stopped by SIGTERM in the middle of its epoch,
+    then killed, then left alone; and, as the negative control, with a state that lost its moments on the way."""
+    changes = {"epochs": 2, "batch_size": 128}
+    options = ("run", "lr-1e-3", "--epochs", 2, "--batch-size", 128, "--device", "cpu", "--data", data_dir)
+
+    def finish(out, **how):
+        process = start(*options, out=tmp_path / out, **how)
+        assert process.wait() == 0, process.output()
+        return digest(tmp_path / out, "lr-1e-3", **changes), process.output()
 
     def cut(out, words, number):
-        process = subprocess.Popen(
-            (sys.executable, str(ROOT / "main.py"), *options, "--out", str(tmp_path / out)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for line in process.stdout:
-            if words in line:
-                process.send_signal(number)
-                break
-        _, errors = process.communicate(timeout=60)
-        return process.returncode, errors
+        process = start(*options, out=tmp_path / out)
+        process.until(words)
+        process.signal(number)
+        return process.wait(), process.output()
 
     whole, _ = finish("whole")
-    assert finish("one thread", OMP_NUM_THREADS="1")[0] == whole
-    status, errors = cut("cut", "first step", signal.SIGTERM)
+    assert finish("two threads", threads=2)[0] == whole
+    status, output = cut("cut", "epoch 1", signal.SIGTERM)
     assert status == 130
-    assert "goes on from there" in errors
+    assert "goes on from there" in output
     shutil.copytree(tmp_path / "cut", tmp_path / "control")
     assert cut("cut", "resumed after step", signal.SIGKILL)[0] == -signal.SIGKILL
     resumed, output = finish("cut")
     assert "resumed after step" in output
     assert resumed == whole
 
-    run = Run(tmp_path / "control", "lr-1e-3", spec_id(resolve({**EXPERIMENTS["lr-1e-3"], **changes})))
-    (path,) = run.resume_points()
-    tensors, meta = checkpoint.load(path, lambda _: shapes(path))
-    checkpoint.save(path, {n: torch.zeros_like(t) if "exp_avg/" in n else t for n, t in tensors.items()}, meta)
+    for path in run_of(tmp_path / "control", "lr-1e-3", **changes).resume_points():
+        tensors, about = checkpoint.load(path, ResumePoint, lambda _, path=path: shapes(path))
+        lost = {name: torch.zeros_like(t) if "exp_avg/" in name else t for name, t in tensors.items()}
+        checkpoint.save(path, lost, about)
     assert finish("control")[0] != whole
 
 
@@ -111,53 +117,38 @@ def test_the_number_of_threads_could_matter():
     assert len(set(sums)) > 1
 
 
+# run_experiment
+
+
 @pytest.fixture
-def training(tmp_path, invented, small_spec):
-    """A training of three epochs of 15 steps, eager, that can be stopped after any number of steps."""
+def train(tmp_path, invented, small_spec):
+    """Trains three epochs of 15 steps, eager, and can be stopped after any number of steps; returns the record."""
     spec = small_spec(epochs=3)
 
-    def make(out, stop_after=10**9, **options):
-        run = Run(tmp_path / out, "x", spec_id(spec))
-        run.folder.mkdir(parents=True, exist_ok=True)
+    def train(out, stop_after=10**9, **options):
         left = iter(range(stop_after))
-        options = {"compiled": False, **options}
-        return train.Training(run, "x", spec, invented, CPU, should_stop=lambda: next(left, None) is None, **options)
+        stop = {"should_stop": lambda: next(left, None) is None}
+        return run_experiment("x", spec, tmp_path / out, invented, "cpu", **{"compiled": False, **stop, **options})
 
-    return make
-
-
-def stopped(training, out, after):
-    """A run folder that was left in mid-run, and the newest of its resume points."""
-    first = training(out, after)
-    with pytest.raises(train.Interrupted):
-        first()
-    return first.run.resume_points()[0]
+    train.run = lambda out: Run(tmp_path / out, "x", spec_id(spec))
+    return train
 
 
-@pytest.mark.parametrize("after", [0, 7, 14, 15, 29, 40])
-def test_a_resumed_run_is_the_uninterrupted_one(training, after):
-    whole = training("whole")()
-    stopped(training, "cut", after)
-    events = []
-    again = training("cut", listen=lambda event, details: events.append(event))()
-    assert events[0] == "resumed"
-    assert again["digest"] == whole["digest"]
-    assert again["metrics"] == whole["metrics"]
-    timeless = [[{k: v for k, v in e.items() if "second" not in k} for e in r["history"]] for r in (again, whole)]
-    assert timeless[0] == timeless[1]
-    assert again["bitwise"]
-    assert not training("cut").run.resume_points()
+def stopped(train, out, after):
+    """The newest resume point of a run that was stopped."""
+    with pytest.raises(Interrupted):
+        train(out, after)
+    return train.run(out).resume_points()[0]
 
 
-@pytest.mark.parametrize("group", ["opt/exp_avg/", "opt/exp_avg_sq/", "stats/"])
-def test_each_part_of_the_state_matters(training, group):
-    """The negative control: without it, the comparison above could not fail."""
-    whole = training("whole")()
-    path = stopped(training, "cut", 20)
-    tensors, meta = checkpoint.load(path, lambda _: shapes(path))
-    dropped = {name: torch.zeros_like(t) if name.startswith(group) else t for name, t in tensors.items()}
-    checkpoint.save(path, dropped, meta)
-    assert training("cut")()["digest"] != whole["digest"]
+def edit(path, drop=(), **changes):
+    """Sign a resume point again, with other metadata."""
+    tensors, about = checkpoint.load(path, ResumePoint, lambda _: shapes(path))
+    for key, value in changes.items():
+        setattr(about, key, value)
+    checkpoint.save(
+        path, {n: torch.zeros_like(t) if n.startswith(tuple(drop)) else t for n, t in tensors.items()}, about
+    )
 
 
 def shapes(path):
@@ -168,84 +159,187 @@ def shapes(path):
         return checkpoint.shapes_of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
-@pytest.mark.parametrize("key", ["code", "torch", "hardware", "mode", "device"])
-def test_resuming_elsewhere_is_refused_or_marked(training, key):
-    path = stopped(training, "cut", 20)
-    tensors, meta = checkpoint.load(path, lambda _: shapes(path))
-    checkpoint.save(path, tensors, {**meta, "environment": {**meta["environment"], key: "another"}})
-    with pytest.raises(train.ResumeError, match=f"{key} another .*--resume-anyway"):
-        training("cut")()
-    assert training("cut", loosely=True)()["bitwise"] is False
+def seen(events):
+    return [event.kind for event in events if event.kind != "step"]
+
+
+def test_a_run_tells_what_happens(train):
+    events = []
+    record = train("whole", on_event=events.append)
+    assert seen(events) == ["first_step", "epoch", "epoch", "epoch"]
+    assert [event.details["epoch"] for event in events if event.kind == "epoch"] == [1, 2, 3]
+    assert [entry.val_accuracy for entry in record.history] == [
+        event.details["val_accuracy"] for event in events if event.kind == "epoch"
+    ]
+    assert record == read_record(train.run("whole").record)
+
+
+def test_what_is_finished_is_not_trained_again_unless_forced(train):
+    first, events = train("whole"), []
+    assert train("whole", on_event=events.append) == first
+    assert not events
+    again = train("whole", on_event=events.append, force=True)
+    assert seen(events)[0] == "first_step"
+    assert again.digest == first.digest
+
+
+@pytest.mark.parametrize("after", [1, 7, 14, 15, 16, 29, 40])
+def test_a_resumed_run_is_the_uninterrupted_one(train, after):
+    whole = train("whole")
+    stopped(train, "cut", after)
+    events = []
+    again = train("cut", on_event=events.append)
+    assert seen(events)[0] == "resumed"
+    assert again.digest == whole.digest
+    assert again.metrics == whole.metrics
+    timeless = [
+        [(e.epoch, e.train_loss, e.train_accuracy, e.val_loss, e.val_accuracy) for e in record.history]
+        for record in (again, whole)
+    ]
+    assert timeless[0] == timeless[1]
+    assert again.bitwise
+    assert not train.run("cut").resume_points()
+
+
+def test_a_stop_before_the_first_step_leaves_nothing(train):
+    with pytest.raises(Interrupted, match=r"^x stopped before its first step$"):
+        train("cut", 0)
+    assert not train.run("cut").resume_points()
+
+
+@pytest.mark.parametrize("group", ["opt/exp_avg/", "opt/exp_avg_sq/", "stats/"])
+def test_each_part_of_the_state_matters(train, group):
+    """The negative control: without it, the comparison above could not fail."""
+    whole = train("whole")
+    edit(stopped(train, "cut", 20), drop=[group])
+    assert train("cut").digest != whole.digest
+
+
+@pytest.mark.parametrize("key", ["code", "torch", "hardware", "mode", "device", "settings"])
+def test_resuming_elsewhere_is_refused_or_marked(train, key):
+    path = stopped(train, "cut", 20)
+    _, about = checkpoint.load(path, ResumePoint, lambda _: shapes(path))
+    edit(path, environment=type(about.environment)(**{**as_dict(about.environment), key: "another"}))
+    with pytest.raises(ResumeError, match=f"{key} another .*--resume-anyway"):
+        train("cut")
+    assert train("cut", allow_inexact=True).bitwise is False
+
+
+def as_dict(struct):
+    return {key: getattr(struct, key) for key in struct.__struct_fields__}
 
 
 @pytest.mark.parametrize("change", [{"data": "other"}, {"spec": {"lr": 1}}], ids=str)
-def test_resuming_on_other_data_or_another_spec_is_refused_or_marked(training, change):
-    path = stopped(training, "cut", 20)
-    tensors, meta = checkpoint.load(path, lambda _: shapes(path))
-    checkpoint.save(path, tensors, {**meta, **change})
-    with pytest.raises(train.ResumeError, match=f"another {next(iter(change))}: .*--resume-anyway"):
-        training("cut")()
-    assert training("cut", loosely=True)()["bitwise"] is False
+def test_resuming_on_other_data_or_another_spec_is_refused_or_marked(train, change):
+    edit(stopped(train, "cut", 20), **change)
+    with pytest.raises(ResumeError, match=f"another {next(iter(change))}: .*--resume-anyway"):
+        train("cut")
+    assert train("cut", allow_inexact=True).bitwise is False
 
 
-def test_what_began_eager_goes_on_eager(training):
+def test_what_began_eager_goes_on_eager(train):
     """As where compiling had failed: the same command must go on, bit by bit."""
-    whole = training("whole")()
-    stopped(training, "cut", 20)
-    again = training("cut", compiled=True)()
-    assert again["environment"]["mode"] == "eager"
-    assert again["bitwise"]
-    assert again["digest"] == whole["digest"]
+    whole = train("whole")
+    stopped(train, "cut", 20)
+    again = train("cut", compiled=True)
+    assert again.environment.mode == "eager"
+    assert again.bitwise
+    assert again.digest == whole.digest
 
 
-def test_a_signal_between_the_end_of_an_epoch_and_its_save(training):
+@pytest.fixture
+def nothing_compiles(monkeypatch):
+    """Only the eager step is to be had."""
+    fuse = fused.fuse
+
+    def refuse(spec, state, data, hyper, compiled=True):
+        if compiled:
+            raise fused.CompileError("the linker is missing")
+        return fuse(spec, state, data, hyper, compiled=False)
+
+    monkeypatch.setattr(fused, "fuse", refuse)
+
+
+def test_a_compilation_that_fails_becomes_eager(train, nothing_compiles):
+    """One event with the reason, the same run to the end, and the record says in which mode it was made."""
+    events = []
+    record = train("x", compiled=True, on_event=events.append)
+    assert [event.details["reason"] for event in events if event.kind == "eager"] == [
+        "the linker is missing: the train step runs eager, which is slower"
+    ]
+    assert record.environment.mode == "eager"
+    assert record.bitwise
+    assert record.digest == train("whole").digest
+
+
+def test_what_began_compiled_does_not_go_on_eager_in_silence(train, nothing_compiles):
+    path = stopped(train, "cut", 20)
+    _, about = checkpoint.load(path, ResumePoint, lambda _: shapes(path))
+    edit(path, environment=type(about.environment)(**{**as_dict(about.environment), "mode": "compiled"}))
+    with pytest.raises(ResumeError, match=r"the linker is missing; .*--resume-anyway"):
+        train("cut", compiled=True)
+    assert train("cut", compiled=True, allow_inexact=True).bitwise is False
+
+
+@pytest.mark.parametrize("moment", range(15, 19))
+def test_a_signal_between_the_end_of_an_epoch_and_its_save(train, moment):
     """Whatever moment it comes at: what is said to be saved is."""
-    for moment in range(15, 19):
-        asked = iter(range(10**9))
-        out = str(moment)
-        run = training(out, every=2)
-        run.should_stop = lambda asked=asked, moment=moment: next(asked) >= moment
-        with pytest.raises(train.Interrupted) as stop:
-            run()
-        step = int(str(stop.value).split("after step ")[1].split()[0])
-        assert run.run.resume_points()[0] == run.run.resume_point(step)
+    with pytest.raises(Interrupted) as stop:
+        train("cut", moment, checkpoint_every=2)
+    step = int(str(stop.value).split("after step ")[1].split()[0])
+    assert train.run("cut").resume_points()[0] == train.run("cut").resume_point(step)
 
 
-def test_the_newest_damaged_falls_back_to_the_one_before_loudly(training):
-    whole = training("whole")()
-    newest = stopped(training, "cut", 40)
-    points = training("cut").run.resume_points()
-    assert len(points) == train.KEEP
+def test_the_newest_damaged_falls_back_to_the_one_before_loudly(train):
+    whole = train("whole")
+    newest = stopped(train, "cut", 40)
+    assert len(train.run("cut").resume_points()) == KEEP
     newest.write_bytes(newest.read_bytes()[:-1])
     events = []
-    again = training("cut", listen=lambda *event: events.append(event))()
-    assert [event for event, _ in events[:2]] == ["damaged", "resumed"]
-    assert str(newest) in events[0][1]["reason"]
-    assert again["digest"] == whole["digest"]
+    again = train("cut", on_event=events.append)
+    assert seen(events)[:2] == ["notice", "resumed"]
+    assert str(newest) in events[0].details["reason"]
+    assert again.digest == whole.digest
 
 
 @pytest.mark.parametrize("key", ["spec", "data", "environment", "progress"])
-def test_a_resume_point_that_lacks_something_is_damaged(training, key):
+def test_a_resume_point_that_lacks_something_is_damaged(train, key, monkeypatch):
     """Though rightly signed: the one before is good."""
-    newest = stopped(training, "cut", 40)
-    tensors, meta = checkpoint.load(newest, lambda _: shapes(newest))
-    checkpoint.save(newest, tensors, {k: v for k, v in meta.items() if k != key})
+    newest = stopped(train, "cut", 40)
+    to_builtins = checkpoint.msgspec.to_builtins
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.msgspec, "to_builtins", lambda about: {**to_builtins(about), key: None})
+        edit(newest)
     events = []
-    training("cut", listen=lambda *event: events.append(event))()
-    assert [event for event, _ in events[:2]] == ["damaged", "resumed"]
+    train("cut", on_event=events.append)
+    assert seen(events)[:2] == ["notice", "resumed"]
 
 
-def test_all_damaged_is_refused_and_nothing_restarts(training):
-    stopped(training, "cut", 40)
-    points = training("cut").run.resume_points()
+def test_all_damaged_is_refused_and_nothing_restarts(train):
+    stopped(train, "cut", 40)
+    points = train.run("cut").resume_points()
     for path in points:
         path.write_bytes(b"")
-    with pytest.raises(train.ResumeError, match="every resume point of x is damaged"):
-        training("cut")()
-    assert training("cut").run.resume_points() == points
+    with pytest.raises(ResumeError, match="every resume point of x is damaged"):
+        train("cut")
+    assert train.run("cut").resume_points() == points
 
 
-def test_two_runs_of_one_folder_are_the_same_bits(training, tmp_path):
-    first = training("a")()
+def test_two_runs_of_one_folder_are_the_same_bits(train, tmp_path):
+    first = train("a")
     shutil.rmtree(tmp_path / "a")
-    assert training("a")()["digest"] == first["digest"]
+    assert train("a").digest == first.digest
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a b", "x\n", "\ud800", "a" * 101, "$x$", "|", "-x"])
+def test_a_name_that_could_not_be_a_folder_is_refused(invented, tmp_path, name):
+    with pytest.raises(UserError, match="cannot name an experiment"):
+        run_experiment(name, {}, tmp_path, invented, "cpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_record_keeps_what_a_notebook_asks_for(train):
+    """The one door returns what it has written: no file needs to be read."""
+    record = train("x")
+    assert 0 <= record.metrics.test.accuracy <= 1
+    assert json.loads(train.run("x").record.read_text())["digest"] == record.digest

@@ -4,10 +4,14 @@ import json
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.spec import FIELDS, SpecError, canonical, nearest, resolve, spec_id, static_key
+from core.compile import fused
+from core.functional import optim
+from core.spec import FIELDS, TENSORS, Field, SpecError, canonical, nearest, resolve, spec_id, static_key
+from experiments import EXPERIMENTS
 
 VALID = {
     "widths": st.lists(st.integers(1, 65536), max_size=16) | st.tuples(st.integers(1, 65536)),
@@ -57,16 +61,53 @@ MAY_BE = {
     "seed": lambda v: type(v) is int and 0 <= v < 2**31,
 }
 
+DEFAULTS = {
+    "widths": [1024, 512, 256],
+    "norm": "batch",
+    "activation": "leaky_relu",
+    "dropout": 0.2,
+    "augment": "none",
+    "batch_size": 256,
+    "epochs": 20,
+    "optimizer": "adam",
+    "lr": 0.001,
+    "schedule": "constant",
+    "warmup_epochs": 0.0,
+    "weight_decay": 0.0,
+    "label_smoothing": 0.0,
+    "precision": "float32",
+    "seed": 0,
+}
+# Another value than the default, for each key.
+ANOTHER = {
+    "widths": [1024, 512],
+    "norm": "none",
+    "activation": "relu",
+    "dropout": 0.5,
+    "augment": "flip",
+    "batch_size": 128,
+    "epochs": 21,
+    "optimizer": "sgd",
+    "lr": 0.002,
+    "schedule": "cosine",
+    "warmup_epochs": 1.0,
+    "weight_decay": 0.1,
+    "label_smoothing": 0.1,
+    "precision": "bfloat16",
+    "seed": 1,
+}
+
 
 def test_the_tables_here_are_complete():
-    assert VALID.keys() == MAY_BE.keys() == FIELDS.keys()
+    assert VALID.keys() == MAY_BE.keys() == ANOTHER.keys() == FIELDS.keys(), "say what the new key may be here too"
+    assert FIELDS.keys() >= TENSORS
 
 
-def test_defaults_are_those_of_the_documentation():
-    spec = resolve({})
-    assert (spec["widths"], spec["norm"], spec["activation"]) == ([1024, 512, 256], "batch", "leaky_relu")
-    assert (spec["dropout"], spec["batch_size"], spec["epochs"]) == (0.2, 256, 20)
-    assert (spec["optimizer"], spec["schedule"], spec["seed"]) == ("adam", "constant", 0)
+def test_the_defaults_are_frozen():
+    """An id leaves out what has its default. With another default, the ids of finished runs would be those of runs that
+    nobody has made: give what you want a key of its own, whose default keeps the old meaning."""
+    assert {key: field.default for key, field in FIELDS.items()} == DEFAULTS
+    assert canonical(resolve({})) == canonical(DEFAULTS)  # 0 is not 0.0 here
 
 
 @given(SPECS)
@@ -106,13 +147,24 @@ def test_different_specs_have_different_ids(one, other):
     assert (spec_id(one) == spec_id(other)) == (one == other)
 
 
-def test_id_of_the_default_is_pinned():
-    """Finished runs are found by their id: a change here abandons every one of them, so it has to be meant."""
-    described = '{"activation":"leaky_relu","augment":"none","batch_size":256,"dropout":0.2,"epochs":20,'
-    described += '"label_smoothing":0.0,"lr":0.001,"norm":"batch","optimizer":"adam","precision":"float32",'
-    described += '"schedule":"constant","seed":0,"warmup_epochs":0.0,"weight_decay":0.0,"widths":[1024,512,256]}'
-    assert canonical(resolve({})) == described
-    assert spec_id(resolve({})) == "58fc3a9013e7"
+def test_the_id_is_of_the_keys_that_differ_from_their_defaults():
+    assert all(spec_id(resolve({key: DEFAULTS[key]})) == spec_id(resolve({})) for key in FIELDS)
+    assert len({spec_id(resolve({key: ANOTHER[key]})) for key in FIELDS}) == len(FIELDS)
+
+
+def test_a_new_key_keeps_every_id_and_never_reuses_a_compiled_step(monkeypatch, step_inputs, small_spec):
+    def name():
+        """Of the compiled step on disk."""
+        return fused._recipe(small_spec(), step_inputs(small_spec())).name
+
+    ids, key, before = [spec_id(resolve(spec)) for spec in EXPERIMENTS.values()], static_key(resolve({})), name()
+    assert name() == before
+    monkeypatch.setitem(FIELDS, "mixup", Field(0.0, "a number", lambda v: isinstance(v, float)))
+    assert [spec_id(resolve(spec)) for spec in EXPERIMENTS.values()] == ids, "finished runs are not found any more"
+    used = resolve({"mixup": 0.5})
+    assert spec_id(used) not in ids
+    assert len({static_key(used), static_key(resolve({})), key}) == 3, "a step that knows nothing of mixup is reused"
+    assert name() != before
 
 
 def test_resolve_neither_keeps_nor_changes_what_it_was_given():
@@ -206,10 +258,15 @@ def test_a_spec_is_a_dict(spec):
         resolve(spec)
 
 
-def test_one_compilation_serves_what_reaches_the_step_as_a_tensor():
-    key = static_key(resolve({}))
-    same = {"lr": 0.5, "seed": 9, "epochs": 3, "dropout": 0.5, "weight_decay": 0.1, "label_smoothing": 0.1}
-    assert all(static_key(resolve({name: value})) == key for name, value in same.items())
-    other = {"widths": [8], "norm": "none", "batch_size": 8, "optimizer": "sgd", "dropout": 0.0, "schedule": "linear"}
-    keys = [static_key(resolve({name: value})) for name, value in other.items()]
-    assert len({key, *keys}) == 1 + len(keys)
+@pytest.mark.parametrize("key", FIELDS)
+def test_a_key_reaches_the_step_as_a_tensor_or_is_part_of_the_compilation(key):
+    """Never neither: such a key would do nothing, or reuse a step that was compiled for another value."""
+    one, other = resolve({}), resolve({key: ANOTHER[key]})
+    same_step = static_key(one) == static_key(other)
+    one, other = (optim.hyper_tensors(spec, 10, torch.device("cpu")) for spec in (one, other))
+    same_tensors = all(torch.equal(one[name], other[name]) for name in one)
+    assert (same_step, same_tensors) == ((True, False) if key in TENSORS else (False, True))
+
+
+def test_a_step_without_dropout_is_compiled_by_itself():
+    assert static_key(resolve({"dropout": 0.0})) != static_key(resolve({"dropout": 0.1}))

@@ -3,33 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from core.data import loader
 from core.functional import augment, model, optim, step
-
-
-def leaves(tree, prefix=""):
-    """(path, tensor) of nested dicts."""
-    for key, value in tree.items():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{key}", value
-        else:
-            yield from leaves(value, f"{prefix}{key}/")
-
-
-def tree_map(function, *trees):
-    """A function of the tensors at the same place in each tree."""
-    return {
-        key: function(*(tree[key] for tree in trees))
-        if isinstance(value, Tensor)
-        else tree_map(function, *(tree[key] for tree in trees))
-        for key, value in trees[0].items()
-    }
+from core.functional.tree import flatten, leaves, tree_map
+from core.spec import TENSORS
 
 
 def close(one, other, rtol, atol, but=()):
-    one, other = dict(leaves(one)), dict(leaves(other))
+    one, other = flatten(one), flatten(other)
     assert one.keys() == other.keys()
     for path in one:
         if not path.endswith(tuple(but) or "//"):
@@ -48,17 +30,16 @@ def test_the_step_is_pure(small_spec, step_inputs, changes):
     """Its inputs are as before, its outputs share no memory with them, and it gives the same bits again."""
     spec = small_spec(**changes)
     inputs = dict(zip(("state", "data", "hyper"), step_inputs(spec), strict=True))
-    before = {path: t.clone() for path, t in leaves(inputs)}
+    before = {path: t.clone() for path, t in flatten(inputs).items()}
     train_step = step.make_train_step(spec)
     generator = torch.get_rng_state()
     one, other = train_step(**inputs), train_step(**inputs)
     assert torch.equal(torch.get_rng_state(), generator)
-    assert all(torch.equal(t, before[path]) for path, t in leaves(inputs))
-    assert {path: (t.dtype, t.shape) for path, t in leaves(one)} == {
-        path: (t.dtype, t.shape) for path, t in leaves(inputs["state"])
-    }
-    memory = {t.untyped_storage().data_ptr() for _, t in leaves(inputs)}
-    assert not memory & {t.untyped_storage().data_ptr() for _, t in leaves(one)}
+    assert all(torch.equal(t, before[path]) for path, t in flatten(inputs).items())
+    shapes = [{path: (t.dtype, t.shape) for path, t in flatten(tree).items()} for tree in (one, inputs["state"])]
+    assert shapes[0] == shapes[1]
+    memory = {t.untyped_storage().data_ptr() for t in leaves(inputs)}
+    assert not memory & {t.untyped_storage().data_ptr() for t in leaves(one)}
     close(one, other, 0, 0)
     assert int(one["step"]) == 1
 
@@ -173,6 +154,15 @@ def test_every_hyper_parameter_reaches_the_step(small_spec, step_inputs, name):
     one = train_step(state, data, hyper)["params"]["1.weight"]
     other = train_step(state, data, {**hyper, name: hyper[name] + 0.25})["params"]["1.weight"]
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_the_step_takes_from_the_spec_nothing_that_is_a_tensor(small_spec, step_inputs, changes):
+    """Else one compilation could not serve all values. Of the rate of dropout it may know whether it is zero."""
+    spec = small_spec(**changes)
+    inputs = step_inputs(spec)
+    static = {key: value for key, value in spec.items() if key not in TENSORS} | {"dropout": 0.9}
+    close(step.make_train_step(static)(*inputs), step.make_train_step(spec)(*inputs), 0, 0)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])

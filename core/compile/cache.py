@@ -1,120 +1,269 @@
-"""Compiled steps as shared libraries: kept in a folder of the project's, whole or not at all, and made in a process of
-their own.
+"""Compiled steps as shared libraries: found in a cache folder, or else built there.
 
-Loading one takes neither Dynamo nor inductor, whose imports and tracing would cost 5 s in each process, and every
+Loading a library needs neither Dynamo nor inductor, whose imports and tracing cost 5 s in each process, and every
 process runs the same machine code.
 """
 
+import atexit
 import contextlib
 import ctypes
+import errno
 import hashlib
-import json
 import os
 import shutil
-import signal
-import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
+import msgspec
+import platformdirs
 import torch
 from torch import Tensor
 
+from core.compile import builder
+from core.compile.builder import BuildError, first_line
 from core.runs import store
 from core.spec import canonical
 
-# Inductor's own cache and the libraries made with it.
-CACHE = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parents[2] / ".cache")))
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # where torch keeps its own compiled files
+PROJECT = Path(__file__).resolve().parents[2]
 
-# Compiles, in an empty folder: the bytes of a library, and which tensors of the caller's are its inputs, in order.
-Make = Callable[[Path], tuple[bytes, list[int]]]
+# Limits on what is read, in bytes: far above what is written.
+LIBRARY_LIMIT, DESCRIPTION_LIMIT = 1 << 28, 1 << 16
 
-_makers: dict[Path, int] = {}  # the processes that compile, by what they make
-
-
-def path_of(key: Any) -> Path:
-    """Where the library of a key is kept; the key is all that it depends on."""
-    return CACHE / f"{hashlib.sha256(canonical(key).encode()).hexdigest()[:32]}.so"
+# Build function: scratch folder -> (bytes of the library, indices of its input tensors).
+Build = Callable[[Path], tuple[bytes, list[int]]]
 
 
-def inputs_of(path: Path) -> list[int] | None:
-    """Which tensors are the inputs of a library; None unless it is there, and as it was written."""
-    try:
-        kept = json.loads(path.with_suffix(".json").read_bytes())
-        return kept["inputs"] if kept["sha256"] == _hash(path.read_bytes(), kept["inputs"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+class Recipe(NamedTuple):
+    """A library, there or not.
 
-
-def _hash(library: bytes, inputs: list[int]) -> str:
-    return hashlib.sha256(library + canonical(inputs).encode()).hexdigest()
-
-
-def start(path: Path, make: Make) -> None:
-    """Start to make a library in another process, if it is not kept already.
-
-    That process has this one's imports, so meanwhile this one can do something else, can be stopped at once, and never
-    holds the compiler's 300 MB. Where processes cannot be forked, nothing happens before `obtain`.
+    Attributes:
+        name: of its file; a hash of all that the library depends on.
+        tensors: how many tensors the caller has; the library's inputs are some of them.
+        build: makes the library.
     """
-    if sys.platform != "linux" or path in _makers or inputs_of(path) is not None:
-        return
-    stops = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # so that none finds the new process with the old one's handlers
-    try:
-        _makers[path] = os.fork()
-        if not _makers[path]:
-            try:
-                _seclude()
-                _make_and_keep(path, make)
-            finally:
-                os._exit(0)  # if it has failed, `obtain` tries again, and says why
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
+
+    name: str
+    tensors: int
+    build: Build
 
 
-def _seclude() -> None:
-    """Make a forked process one that shares nothing: no signal but at the death of its parent, no files, no output, and
-    none of torch's threads, which did not come along."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    os.closerange(3, 1024)  # among them the lock of a run, which else would outlive its holder
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):
-        os.dup2(nothing, stream)
-    torch.set_num_threads(1)
+class Library(NamedTuple):
+    """A library on disk, and the indices of its input tensors among the caller's."""
+
+    path: Path
+    inputs: list[int]
 
 
-def obtain(path: Path, make: Make) -> list[int]:
-    """See to it that a library is there; returns which tensors are its inputs. Raises whatever `make` raises."""
-    if inputs := inputs_of(path):
-        return inputs
-    start(path, make)
-    if maker := _makers.pop(path, None):
-        with contextlib.suppress(ChildProcessError):  # it has ended, and somebody else was told
-            os.waitpid(maker, 0)
-    return inputs_of(path) or _make_and_keep(path, make)
+class Description(msgspec.Struct):
+    """The JSON file beside a library; `_hash` says what the hash is of."""
+
+    inputs: list[int]
+    sha256: str
 
 
-def _make_and_keep(path: Path, make: Make) -> list[int]:
+_chosen: tuple[Path, str | None] | None = None  # what `folder` and `problem` return
+
+
+def name_of(key: Any) -> str:
+    """The name of a library from its key: JSON values, all that the library depends on."""
+    return hashlib.sha256(canonical(key).encode()).hexdigest()[:32]
+
+
+# Folders
+
+
+def folder() -> Path:
+    """Where this process keeps what it builds, chosen once: the folder in TORCHINDUCTOR_CACHE_DIR if the user has set
+    it, else the project's .cache, else one in the user's cache folder, else a temporary one. It is the first of these
+    that can be written.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+    global _chosen
+    _chosen = _chosen or _choose()
+    return _chosen[0]
+
+
+def problem() -> str | None:
+    """One line for the user if a library had to be kept elsewhere than in the preferred folder; None as long as nothing
+    had to be built."""
+    return _chosen[1] if _chosen else None
+
+
+def export_folder() -> None:
+    """Make torch keep its own compiled files in the same folder."""
+    os.environ[VARIABLE] = str(folder())
+
+
+def repair_environment() -> None:
+    """If the user has chosen a folder that cannot be written, export another one: torch creates the folder as soon as
+    Dynamo is imported, which an eager step does too, and fails if it cannot."""
+    if _users_choice():
+        export_folder()
+
+
+def _candidates() -> list[Path]:
+    """The folders where libraries may be, the preferred one first: the user's choice takes the place of .cache."""
+    candidates = (_users_choice() or PROJECT / ".cache", Path(platformdirs.user_cache_dir("cifar10-mlp")))
+    # Without a home folder, the last one is a relative path.
+    return [path for path in candidates if path.is_absolute()]
+
+
+def _users_choice() -> Path | None:
+    """The folder in torch's environment variable, unless torch has set it: as soon as Dynamo is imported, it exports
+    its default, a temporary folder."""
+    value = os.environ.get(VARIABLE)
+    if value:
+        with contextlib.suppress(OSError):  # There is no temporary folder.
+            if value.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_")):
+                return None
+    return Path(value).absolute() if value else None
+
+
+def _choose() -> tuple[Path, str | None]:
+    failure = None
+    for candidate in _candidates():
+        try:
+            _check_writable(candidate)
+            return candidate, failure and f"{failure}: compiled steps are kept in {candidate}"
+        except OSError as error:
+            failure = failure or f"cannot write {candidate} ({error.strerror or error})"
+    temporary = Path(tempfile.mkdtemp(prefix="cifar10-mlp-"))
+    atexit.register(_remove, temporary, os.getpid())
+    return temporary, f"{failure}: compiled steps are kept in {temporary} until this process ends"
+
+
+def _check_writable(path: Path) -> None:
+    """Create a folder, and for a moment a file in it.
+
+    Raises:
+        OSError: it cannot be done, or other users can change what is written there.
+    """
+    with contextlib.suppress(FileExistsError):  # It is a file; then nothing can be created in it.
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path) as file:
+        # Some network drives show all files as another user's, or as writable by everybody.
+        if not _is_trusted(file.fileno()):
+            raise PermissionError(errno.EPERM, "other users can change the files there")
+
+
+def _remove(path: Path, process: int) -> None:
+    if os.getpid() == process:  # A fork of the process that made the folder leaves it alone.
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# Files
+
+
+def find(recipe: Recipe) -> Library | None:
+    """The library, from the first folder that has it undamaged and out of other users' reach; None without one."""
+    chosen = [_chosen[0]] if _chosen else []
+    for place in dict.fromkeys(_candidates() + chosen):
+        path = place / f"{recipe.name}.so"
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # It is missing, damaged or not to be trusted.
+            described = msgspec.json.decode(_read(path.with_suffix(".json"), DESCRIPTION_LIMIT), type=Description)
+            inputs = described.inputs
+            fits = len(set(inputs)) == len(inputs) and all(0 <= i < recipe.tensors for i in inputs)
+            if fits and described.sha256 == _hash(recipe.name, _read(path, LIBRARY_LIMIT), inputs):
+                return Library(path, inputs)
+    return None
+
+
+def _hash(name: str, library: bytes, inputs: list[int]) -> str:
+    """Of the library, its name and its inputs, so that no file of these can be exchanged for another library's."""
+    return hashlib.sha256(library + canonical([name, inputs]).encode()).hexdigest()
+
+
+def _read(path: Path, limit: int) -> bytes:
+    with open(store.open_file(path, limit), "rb") as file:
+        if not _is_trusted(file.fileno()):
+            raise PermissionError(errno.EPERM, "other users can change it")
+        return file.read(limit)
+
+
+def _is_trusted(descriptor: int) -> bool:
+    """Whether nobody can change a file but this user, root, and the owner of this code, who could change the code."""
+    found = os.fstat(descriptor)
+    return found.st_uid in (os.geteuid(), 0, os.stat(__file__).st_uid) and not found.st_mode & 0o022
+
+
+def _build_and_keep(recipe: Recipe, path: Path) -> None:
+    """Build a library in this process, unless another process has just built it."""
     with store.locked(path.with_suffix(".lock")):
-        if found := inputs_of(path):  # another process has made it meanwhile
-            return found
+        if find(recipe):
+            return
         scratch = path.with_suffix(".scratch")
-        shutil.rmtree(scratch, ignore_errors=True)  # where a process was killed, 130 MB
+        shutil.rmtree(scratch, ignore_errors=True)  # A killed process leaves 130 MB.
         store.sweep(path.parent, path.stem)
         try:
-            scratch.mkdir()
-            library, inputs = make(scratch)
+            scratch.mkdir(mode=0o700)
+            # All other files that torch and the compiler write go to the scratch folder too.
+            with mock.patch.dict(os.environ, {VARIABLE: str(scratch), "TMPDIR": str(scratch)}):
+                library, inputs = recipe.build(scratch)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        store.atomic_write(path, library)
-        store.write_json(path.with_suffix(".json"), {"inputs": inputs, "sha256": _hash(library, inputs)})
-    return inputs
+        description = Description(inputs, _hash(recipe.name, library, inputs))
+        for file, content in ((path, library), (path.with_suffix(".json"), msgspec.json.encode(description))):
+            store.atomic_write(file, content)
+            file.chmod(file.stat().st_mode & ~0o022)  # Whatever the umask, only its owner can write it.
 
 
-def bind(path: Path, inputs: list[Tensor]) -> Callable[[], None]:
-    """The function of a library that is there, bound to its inputs, which it changes in place."""
+# Building
+
+
+def build_ahead(recipe: Recipe) -> None:
+    """Start to build a library in another process, unless it is there.
+
+    The other process has this one's imports. Meanwhile this one can do something else, can be stopped at once, and
+    never holds the compiler's 300 MB. Where processes cannot be forked, nothing happens before `get_or_build`.
+
+    Raises:
+        OSError: no process can be started, or there is no folder for the library.
+    """
+    if builder.CAN_FORK and not builder.is_at_work(recipe.name) and not find(recipe):
+        _start(recipe)
+
+
+def get_or_build(recipe: Recipe) -> Library:
+    """The library, built if it is not there.
+
+    Raises:
+        BuildError: it cannot be built. OSError: as `build_ahead`.
+    """
+    if not builder.is_at_work(recipe.name) and (library := find(recipe)):
+        return library
+    if builder.CAN_FORK:
+        if not builder.is_at_work(recipe.name):
+            _start(recipe)
+        builder.wait(recipe.name)
+    else:
+        try:
+            _build_and_keep(recipe, folder() / f"{recipe.name}.so")
+        except Exception as error:  # Dynamo, inductor and the C++ compiler each raise their own.
+            raise BuildError(first_line(error)) from error
+    if library := find(recipe):
+        return library
+    raise BuildError(f"the library that was built in {folder()} cannot be read")
+
+
+def _start(recipe: Recipe) -> None:
+    path = folder() / f"{recipe.name}.so"
+    builder.start(recipe.name, lambda: _build_and_keep(recipe, path))
+
+
+# Loading
+
+
+def bind(library: Library, tensors: list[Tensor]) -> Callable[[], None]:
+    """The function of a library, bound to its inputs among the caller's tensors, which it changes in place."""
     _keep_freed_memory()
-    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library.path), 1)
+    inputs = [tensors[i] for i in library.inputs]
 
     def call() -> None:
         runner.run(inputs)
@@ -123,11 +272,11 @@ def bind(path: Path, inputs: list[Tensor]) -> Callable[[], None]:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep the buffers that a step frees for the next one. Given back to the system, they are mapped anew in
-    each step, 7,000 page faults and up to a fifth of the time at batch 512."""
+    """Make glibc keep the buffers that a step frees, for the next step. If it gave them back to the system, each step
+    would map them anew: 7,000 page faults, up to a fifth of the time at batch 512."""
     trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt(3)
-    with contextlib.suppress(AttributeError, OSError):  # another C library
+    with contextlib.suppress(AttributeError, OSError):  # It is another C library.
         libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)  # what reading the data has left, 80 MB
+        libc.malloc_trim(0)  # gives back the 80 MB that reading the data has left
         libc.mallopt(trim_threshold, 1 << 30)
-        libc.mallopt(mmap_threshold, 1 << 25)  # the largest that it takes
+        libc.mallopt(mmap_threshold, 1 << 25)  # the largest value that it accepts

@@ -3,6 +3,7 @@
 The step stays pure; only here is it turned into one that writes its new state over the old one.
 """
 
+import contextlib
 import os
 import platform
 import shutil
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from core.compile import cache, inductor
+from core.compile.builder import first_line
 from core.functional import prng
 from core.functional.step import State, make_train_step
 from core.functional.tree import leaves
@@ -22,25 +24,28 @@ from core.spec import Spec, static_key
 Advance = Callable[[], None]
 Trees = tuple[State, dict, dict]  # state, data, hyper
 
-_compiled: dict[str, Callable[..., None]] = {}
+_compiled: dict[str, Callable[..., None]] = {}  # on CUDA, by the static key of the spec
 
 
 class CompileError(Exception):
-    """The step could not be compiled; the message is the first line of why."""
+    """The step could not be compiled; the message is one line that says why."""
 
 
 def compiler_problem(device: torch.device) -> str | None:
-    """Why the step cannot be compiled on this machine, or None."""
-    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
-    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+    """Why no step can be compiled for this device, or None. A step that was compiled earlier needs no compiler."""
+    if device.type == "cpu" and _compiler() is None:
         return "no C++ compiler (g++ or clang++) was found"
     if device.type == "mps":
         return "the step is not compiled for MPS"
     return None
 
 
+def _compiler() -> str | None:
+    return next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
+
+
 def in_place(step: Callable[[State, dict, dict], State]) -> Callable[[State, dict, dict], None]:
-    """The pure step as one that writes the new state into the old one's buffers."""
+    """The pure step as one that writes the new state into the buffers of the old one."""
 
     def donated(state: State, data: dict, hyper: dict) -> None:
         for old, new in zip(leaves(state), leaves(step(state, data, hyper)), strict=True):
@@ -55,45 +60,50 @@ def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = Tru
     Compiled, it is one graph; specs that differ only in what reaches the step as a tensor share one compilation.
 
     Raises:
-        CompileError: the compilation failed.
+        CompileError: the step could not be compiled.
     """
     device = state["step"].device
     # "high" lets float32 products run in TF32 where the hardware has it (NVIDIA, since Ampere).
     torch.set_float32_matmul_precision("high" if spec["precision"] == "tf32" else "highest")
     if not compiled:
+        cache.repair_environment()
         step = in_place(make_train_step(spec))
         return lambda: step(state, data, hyper)
     try:
         return (_ahead_of_time if device.type == "cpu" else _cuda_graph)(spec, (state, data, hyper))
-    except torch.OutOfMemoryError:
+    except (CompileError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # Dynamo, inductor, the C++ compiler and the loader each raise their own
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CompileError(reason[:200]) from error
+    except Exception as error:  # Dynamo, inductor, Triton and the loader each raise their own.
+        raise CompileError(first_line(error)) from error
 
 
 def compile_ahead(spec: Spec, state: State, data: dict, hyper: dict) -> None:
-    """Start to compile, in another process, what `fuse` will be asked for on a CPU."""
-    cache.start(*_recipe(spec, (state, data, hyper)))
+    """Start to compile, in another process, what `fuse` will need on a CPU. Where that cannot be done nothing happens:
+    `fuse` will say why."""
+    if compiler_problem(state["step"].device) is None:
+        with contextlib.suppress(OSError):
+            cache.build_ahead(_recipe(spec, (state, data, hyper)))
 
 
 def _ahead_of_time(spec: Spec, trees: Trees) -> Advance:
     """The step as a shared library, compiled by the first process that needs it."""
-    path, make = _recipe(spec, trees)
-    tensors = [t for tree in trees for t in leaves(tree)]
-    return cache.bind(path, [tensors[i] for i in cache.obtain(path, make)])
+    recipe = _recipe(spec, trees)
+    if (problem := compiler_problem(trees[0]["step"].device)) and not cache.find(recipe):
+        raise CompileError(problem)
+    return cache.bind(cache.get_or_build(recipe), [t for tree in trees for t in leaves(tree)])
 
 
-def _recipe(spec: Spec, trees: Trees) -> tuple[Path, cache.Make]:
-    """Where the library of a step is kept, and how it is made: Dynamo traces one full graph, inductor turns it into C++
-    and that into a library."""
+def _recipe(spec: Spec, trees: Trees) -> cache.Recipe:
+    """The library of a step: Dynamo traces one full graph, inductor turns it into C++ and that into a library."""
     tensors = [t for tree in trees for t in leaves(tree)]
     threads = torch.get_num_threads()
     signature = [(str(t.dtype), list(t.shape)) for t in tensors]
-    capability = torch.backends.cpu.get_cpu_capability()  # what torch makes use of, of what the CPU has
+    capability = torch.backends.cpu.get_cpu_capability()  # the instructions of this CPU that torch uses
     machine = [torch.__version__, threads, platform.machine(), capability, dict(torch.cpu.get_capabilities())]
 
-    def make(scratch: Path) -> tuple[bytes, list[int]]:
+    def build(scratch: Path) -> tuple[bytes, list[int]]:
+        from torch._inductor import config
+
         graphs: list[torch.fx.GraphModule] = []
         order: list[int] = []
 
@@ -101,28 +111,32 @@ def _recipe(spec: Spec, trees: Trees) -> tuple[Path, cache.Make]:
             graphs.append(graph)
 
             def note_order(*inputs: Tensor) -> tuple:
-                # Dynamo chooses which tensors are inputs, and their order; they are told by identity.
+                # Dynamo chooses which tensors are inputs, and their order; `is` finds each among the caller's.
                 order.extend(next(i for i, t in enumerate(tensors) if t is x) for x in inputs)
                 return ()
 
             return note_order
 
-        with inductor.compiling(scratch):
+        # Inductor itself would try only $CXX or g++.
+        with config.patch({"cpp.cxx": (None, _compiler())}), inductor.compiling(scratch):
             torch.compiler.allow_in_graph(prng.bits)  # 160 operations that Dynamo need not follow one by one
             step = in_place(make_train_step(spec))
             torch.compile(step, fullgraph=True, dynamic=False, backend=capture)(*trees)
             return inductor.aot_compile(graphs[0], [tensors[i] for i in order], threads).read_bytes(), order
 
-    return cache.path_of([CODE, static_key(spec), signature, machine]), make
+    return cache.Recipe(cache.name_of([CODE, static_key(spec), signature, machine]), len(tensors), build)
 
 
 def _cuda_graph(spec: Spec, trees: Trees) -> Advance:
-    """The compiled step recorded into a CUDA graph, whose replay needs no work of the host.
+    """The compiled step recorded into a CUDA graph, which is replayed without any work of the host.
 
-    Recording wants a warm-up, which compiles and takes steps; the state is put back afterwards.
+    Before the recording come warm-up steps, of which the first compiles; the state is put back afterwards.
     https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
     state = trees[0]
+    if problem := compiler_problem(state["step"].device):
+        raise CompileError(problem)
+    cache.export_folder()
     step = in_place(make_train_step(spec))
     compiled = _compiled.setdefault(static_key(spec), torch.compile(step, fullgraph=True, dynamic=False))
     before = [t.clone() for t in leaves(state)]

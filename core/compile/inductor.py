@@ -1,5 +1,7 @@
-"""How inductor is to compile a step for a CPU. What is here is for speed or for the same bits with any number of
-threads; the graph that comes in and the arithmetic that goes out are the step's own.
+"""How inductor compiles a step for a CPU.
+
+All settings and patches here make the compilation or the step faster, or its bits independent of the number of threads.
+What is computed is up to the graph alone.
 """
 
 import contextlib
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 OPTIONS: dict[str, Any] = {
-    "aot_inductor.compile_wrapper_opt_level": "O0",  # what calls the kernels; 2 s less
+    "aot_inductor.compile_wrapper_opt_level": "O0",  # of the code that calls the kernels: saves 2 s
     "aot_inductor.enable_line_tables": False,
     "pattern_matcher": False,
     "size_asserts": False,
@@ -27,7 +29,7 @@ _operators.impl("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
 
 
 def known_options() -> dict[str, Any]:
-    """Those of OPTIONS that this version of torch has."""
+    """The entries of OPTIONS that this version of torch has."""
     from torch._inductor import config
 
     known = config.get_config_copy()
@@ -35,15 +37,15 @@ def known_options() -> dict[str, Any]:
 
 
 def _patch(owner: Any, name: str, new: Any) -> Any:
-    """Replace something that only costs time; a version of torch that lacks it does not mind."""
+    """Replace a part of torch that only costs time; a version of torch without that part ignores the replacement."""
     return mock.patch.object(owner, name, new, create=True)
 
 
 def aot_compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], threads: int) -> Path:
-    """Compile a graph of Dynamo's, for a number of threads, into a shared library in inductor's cache.
+    """Compile a graph from Dynamo into a shared library in inductor's cache.
 
-    The graph changes nothing but its inputs, and those at its end. It becomes one of the ATen operations that inductor
-    has code for: torch.func's transforms become what they stand for.
+    The graph writes only to its inputs, in its last operations. It is lowered to ATen operations that inductor has code
+    for; in place of torch.func's transforms come the operations that they stand for.
     https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
     """
     import torch._inductor
@@ -62,12 +64,12 @@ def aot_compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], threads: 
 
 @contextlib.contextmanager
 def compiling(scratch: Path) -> Iterator[None]:
-    """All that holds while a step is compiled, from Dynamo on; `scratch` is an empty folder."""
+    """Apply all patches of this module while a step is compiled, from Dynamo on; `scratch` is an empty folder."""
     collecting = gc.isenabled()
-    gc.disable()  # a compiler's heap is large and stays: to search it for garbage again and again takes 2 s
+    gc.disable()  # saves 2 s: the heap of a compiler is large, and little of it becomes garbage
     try:
         with contextlib.ExitStack() as stack:
-            # First what starts to compile headers, so that it goes on during the imports.
+            # This one first: it starts to compile headers, which then goes on during the imports of the others.
             stack.enter_context(parallel_builds(scratch))
             for each in (one_lowering, short_draws, needed_buffers, no_idle_work, no_input_checks, sums_on_one_thread):
                 stack.enter_context(each())
@@ -79,7 +81,7 @@ def compiling(scratch: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_lowering() -> Iterator[None]:
-    """Take the graph as `aot_compile` makes it, rather than lower it once more: 1 s less."""
+    """Take the graph as `aot_compile` has lowered it, and do not lower it a second time: saves 1 s."""
     from torch._inductor import compile_fx
 
     with (
@@ -91,10 +93,10 @@ def one_lowering() -> Iterator[None]:
 
 
 def short_draws() -> Any:
-    """Give each exclusive or a node of its own, which ends each round of a random draw: 11 s less.
+    """Make a node of each exclusive or, the last operation in a round of a random draw: saves 11 s.
 
-    A round refers to the one before three times; written out in full, as inductor would, they grow without bounds. The
-    nodes are fused again into one loop.
+    A round uses the result of the round before three times. Inductor would write that result out in full each time, so
+    the expression would triple with each round. Later inductor fuses the nodes into one loop again.
     """
     from torch._inductor import lowering
 
@@ -110,16 +112,17 @@ def short_draws() -> Any:
 
 
 def needed_buffers() -> Any:
-    """Before a tensor is written, save only what was computed from its old value and is still to be used: 1 s less.
+    """Before a tensor is overwritten, make buffers only of values that were computed from it and are still needed:
+    saves 1 s.
 
-    Inductor would make a buffer of everything that was, as if it did not know that a graph is walked in order.
+    Inductor would make a buffer of every value that was computed from it.
     """
     from torch._inductor.graph import GraphLowering
     from torch._inductor.ir import TensorBox
 
     def mark_mutated(graph: Any, name: str) -> None:
         graph.mutated_buffers.add(name)
-        for value in graph.env.values():  # the interpreter forgets what has no further use
+        for value in graph.env.values():  # values that are no longer needed have left `env`
             if isinstance(value, TensorBox) and name in value.get_read_names():
                 value.realize()
 
@@ -127,30 +130,30 @@ def needed_buffers() -> Any:
 
 
 def _believed(isa: Any, *_: Any) -> bool:
-    """Whether a set of vector instructions can be used, of those that the CPU has: AMX, which float32 does not need, is
-    unknown to many compilers."""
+    """Whether to use a set of vector instructions that the CPU has: all but AMX, which many compilers do not know and
+    float32 does not need."""
     return "AMX" not in type(isa).__name__.upper()
 
 
 @contextlib.contextmanager
 def no_idle_work() -> Iterator[None]:
-    """Leave out what comes to nothing on a CPU that reports its vector instructions: 13 s less."""
+    """Leave out work whose result is known or unused on a CPU: saves 13 s."""
     from torch._dynamo import config
     from torch._inductor import codecache
     from torch._inductor.cpu_vec_isa import VecISA
     from torch._inductor.fx_passes import joint_graph
 
     with (
-        _patch(VecISA, "check_build", _believed),  # builds and runs a program for each set of them
+        _patch(VecISA, "check_build", _believed),  # builds and runs a program for each set of instructions
         _patch(codecache, "triton_key", lambda: None),  # hashes all of Triton
-        _patch(joint_graph, "lazy_init", lambda *_: None),  # makes patterns of attention, to look for in the graph
+        _patch(joint_graph, "lazy_init", lambda *_: None),  # prepares to search the graph for attention
         config.patch(run_gc_after_compile=False),
     ):
         yield
 
 
 def no_input_checks() -> Any:
-    """Leave out 3,000 lines of C++ that would compare each input with its example, if asked to: 2 s less."""
+    """Leave out 3,000 lines of C++ that can compare each input with its example, on request: saves 2 s."""
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
     def nothing(wrapper: Any) -> None:
@@ -162,8 +165,8 @@ def no_input_checks() -> Any:
 
 @contextlib.contextmanager
 def sums_on_one_thread() -> Iterator[None]:
-    """Each sum is left to one thread (others do other sums): shared between threads, its order would hang on their
-    number."""
+    """Compute each sum on one thread, different sums on different threads: the order of a sum that threads share would
+    depend on their number."""
     from torch._inductor.codegen.cpp import LoopNest, ParallelDepth
 
     deepest: Any = LoopNest.max_parallel_depth
@@ -179,8 +182,8 @@ def sums_on_one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def parallel_builds(scratch: Path) -> Iterator[None]:
-    """Compile the kernels and what calls them at the same time, rather than one after the other, 4 s less; and the
-    headers of the latter, which takes longer, already while the graph is made, 1 s less."""
+    """Compile the kernels and their wrapper, the code that calls them, at the same time: saves 4 s. The wrapper takes
+    longer; compile its headers while Dynamo and inductor are still at work: saves 1 s."""
     from torch._inductor import config, cpp_builder, cpu_vec_isa
     from torch._inductor.cpp_builder import CppBuilder
 
@@ -201,7 +204,7 @@ def parallel_builds(scratch: Path) -> Iterator[None]:
             return str(header) if "aoti_include" in name else None
 
         def after_headers(builder: Any) -> None:
-            headers.exception()  # without them, the compiler reads what they were made from
+            headers.exception()  # if they failed, the compiler reads the header files themselves
             build(builder)
 
         def concurrent(builder: Any) -> None:
@@ -211,7 +214,7 @@ def parallel_builds(scratch: Path) -> Iterator[None]:
             elif target.endswith(".kernel.o"):
                 objects.append(pool.submit(build, builder))
             else:
-                if target.endswith(".so"):  # which links them
+                if target.endswith(".so"):  # links the objects
                     for done in objects:
                         done.result()
                 build(builder)
@@ -226,15 +229,15 @@ def parallel_builds(scratch: Path) -> Iterator[None]:
 
 
 def prefers_onednn() -> bool:
-    """On CPUs with AVX-512, oneDNN's float32 products are faster than the MKL ones behind `aten.mm`
-    (benchmarks/README.md has the figures); with AVX2 alone they are slower. The choice hangs on the CPU, never on a
-    timing, so that a run repeats."""
+    """Whether to compute float32 products with oneDNN rather than MKL, which is behind `aten.mm`: on CPUs with AVX-512
+    oneDNN is faster, with AVX2 alone it is slower (figures: benchmarks/README.md). The CPU decides, never a timing, so
+    that a run repeats bit for bit."""
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def use_onednn(graph: torch.fx.Graph) -> None:
-    """Redirect the float32 products of an inductor graph to oneDNN, but where the left factor is transposed, which it
-    is slow at."""
+    """Redirect the float32 products of an inductor graph to oneDNN, except those with a transposed left factor, where
+    oneDNN is slow."""
     _register_lowering()
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
         left = node.args[0].meta["val"]

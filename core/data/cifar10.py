@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock
 
+from core.errors import UserError
+from core.runs.store import read_file
+
 if TYPE_CHECKING:  # torch takes two seconds to import, which `main.py list` and a missing file need not wait for
     from torch import Tensor
 
@@ -43,8 +46,8 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
 
-class DataError(Exception):
-    """The data cannot be had or trusted; the message is one sentence with the remedy."""
+class DataError(UserError):
+    """The data is missing and cannot be fetched, or is not what was published; the message says what to do."""
 
 
 class Cifar10(NamedTuple):
@@ -89,11 +92,12 @@ def verified(folder: Path, name: str) -> bytes:
     path = folder / FOLDER / name
     md5, size = FILES[name]
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; {_remedy(path)}") from None
-    if len(data) != size:
-        raise DataError(f"{path} has {len(data):,} bytes, expected {size:,}; {_remedy(path)}")
+        data = read_file(path, size)
+        if len(data) != size:
+            raise ValueError(f"it has {len(data):,} bytes, expected {size:,}")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"cannot read {path}: {reason}; {_remedy(path)}") from None
     found = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if found != md5:
         raise DataError(f"{path} is altered: its md5 is {found}, expected {md5}; {_remedy(path)}")
@@ -131,7 +135,7 @@ def _fetch(folder: Path, url: str | None, progress: Progress) -> None:
     absent = missing(folder)
     for name in FILES:
         if name not in absent:
-            verified(folder, name)  # so that what is wrong is said of the file that is wrong
+            verified(folder, name)  # existing files first, so that the error names the bad one
     tried = []
     tracked = folder.resolve() == ROOT / "data"
     if tracked:

@@ -1,11 +1,18 @@
-"""Which examples, and in which order: the split of the data, and the order of an epoch."""
+"""Which examples, where and in which order: images that stay on the device, the split, the order of an epoch."""
 
 import hashlib
 
 import torch
 from torch import Tensor
 
+from core.data.cifar10 import Cifar10
+
 VALIDATION_PER_CLASS = 500  # 5,000 of the 50,000
+
+
+def place(data: Cifar10, device: torch.device) -> Cifar10:
+    """The images and labels on a device, where they stay."""
+    return Cifar10(*(t.to(device) for t in data))
 
 
 def split(labels: Tensor) -> tuple[Tensor, Tensor]:

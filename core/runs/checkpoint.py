@@ -1,7 +1,7 @@
-"""Tensors to safetensors and back: nothing is trusted that a damaged or hostile file could say.
+"""Tensors to safetensors files and back, trusting nothing that a damaged or hostile file may say.
 
-One metadata key holds sorted JSON, in which `sha256` is the hash of the whole file with that field full of zeros: so
-any flipped bit, in the header as in the data, is seen before a tensor is made.
+One metadata key holds sorted JSON, in which `sha256` is the hash of the whole file with that field full of zeros. Any
+flipped bit, in the header or in the data, is found before a tensor is made.
 """
 
 import hashlib
@@ -13,25 +13,29 @@ import re
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from core.runs.store import StoreError, atomic_write
+from core.runs.record import About
+from core.runs.store import StoreError, atomic_write, open_file
 from core.spec import canonical
 
 KEY, ZEROS = "cifar10-mlp", "0" * 64
-MAX_HEADER = 1 << 18
+MAX_HEADER, MAX_BYTES = 1 << 18, 1 << 40
+NEVER_NEGATIVE = {"running_var", "num_batches_tracked", "exp_avg_sq"}  # parts of the names of tensors
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32"}
 
 Tensors = dict[str, Tensor]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Schema = TypeVar("Schema", bound=About)
 
 
 class CheckpointError(StoreError):
-    """A checkpoint that cannot be used; the message is one sentence with the path."""
+    """A checkpoint cannot be used; the message names its path."""
 
 
 def shapes_of(tensors: Tensors) -> Shapes:
@@ -48,14 +52,14 @@ def digest(tensors: Tensors) -> str:
     return total.hexdigest()
 
 
-def save(path: Path, tensors: Tensors, meta: dict[str, Any]) -> None:
+def save(path: Path, tensors: Tensors, about: About) -> None:
     """Write tensors and metadata as one file, whole or not at all.
 
     Raises:
         core.runs.store.StoreError: it cannot be written.
     """
     host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    data = safetensors.torch.save(host, {KEY: canonical({**meta, "sha256": ZEROS})})
+    data = safetensors.torch.save(host, {KEY: canonical({**msgspec.to_builtins(about), "sha256": ZEROS})})
     unsigned, signed = _signature(ZEROS), _signature(hashlib.sha256(data).hexdigest())
     start = data.index(unsigned)
     atomic_write(path, data[:start], signed, memoryview(data)[start + len(unsigned) :])
@@ -66,20 +70,22 @@ def _signature(total: str) -> bytes:
     return f'\\"sha256\\":\\"{total}\\"'.encode()
 
 
-def load(path: Path, template: Callable[[dict[str, Any]], Shapes]) -> tuple[Tensors, dict[str, Any]]:
-    """Read a file that `save` wrote: tensors on the CPU, which share nothing with the file, and the metadata.
+def load(path: Path, schema: type[Schema], template: Callable[[Schema], Shapes]) -> tuple[Tensors, Schema]:
+    """Read a file that `save` wrote.
 
     Args:
+        schema: what the metadata must be.
         template: from the metadata to the names, shapes and dtypes that the file must hold; it may raise ValueError.
+
+    Returns:
+        Tensors on the CPU, which share no memory with the file; the metadata.
 
     Raises:
         CheckpointError: the file is missing, damaged, not a checkpoint of this program, or does not fit the template.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ValueError("it is not a file")
-        with open(path, "rb") as file:
-            return _read(file, template)
+        with open(open_file(path, MAX_BYTES), "rb") as file:
+            return _read(file, schema, template)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     except MemoryError:
@@ -89,7 +95,9 @@ def load(path: Path, template: Callable[[dict[str, Any]], Shapes]) -> tuple[Tens
         raise CheckpointError(f"{path} is damaged or not a checkpoint of this program: {reason[:300]}") from None
 
 
-def _read(file: io.BufferedReader, template: Callable[[dict[str, Any]], Shapes]) -> tuple[Tensors, dict[str, Any]]:
+def _read(
+    file: io.BufferedReader, schema: type[Schema], template: Callable[[Schema], Shapes]
+) -> tuple[Tensors, Schema]:
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -97,7 +105,8 @@ def _read(file: io.BufferedReader, template: Callable[[dict[str, Any]], Shapes])
         raise ValueError(f"{size:,} bytes with a header of {length:,}")
     raw = file.read(length)
     header, meta = _header(raw)
-    expected = template(meta)
+    about = msgspec.convert(meta, schema)
+    expected = template(about)
     ends = _fit(header, expected)
     body = max(ends.values(), default=0)
     if size != 8 + length + body:
@@ -114,7 +123,7 @@ def _read(file: io.BufferedReader, template: Callable[[dict[str, Any]], Shapes])
     file.seek(8 + length)
     data = bytearray(body)
     file.readinto(data)
-    verify([data])  # what was read is what is used, whatever has happened to the file in between
+    verify([data])  # the bytes that are used are those that were hashed, whatever happens to the file meanwhile
     tensors = {}
     for name, (shape, dtype) in expected.items():
         count = math.prod(shape)
@@ -122,8 +131,10 @@ def _read(file: io.BufferedReader, template: Callable[[dict[str, Any]], Shapes])
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin) if count else torch.empty(0, dtype=dtype)
         if flat.is_floating_point() and not flat.isfinite().all():
             raise ValueError(f"NaN or infinity in {name}")
+        if NEVER_NEGATIVE.intersection(re.split("[./]", name)) and (flat < 0).any():
+            raise ValueError(f"a negative number in {name}")
         tensors[name] = flat.view(shape)
-    return tensors, meta
+    return tensors, about
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -139,8 +150,8 @@ def _header(raw: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     if list(outer) != [KEY]:
         raise ValueError("metadata of another program")
     meta = json.loads(outer[KEY], object_pairs_hook=_unique)
-    if not re.fullmatch("[0-9a-f]{64}", meta["sha256"]):
-        raise ValueError("no sha256")
+    if not re.fullmatch("[0-9a-f]{64}", str(meta["sha256"])):
+        raise ValueError("it has no sha256")
     return header, meta
 
 

@@ -1,4 +1,4 @@
-"""What runs leave on disk.
+"""Where runs keep their files.
 
 A run of an experiment NAME whose spec has the id ID owns checkpoints/NAME/ID.*: ID.safetensors (weights), ID.json (the
 record), and while it is under way ID.step-N.safetensors (resume points), ID.lock and ID.owner.
@@ -6,9 +6,8 @@ record), and while it is under way ID.step-N.safetensors (resume points), ID.loc
 
 import contextlib
 from pathlib import Path
-from typing import Any
 
-from core.runs.record import read_record
+from core.runs.record import Finished, read_record
 from core.runs.store import Held, locked, reserve, sweep
 
 
@@ -22,7 +21,7 @@ class Run:
         self.record = self.folder / f"{spec_id}.json"
 
     def lock(self):
-        """The run for this process alone. Raises Held if another has it for longer than a sweep takes."""
+        """Keep the run for this process. Raises Held where another process has it for longer than a sweep takes."""
         return locked(self.folder / f"{self.spec_id}.lock", self.folder / f"{self.spec_id}.owner", timeout=1)
 
     def resume_point(self, step: int) -> Path:
@@ -32,16 +31,16 @@ class Run:
         """The newest first."""
         return sorted(self.folder.glob(f"{self.spec_id}.step-*.safetensors"), reverse=True)
 
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> Finished | None:
         """The record of a finished run, if its weights are there too.
 
         Raises:
             StoreError: there is a record, but damaged.
         """
         record = read_record(self.record) if self.record.exists() and self.weights.exists() else None
-        return record if record and record["status"] == "finished" else None
+        return record if isinstance(record, Finished) else None
 
-    def finished(self) -> dict[str, Any] | None:
+    def finished(self) -> Finished | None:
         """The result, unless the run is being trained again."""
         return None if self.resume_points() else self.result()
 

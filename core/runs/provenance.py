@@ -1,52 +1,99 @@
-"""Where a run was made: the versions and the hardware that decide its bits, and those that only explain its speed."""
+"""Where a run was made: the versions, settings and hardware that decide its bits, and those that explain its speed."""
 
+import ast
 import hashlib
 import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from core.runs.record import Environment
+
 ROOT = Path(__file__).resolve().parents[2]
 
-# The code that a training consists of, as it is when this process imports it.
-SOURCES = (
-    *(f"compile/{name}" for name in ("cache", "device", "fused", "inductor")),
-    "data/loader",
-    *(f"functional/{name}" for name in ("augment", "model", "optim", "prng", "step", "tree")),
-    "train",
+# The parts of core/ that cannot decide a bit of the weights: files, reports, the terminal, what is done with a trained
+# network. Everything else counts, so a file that is added counts from its first day.
+NOT_HASHED = ("runs", "report", "predict.py", "session.py", "terminal.py", "errors.py", "spec.py")
+
+# Environment variables that change the arithmetic of MKL, oneDNN, cuBLAS or ATen.
+SETTINGS = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_DYNAMIC",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
-CODE = hashlib.sha256(b"".join((ROOT / "core" / f"{name}.py").read_bytes() for name in SOURCES)).hexdigest()[:12]
 
 # A run repeats bit for bit where these agree. The number of threads is not among them (tests/test_reproducible.py).
-DECIDE_BITS = ("code", "torch", "device", "hardware", "mode")
+DECIDE_BITS = ("code", "torch", "device", "hardware", "mode", "settings")
 
 
-def environment(device: torch.device, compiled: bool) -> dict[str, str | int]:
-    """The provenance of a run that starts now on `device`."""
+def code_hash(core: Path) -> str:
+    """Twelve hexadecimal digits of the code in a folder that decides bits: of its syntax trees without docstrings, so
+    that comments, layout and docstrings count for nothing."""
+    total = hashlib.sha256()
+    for path in sorted(core.rglob("*.py")):
+        place = path.relative_to(core)
+        if place.parts[0] not in NOT_HASHED:
+            tree = ast.parse(path.read_bytes())
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+                    del node.body[0]
+            total.update(repr((place.as_posix(), _plain(tree))).encode())
+    return total.hexdigest()[:12]
+
+
+def _plain(node: Any) -> Any:
+    """A syntax tree as tuples, the same on every version of Python: ast.dump is not."""
+    if isinstance(node, ast.AST):
+        fields = ((name, _plain(value)) for name, value in ast.iter_fields(node))
+        return type(node).__name__, *((name, value) for name, value in fields if value not in ("None", ()))
+    return tuple(map(_plain, node)) if isinstance(node, list) else repr(node)
+
+
+CODE = code_hash(ROOT / "core")
+
+
+def environment(device: torch.device, mode: str) -> Environment:
+    """The provenance of a run that starts now on `device`; `mode` is compiled or eager."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         hardware = f"{name}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
     else:
         name, hardware = _cpu(), f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {
-        "code": CODE,
-        "torch": torch.__version__,
-        "device": device.type,
-        "hardware": hardware,
-        "mode": "compiled" if compiled else "eager",
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "git": _commit(),
-    }
+    return Environment(
+        code=CODE,
+        torch=str(torch.__version__),
+        device=device.type,
+        hardware=hardware,
+        mode=mode,
+        device_name=name,
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        git=_commit(),
+        settings=_settings(),
+    )
 
 
-def difference(then: dict, now: dict) -> str | None:
+def difference(then: Environment, now: Environment) -> str | None:
     """What decides the bits and has changed, in words; None where a run would repeat."""
-    changed = [f"{key} {then.get(key)} (now {now[key]})" for key in DECIDE_BITS if then.get(key) != now[key]]
-    return ", ".join(changed) or None
+    pairs = [(key, getattr(then, key), getattr(now, key)) for key in DECIDE_BITS]
+    return ", ".join(f"{key} {old or 'unknown'} (now {new})" for key, old, new in pairs if old != new) or None
+
+
+def _settings() -> str:
+    values = ((name, os.environ.get(name)) for name in SETTINGS)
+    text = ", ".join(f"{name}={value}" for name, value in values if value)
+    return text.encode("unicode_escape").decode()[:1000]
 
 
 def _cpu() -> str:

@@ -1,75 +1,222 @@
-"""The record of a run: what it must hold to be read."""
+"""What a run says of itself: the schema of a record and of the metadata of its files, and how they are read.
 
-import json
+A file may be damaged, edited or hostile. Types and ranges are checked here, once, so that whoever gets a record can use
+every value in it without asking.
+
+A key that a later version adds gets a default, so older records stay valid; SCHEMA_VERSION grows only when a key
+changes its meaning.
+"""
+
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from core.runs.store import StoreError
+import msgspec
+from msgspec import Meta, Struct
 
-# What a record must hold for others to rely on: a type, a dict of such keys, or a list of one such item or more.
-METRICS = {"accuracy": float, "loss": float, "n": int, "correct": [int], "count": [int]}
-ALWAYS: dict[str, Any] = {
-    "name": str,
-    "spec": {"widths": list, "norm": str, "activation": str, "lr": float, "epochs": int, "batch_size": int},
-    "spec_id": str,
-    "seed": int,
-    "data": str,
-    "environment": dict.fromkeys(("torch", "device", "hardware", "mode", "device_name", "python", "git"), str)
-    | {"threads": int},
-}
-FINISHED = {
-    "metrics": dict.fromkeys(("train", "validation", "test"), METRICS),
-    "history": [
-        dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds"), float)
-        | {"epoch": int, "samples_per_second": int}
-    ],
-    "parameters": int,
-    "digest": str,
-    "bitwise": bool,
-    "first_step_seconds": float,
-}
+from core.errors import UserError
+from core.runs.store import StoreError, atomic_write, read_file
+from core.spec import Spec, resolve, spec_id
+
+SCHEMA_VERSION = 1
+MAX_BYTES = 64 << 20  # of a record; 100,000 epochs, the most that a spec may ask for, take 25 MB
+
+# Text is shown in terminals, in Markdown and in pictures: no control, invisible, bidirectional or surrogate characters.
+UNSHOWN = r"\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff"
+Text = Annotated[str, Meta(max_length=1000, pattern=rf"\A[^{UNSHOWN}]*\Z")]
+Name = Annotated[str, Meta(max_length=100, pattern=r"\A[A-Za-z0-9][A-Za-z0-9_.+-]*\Z")]
+Id = Annotated[str, Meta(pattern=r"\A[0-9a-f]{12}\Z")]
+Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Loss = Annotated[float, Meta(ge=0, le=1e300)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+TenCounts = Annotated[list[Count], Meta(min_length=10, max_length=10)]
 
 
-def check(value: Any, expected: Any, where: str = "") -> None:
-    """Raise ValueError where a value of JSON is not as expected: see METRICS."""
-    if isinstance(expected, dict) and isinstance(value, dict):
-        for key, inner in expected.items():
-            if key not in value:
-                raise ValueError(f"it lacks {where}{key}")
-            check(value[key], inner, f"{where}{key}.")
-    elif isinstance(expected, list) and isinstance(value, list) and value:
-        for item in value:
-            check(item, expected[0], where)
-    elif expected is float and type(value) is int:
-        pass
-    elif type(value) is not expected:
-        raise ValueError(f"{where[:-1]} is {str(value)[:40]}")
+class Metrics(Struct, frozen=True, gc=False):
+    """The evaluation of one split: `correct` and `count` are a number for each of the ten classes."""
+
+    accuracy: Share
+    loss: Loss
+    n: Annotated[int, Meta(ge=1, le=2**53)]
+    correct: TenCounts
+    count: TenCounts
+
+    def __post_init__(self) -> None:
+        if any(hit > of for hit, of in zip(self.correct, self.count, strict=True)) or sum(self.count) != self.n:
+            raise ValueError("more are correct than there are, or the classes do not add up to n")
+        if abs(sum(self.correct) / self.n - self.accuracy) > 1e-6:
+            raise ValueError(f"the accuracy is {self.accuracy}, but {sum(self.correct)} of {self.n} are correct")
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The record in a file.
+class Epoch(Struct, frozen=True, gc=False):
+    """One epoch: means of loss and accuracy over its examples while training, then over the validation split."""
 
-    Raises:
-        StoreError: it cannot be read or is not a record.
+    epoch: Annotated[int, Meta(ge=1, le=100_000)]
+    train_loss: Loss
+    train_accuracy: Share
+    val_loss: Loss
+    val_accuracy: Share
+    seconds: Seconds  # of the steps, without the one that compiles
+    samples_per_second: Count
+
+
+class Splits(Struct, frozen=True, gc=False):
+    """Evaluation on each split, in evaluation mode."""
+
+    train: Metrics
+    validation: Metrics
+    test: Metrics
+
+
+class Environment(Struct, frozen=True, gc=False):
+    """Where a run was made; see core.runs.provenance."""
+
+    torch: Text
+    device: Text
+    hardware: Text
+    mode: Text
+    device_name: Text
+    threads: Count
+    python: Text
+    git: Text
+    code: Text = ""
+    settings: Text = "MKL_CBWR=AUTO,STRICT"
+
+
+class About(Struct, kw_only=True):
+    """What the record, the weights and the resume points of a run have in common.
+
+    `spec` is resolved when it is read: a key that is younger than the record has its default.
     """
 
-    def not_a_number(constant: str) -> Any:
-        raise ValueError(f"it holds {constant}")
+    name: Name
+    spec: Spec
+    spec_id: Id
+    data: Text
+    environment: Environment
+    seed: Count
+    schema_version: Annotated[int, Meta(ge=1)] = SCHEMA_VERSION
 
+    def __post_init__(self) -> None:
+        if self.schema_version > SCHEMA_VERSION:
+            raise ValueError(f"it was written by a later version of this program (schema {self.schema_version})")
+        self.spec = resolve(self.spec)
+        if self.seed != self.spec["seed"]:
+            raise ValueError(f"the seed is {self.seed}, but {self.spec['seed']} in the spec")
+
+
+class Failed(About, tag_field="status", tag="failed"):
+    """The record of a run that ended without a result: it claims no number."""
+
+    error: Text
+
+
+class Finished(About, tag_field="status", tag="finished"):
+    """The record of a run with its result.
+
+    Attributes:
+        digest: sha256 of the weights; see core.runs.checkpoint.digest.
+        bitwise: whether the bits are those of an uninterrupted run.
+        first_step_seconds: from the start of the run to the end of its first step, which compiles.
+    """
+
+    parameters: Count
+    history: Annotated[list[Epoch], Meta(min_length=1)]
+    first_step_seconds: Seconds
+    metrics: Splits
+    digest: Digest
+    bitwise: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if [entry.epoch for entry in self.history] != list(range(1, self.spec["epochs"] + 1)):
+            raise ValueError(f"the history is not that of {self.spec['epochs']} epochs")
+
+
+class Weights(About):
+    """The metadata of a file of weights: the digest and the test metrics that the run recorded."""
+
+    digest: Digest
+    test: Metrics
+
+
+class Progress(Struct):
+    """How far a run has come, apart from its state and its history.
+
+    Attributes:
+        seconds, timed: the time of the steps of the epoch under way so far, and how many steps that are.
+        first_step_seconds, bitwise: as in `Finished`.
+    """
+
+    seconds: Seconds = 0.0
+    timed: Count = 0
+    first_step_seconds: Seconds = 0.0
+    bitwise: bool = True
+
+
+class ResumePoint(About):
+    """The metadata of a resume point."""
+
+    progress: Progress
+
+
+Record = Finished | Failed
+
+
+def check_name(name: str) -> None:
+    """Raise UserError unless `name` can name an experiment, and so a folder."""
     try:
-        record = json.loads(path.read_bytes(), parse_constant=not_a_number)
-        check(record, ALWAYS | (FINISHED if record["status"] == "finished" else {"error": str}))
-        for metrics in record.get("metrics", {}).values():
-            if not (0 <= metrics["accuracy"] <= 1 and metrics["n"] > 0):
-                raise ValueError(f"accuracy is {metrics['accuracy']} of {metrics['n']}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = str(error)[:200]
+        msgspec.convert(name, Name)
+    except msgspec.ValidationError:
+        raise UserError(
+            f"{name!r} cannot name an experiment, expected at most 100 letters, digits and _.+-, no sign first"
+        ) from None
+
+
+def decode(data: bytes) -> Record:
+    """A record from its JSON; raises ValueError where a run cannot have written it."""
+    return msgspec.json.decode(data, type=Record)
+
+
+def encode(record: About) -> bytes:
+    """A record, or metadata, as JSON that is readable and the same for equal records."""
+    return msgspec.json.format(msgspec.json.encode(record, order="sorted"), indent=1) + b"\n"
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record, whole or not at all.
+
+    Raises:
+        core.runs.store.StoreError: it cannot be written. ValueError: a value is out of its range.
+    """
+    data = encode(record)
+    decode(data)  # what is written can be read
+    atomic_write(path, data)
+
+
+def read_record(path: Path) -> Record:
+    """The record in a file NAME/ID.json.
+
+    Raises:
+        core.runs.store.StoreError: it cannot be read, or is not a record of that run.
+    """
+    try:
+        record = decode(read_file(path, MAX_BYTES))
+        found = record.name, record.spec_id, spec_id(record.spec)
+        if found != (path.parent.name, path.stem, path.stem):
+            raise ValueError(f"it is of {record.name}, spec {spec_id(record.spec)}")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error.strerror if isinstance(error, OSError) else error)
+        reason = "".join(filter(str.isprintable, reason))[:200]  # msgspec quotes a wrong status as it is
         raise StoreError(f"{path} is damaged or not a record ({reason}); delete it and run that experiment") from None
     return record
 
 
-def records(out: Path) -> list[dict[str, Any]]:
+def read_records(out: Path) -> Iterator[Record]:
     """Every record under `out`, in the order of their paths; a damaged one raises StoreError."""
-    paths = sorted((out / "checkpoints").glob("*/*.json"))
-    return [read_record(path) for path in paths if re.fullmatch(r"[0-9a-f]{12}\.json", path.name)]
+    for path in sorted((out / "checkpoints").glob("*/*.json")):
+        if re.fullmatch(r"[0-9a-f]{12}\.json", path.name):
+            yield read_record(path)

@@ -1,115 +1,129 @@
-"""Resume points: all that a run needs to go on bit by bit, and the refusal to go on otherwise."""
+"""Resume points: all that a run needs to go on bit for bit, and when not to go on.
+
+A resume point holds the flat state of a run, {"opt/exp_avg/1.weight": tensor, ...}, and its history.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
+from core.errors import UserError
 from core.runs import checkpoint
 from core.runs.checkpoint import CheckpointError
 from core.runs.files import Run
 from core.runs.provenance import difference
-from core.runs.record import check
+from core.runs.record import About, Epoch, Progress, ResumePoint
 from core.runs.store import delete
 from core.spec import canonical
 
 KEEP = 2
-REMEDY = "the rest would not be the same bits; go on all the same with --resume-anyway, or start anew with --force"
-# What an epoch leaves in the history. It is kept as a tensor, so that the header stays small in a run of many epochs.
-COLUMNS = {
-    "epoch": int,
-    "train_loss": float,
-    "train_accuracy": float,
-    "val_loss": float,
-    "val_accuracy": float,
-    "seconds": float,  # of the steps, without the one that compiles
-    "samples_per_second": int,
-}
-History = list[dict[str, Any]]
-# What a resume point carries besides. `seconds` and `timed` (steps) belong to the epoch under way.
-PROGRESS = {"seconds": float, "timed": int, "first_step_seconds": float, "bitwise": bool}
+REMEDY = "the rest would not be the same bits; --resume-anyway goes on all the same, --force starts anew"
+COLUMNS = Epoch.__struct_fields__  # the history is kept as a tensor: in the header, that of a long run has no room
 
 
-class ResumeError(Exception):
-    """A resume point cannot be gone on from bit by bit; the message says why."""
+class ResumeError(UserError):
+    """A run cannot go on bit for bit; the message says why."""
 
 
-class Point(NamedTuple):
-    """Where a run was left, and the mode in which it goes on. `different` says what decides the bits and has changed
-    since."""
+class Restored(NamedTuple):
+    """Where a run was left.
+
+    Attributes:
+        mode: compiled or eager, as it goes on.
+        different: what decides the bits and has changed since, in words; None if nothing.
+    """
 
     step: int
     state: dict[str, Tensor]
-    history: History
-    progress: dict[str, Any]
+    history: list[Epoch]
+    progress: Progress
     mode: str
     different: str | None
 
 
-def save(run: Run, state: dict[str, Tensor], history: History, meta: dict[str, Any]) -> None:
+def save(run: Run, state: dict[str, Tensor], history: list[Epoch], about: ResumePoint) -> None:
     """Write the resume point of a flat state, and delete all but the newest two; raises core.runs.store.StoreError."""
-    rows = torch.tensor([[entry[key] for key in COLUMNS] for entry in history], dtype=torch.float64)
+    rows = torch.tensor([msgspec.structs.astuple(entry) for entry in history], dtype=torch.float64)
     tensors = {**state, "history": rows.view(-1, len(COLUMNS))}
-    checkpoint.save(run.resume_point(int(state["step"])), tensors, meta)
+    checkpoint.save(run.resume_point(int(state["step"])), tensors, about)
     delete(*run.resume_points()[KEEP:])
 
 
 def newest(
     run: Run,
-    meta: dict[str, Any],
+    about: About,
     state: dict[str, Tensor],
     steps_per_epoch: int,
-    loosely: bool,
-    listen: Callable[[str, dict[str, Any]], None],
-) -> Point | None:
-    """The newest good resume point, if there are any.
+    allow_inexact: bool,
+    on_damage: Callable[[str], None],
+) -> Restored | None:
+    """The newest good resume point; None if there are none.
 
     Args:
-        meta, state: those of the run that wants to go on, as `save` took them.
-        loosely: go on even where the bits will differ.
-        listen: called with the event damaged for each one that is.
+        about, state: those of the run that wants to go on; `state` is flat.
+        allow_inexact: go on even where the bits will differ.
+        on_damage: called with a sentence for each damaged one.
 
     Raises:
         ResumeError: it belongs to another spec, other data, or a machine or software whose bits differ, unless
-            `loosely`; or all of them are damaged.
+            `allow_inexact`; or all of them are damaged.
     """
     bad = []
     for path in run.resume_points():
         try:
-            point = _load(path, meta, state, steps_per_epoch)
+            found = _load(path, about, state, steps_per_epoch)
         except CheckpointError as error:
-            listen("damaged", {"reason": f"{error}; looking for the one before"})
+            on_damage(f"{error}; looking for the one before")
             bad.append(path)
             continue
-        if point.different and not loosely:
-            raise ResumeError(f"{path} was made with {point.different}: {REMEDY}")
+        if found.different and not allow_inexact:
+            raise ResumeError(f"{path} was made with {found.different}: {REMEDY}")
         delete(*bad)  # so that the two that are kept are good
-        return point
+        return found
     if bad:
-        raise ResumeError(f"every resume point of {meta['name']} is damaged; start anew with --force")
+        raise ResumeError(f"every resume point of {about.name} is damaged; --force starts anew")
     return None
 
 
-def _load(path: Path, meta: dict[str, Any], state: dict[str, Tensor], steps_per_epoch: int) -> Point:
-    step = -1
+def _load(path: Path, about: About, state: dict[str, Tensor], steps_per_epoch: int) -> Restored:
+    digits = path.name.split(".step-")[1].split(".")[0]
+    step = int(digits) if digits.isdecimal() and len(digits) <= 10 else -1
+    rows = step // steps_per_epoch, len(COLUMNS)
+    shapes = {**checkpoint.shapes_of(state), "history": (rows, torch.float64)}
+    tensors, found = checkpoint.load(path, ResumePoint, lambda _: shapes)
+    try:
+        if int(tensors["step"]) != step or step > about.spec["epochs"] * steps_per_epoch:
+            raise ValueError(f"it holds step {int(tensors['step'])}")
+        _check_sums(tensors, found.progress, (step - 1) % steps_per_epoch + 1, about.spec["batch_size"])
+        history = _history(tensors.pop("history").tolist())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    now = about.environment
+    if found.environment.mode == "eager":  # which can go on anywhere, as where compiling had failed
+        now = msgspec.structs.replace(now, mode="eager")
+    changed = [f"another {key}" for key in ("spec", "data") if _differ(getattr(found, key), getattr(about, key))]
+    changed += filter(None, [difference(found.environment, now)])
+    return Restored(step, tensors, history, found.progress, now.mode, ", ".join(changed) or None)
 
-    def template(found: dict[str, Any]) -> checkpoint.Shapes:
-        nonlocal step
-        check(found, {"spec": dict, "data": str, "environment": {"mode": str}, "progress": PROGRESS})
-        step = int(path.name.split(".step-")[1].split(".")[0])
-        rows = step // steps_per_epoch, len(COLUMNS)
-        return {**checkpoint.shapes_of(state), "history": (rows, torch.float64)}
 
-    tensors, found = checkpoint.load(path, template)
-    if int(tensors["step"]) != step:
-        raise CheckpointError(f"{path} holds step {int(tensors['step'])}")
-    rows = tensors.pop("history").tolist()
-    history = [{key: kind(x) for (key, kind), x in zip(COLUMNS.items(), row, strict=True)} for row in rows]
-    now = meta["environment"]
-    if found["environment"]["mode"] == "eager":  # which can be gone on with anywhere, as where compiling had failed
-        now = {**now, "mode": "eager"}
-    changed = [f"another {key}" for key in ("spec", "data") if canonical(found[key]) != canonical(meta[key])]
-    changed += filter(None, [difference(found["environment"], now)])
-    return Point(step, tensors, history, found["progress"], now["mode"], ", ".join(changed) or None)
+def _differ(one: object, other: object) -> bool:
+    return canonical(one) != canonical(other)
+
+
+def _check_sums(tensors: dict[str, Tensor], progress: Progress, steps: int, batch_size: int) -> None:
+    """Raise ValueError unless the sums can be those of the first `steps` steps of an epoch."""
+    loss, correct = tensors["metrics/loss"].item(), tensors["metrics/correct"].item()
+    if not (0 <= loss <= 1e300 and 0 <= correct <= steps * batch_size and progress.timed <= steps):
+        raise ValueError(f"its sums are not those of {steps} steps")
+
+
+def _history(rows: list[list[float]]) -> list[Epoch]:
+    """Epochs from rows of floats, in which integers are whole numbers."""
+    history = [msgspec.convert(dict(zip(COLUMNS, row, strict=True)), Epoch, strict=False) for row in rows]
+    if [entry.epoch for entry in history] != list(range(1, len(rows) + 1)):
+        raise ValueError("its history is not that of epochs 1, 2, ...")
+    return history

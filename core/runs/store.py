@@ -1,24 +1,50 @@
-"""Files that survive anything: written whole or not at all, under locks that die with their process."""
+"""Files: read with a limit, written whole or not at all, under locks that end with their process."""
 
 import contextlib
 import errno
-import json
 import os
 import platform
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-
-class StoreError(Exception):
-    """Something cannot be written or read; the message is one sentence with the path."""
+from core.errors import UserError
 
 
-class Held(Exception):
-    """Another process is at work on this run; the message says which."""
+class StoreError(UserError):
+    """A file or folder cannot be written or read; the message names it."""
+
+
+class Held(UserError):
+    """Another process holds the lock; the message names that process."""
+
+
+def open_file(path: Path, limit: int) -> int:
+    """A file descriptor of a regular file of at most `limit` bytes, to read from; whoever calls closes it.
+
+    Raises:
+        OSError: it cannot be opened. ValueError: it is a pipe, a device, a folder, or larger.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would else wait for a writer
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is not a regular file")
+        if found.st_size > limit:
+            raise ValueError(f"it has {found.st_size:,} bytes, expected at most {limit:,}")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file; raises as `open_file` does, before anything is read."""
+    with open(open_file(path, limit), "rb") as file:
+        return file.read(min(limit, os.fstat(file.fileno()).st_size))  # a file that is growing is cut off
 
 
 def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
@@ -34,15 +60,22 @@ def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that cannot sync a folder
+            raise
+    finally:
+        os.close(folder)
 
 
 def reserve(path: Path, size: int, copies: int) -> None:
-    """Know before the work, rather than after it, that `copies` files of `size` bytes can be written at `path`.
+    """Make sure, before the work starts, that `copies` files of `size` bytes can be written at `path`.
 
     Raises:
         StoreError: there is no room, or no permission; nothing is left behind.
@@ -68,11 +101,6 @@ def _temporary(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a record, readable and with sorted keys; raises as atomic_write does."""
-    atomic_write(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 def delete(*paths: Path) -> None:
@@ -123,7 +151,8 @@ def locked(path: Path, owner: Path | None = None, timeout: float = -1) -> Iterat
 
 
 def _owner(path: Path | None) -> str:
-    try:
-        return path.read_text().strip() if path else "another process"
-    except (OSError, ValueError):  # it let go, or has not yet said who it is
-        return "another process"
+    said = ""
+    if path:
+        with contextlib.suppress(OSError, ValueError):  # it let go, or has not yet said who it is
+            said = read_file(path, 1000).decode().strip()
+    return said if said and said.isprintable() else "another process"

@@ -1,0 +1,264 @@
+"""Records: what a run writes comes back, older and later ones are understood, and anything else is refused in words."""
+
+import json
+from copy import deepcopy
+
+import pytest
+
+from core.runs.files import Run
+from core.runs.record import (
+    MAX_BYTES,
+    SCHEMA_VERSION,
+    Finished,
+    decode,
+    encode,
+    read_record,
+    read_records,
+    write_record,
+)
+from core.runs.store import StoreError
+from core.spec import spec_id
+from tests.conftest import ROOT, lacking
+from tests.test_experiments import OFFICIAL
+from tests.test_report import failed, make
+
+FINISHED, FAILED = (json.loads(encode(record)) for record in (make("x", epochs=2), failed("x")))
+ID = FINISHED["spec_id"]
+OF_ANOTHER_RUN = "it is of "
+
+
+def leaves(value, where=()):
+    """(place, value) of everything in JSON that is neither an object nor a list."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(inner, (*where, key))
+    else:
+        yield where, value
+
+
+def edited(record, *edits):
+    """The JSON of a record with other text of JSON in some places; None takes a key away."""
+    record, texts = deepcopy(record), []
+    for (*path, last), text in edits:
+        inner = record
+        for key in path:
+            inner = inner[key]
+        if text is None:
+            del inner[last]
+        else:
+            inner[last] = f"<{len(texts)}>"
+            texts.append(text)
+    data = json.dumps(record)
+    for i, text in enumerate(texts):
+        data = data.replace(f'"<{i}>"', text, 1)
+    return data.encode()
+
+
+@pytest.fixture
+def put(tmp_path):
+    """Writes bytes in the place of the record of experiment x, and returns the path."""
+    path = Run(tmp_path, "x", ID).record
+    path.parent.mkdir(parents=True)
+
+    def put(data):
+        path.write_bytes(data)
+        return path
+
+    return put
+
+
+def refusal(path):
+    """The sentence that refuses a record."""
+    with pytest.raises(StoreError) as refused:
+        read_record(path)
+    said = str(refused.value)
+    assert said.startswith(f"{path} is damaged or not a record (")
+    assert said.endswith("); delete it and run that experiment")
+    assert said.isprintable(), f"{said!r} is more than a sentence"
+    return said
+
+
+# What is read
+
+
+@pytest.mark.parametrize("record", [make("x"), failed("x")], ids=["finished", "failed"])
+def test_a_record_comes_back(tmp_path, record):
+    run = Run(tmp_path, "x", record.spec_id)
+    run.folder.mkdir(parents=True)
+    write_record(run.record, record)
+    assert read_record(run.record) == record
+    assert list(read_records(tmp_path)) == [record]
+    assert encode(read_record(run.record)) == run.record.read_bytes(), "equal records are equal bytes"
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_an_official_record_stays_valid(name):
+    """As it is, as an older version of this program would have written it, and as a later one might."""
+    path = Run(ROOT, name, OFFICIAL[name]).record
+    if not path.exists():
+        lacking(f"{path}, which Git has, is not there")
+    record, original = read_record(path), json.loads(path.read_bytes())
+    assert isinstance(record, Finished)
+    assert spec_id(record.spec) == OFFICIAL[name]
+    older = deepcopy(original)
+    del older["schema_version"], older["environment"]["settings"], older["environment"]["code"]
+    old = decode(json.dumps(older).encode())
+    assert (old.metrics, old.spec_id, old.schema_version) == (record.metrics, record.spec_id, SCHEMA_VERSION)
+    assert (old.environment.settings, old.environment.code) == ("MKL_CBWR=AUTO,STRICT", "")
+    later = {**original, "confusion": [[1, 2]], "environment": {**original["environment"], "planet": "Mars"}}
+    assert decode(json.dumps(later).encode()) == record
+
+
+def test_a_spec_may_lack_a_key_that_is_younger_than_the_record(put):
+    record = read_record(put(edited(FINISHED, (("spec", "weight_decay"), None), (("spec", "seed"), None))))
+    assert record == decode(json.dumps(FINISHED).encode())
+
+
+def test_the_longest_run_has_a_record(tmp_path):
+    record = make("x", epochs=100_000)
+    path = Run(tmp_path, "x", record.spec_id).record
+    path.parent.mkdir(parents=True)
+    write_record(path, record)
+    assert path.stat().st_size < MAX_BYTES / 2
+    assert read_record(path) == record
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(
+            b"",
+            b"{",
+            b"[]",
+            b"null",
+            b'"finished"',
+            b"{}",
+            b'{"status": "finished"}',
+            b'{"status": []}',
+            b"\0",
+            b"\x80",
+        ),
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"[" * 100_000 + b"]" * 100_000,
+        edited(FINISHED, (("extra",), "[" * 100_000 + "]" * 100_000)),
+        edited(FINISHED, (("spec", "widths"), "[" * 100_000 + "]" * 100_000)),
+        edited(FINISHED, (("spec", "widths"), "[" * 500 + "]" * 500)),
+        edited(FINISHED, (("status",), '"\\u001b[31m"')),
+        edited(FINISHED)[:-1],
+        edited(FINISHED) * 2,
+    ],
+    ids=lambda data: repr(data[:12]) + f", {len(data)} bytes",
+)
+def test_what_is_no_record_is_named_rather_than_left_out(put, tmp_path, data):
+    path = put(data)
+    refusal(path)
+    with pytest.raises(StoreError):
+        list(read_records(tmp_path))
+    Run(tmp_path, "x", ID).weights.touch()
+    with pytest.raises(StoreError):
+        Run(tmp_path, "x", ID).finished()
+
+
+NUMBERS = [where for where, value in leaves(FINISHED) if type(value) in (int, float)]
+TEXTS = [(FINISHED, where) for where, value in leaves(FINISHED) if isinstance(value, str)]
+TEXTS += [(FAILED, ("error",)), (FAILED, ("environment", "git"))]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1" * 400, "1" * 5000, "-1", "-0.5", "1e999", "-1e999", "NaN", "Infinity", "true", '"1"', "null", "[]", "{}"],
+)
+def test_a_number_that_is_none_is_refused_wherever_it_is(put, text):
+    assert {("seed",), ("history", 1, "seconds"), ("environment", "threads"), ("spec", "widths", 0)} < set(NUMBERS)
+    for where in NUMBERS:
+        said = refusal(put(edited(FINISHED, (where, text))))
+        assert OF_ANOTHER_RUN not in said, f"{where}: {text[:9]} passed"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("\\u001b[31m", "\\n", "\\r", "\\u0000", "\\u007f", "\\u009b31m", "\\ud800", "\\udc80"),  # as escapes of JSON
+        *("\x1b[31m", "\n", "\x9b", "\u061c", "\u200b", "\u200f", "\u202e", "\u2066", "\u2028", "\ufeff"),
+    ],
+    ids=ascii,
+)
+def test_a_character_that_is_not_shown_is_refused_wherever_it_is(put, text):
+    for record, where in TEXTS:
+        value = record
+        for key in where:
+            value = value[key]
+        refusal(put(edited(record, (where, f'"{value}{text}"'))))
+
+
+@pytest.mark.parametrize("name", ["", "../x", "x/y", "..", ".x", "-x", "a|b", "a b", "<b>", "`x`", "ä", "x" * 101])
+def test_a_name_that_is_no_folder_is_refused(put, name):
+    said = refusal(put(edited(FINISHED, (("name",), json.dumps(name)))))
+    assert "$.name" in said
+
+
+@pytest.mark.parametrize("where", [where for where, _ in leaves(FINISHED) if len(where) == 1] + [("metrics", "test")])
+def test_a_record_without_one_of_its_keys_is_refused(put, where):
+    if where == ("schema_version",):
+        read_record(put(edited(FINISHED, (where, None))))
+    else:
+        refusal(put(edited(FINISHED, (where, None))))
+
+
+def counts(key, i, value):
+    return ("metrics", "test", key, i), value
+
+
+@pytest.mark.parametrize(
+    ("edits", "reason"),
+    [
+        ([(("schema_version",), "2")], "it was written by a later version of this program (schema 2)"),
+        ([(("spec", "learning_rate"), "1")], "unknown key 'learning_rate'; did you mean 'lr'?"),
+        ([(("spec", "lr"), "0.5")], "it is of x, spec "),
+        ([(("spec", "seed"), "7"), (("seed",), "7")], "it is of x, spec "),
+        ([(("spec", "seed"), "7")], "the seed is 0, but 7 in the spec"),
+        ([(("spec", "seed"), None), (("seed",), "7")], "the seed is 7, but 0 in the spec"),
+        ([(("spec_id",), '"0123456789ab"')], "it is of x, spec "),
+        ([(("name",), '"y"')], "it is of y, spec "),
+        ([(("metrics", "test", "accuracy"), "0.9")], "the accuracy is 0.9, but 5700 of 10000 are correct"),
+        ([(("metrics", "test", "accuracy"), "1.1")], "Expected `float` <= 1.0"),
+        ([(("metrics", "test", "n"), "10001")], "the classes do not add up to n"),
+        ([(("metrics", "test", "n"), "0")], "Expected `int` >= 1"),
+        ([counts("correct", 0, "1001"), counts("correct", 1, "139")], "more are correct than there are"),
+        ([(("metrics", "test", "count", 9), None)], "length >= 10"),
+        ([(("history", 1, "val_accuracy"), "5")], "Expected `float` <= 1.0"),
+        ([(("history", 1, "epoch"), "1")], "the history is not that of 2 epochs"),
+        ([(("history", 1), None)], "the history is not that of 2 epochs"),
+        ([(("history",), "[]")], "length >= 1"),
+        ([(("digest",), '"abc"')], "$.digest"),
+        ([(("environment", "git"), json.dumps("x" * 1001))], "length <= 1000"),
+    ],
+    ids=lambda value: ascii(value)[:60] if isinstance(value, list) else None,
+)
+def test_a_record_that_contradicts_itself_is_refused_in_words(put, edits, reason):
+    assert reason in refusal(put(edited(FINISHED, *edits)))
+
+
+def test_the_record_of_another_run_is_refused(put, tmp_path):
+    """A file that was copied or renamed."""
+    path = put(edited(FINISHED))
+    for elsewhere in (path.with_name("0123456789ab.json"), tmp_path / "checkpoints" / "y" / path.name):
+        elsewhere.parent.mkdir(exist_ok=True)
+        elsewhere.write_bytes(path.read_bytes())
+        assert OF_ANOTHER_RUN in refusal(elsewhere)
+
+
+def test_a_record_that_could_not_be_read_is_not_written(tmp_path):
+    record = failed("x")
+    record.error = "\x1b[31m"
+    with pytest.raises(ValueError, match="matching regex"):
+        write_record(tmp_path / "a.json", record)
+    record = make("x")
+    record.first_step_seconds = float("nan")
+    with pytest.raises(ValueError, match="first_step_seconds"):
+        write_record(tmp_path / "a.json", record)
+    assert not list(tmp_path.iterdir())

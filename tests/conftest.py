@@ -32,8 +32,8 @@ hypothesis.settings.load_profile("fixed")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two workers; a file's tests stay in one of them, so that they share what they have prepared."""
-    config.option.dist = "loadfile"
+    """Two workers, each with one half of the tests; whoever is done first takes over some of the other's."""
+    config.option.dist = "worksteal"
     return 2
 
 
@@ -104,20 +104,21 @@ def step_inputs(invented: dataset.Cifar10) -> Callable[[Spec], tuple[dict, dict,
     return make
 
 
+def inputs_of_default(real: dataset.Cifar10, **changes: Any) -> tuple[Spec, dict, dict, dict]:
+    """Spec, state, data (the images in their order) and hyper-parameters of the default network at batch 128.
+
+    The shapes are those of `start("run", "lr-1e-3", "--batch-size", 128)`: one compilation serves both.
+    """
+    spec = resolve({"batch_size": 128, **changes})
+    steps = (TRAIN_IMAGES - 5000) // 128
+    data = {"images": real.train_images[:TRAIN_IMAGES], "labels": real.train_labels[:TRAIN_IMAGES]}
+    data["order"] = torch.arange(steps * 128).view(steps, 128)
+    return spec, step.init_state(spec), data, optim.hyper_tensors(spec, steps, torch.device("cpu"))
+
+
 @pytest.fixture(scope="session")
-def default_inputs(cifar10: dataset.Cifar10) -> Callable[[], tuple[Spec, dict, dict, dict]]:
-    """Spec, state, data and hyper-parameters of the default network at batch 128, with an order of examples to be
-    filled in. The shapes are those of `start("run", "lr-1e-3", "--batch-size", 128)`: one compilation serves both."""
-
-    def make() -> tuple[Spec, dict, dict, dict]:
-        spec = resolve({"batch_size": 128})
-        images, labels = cifar10.train_images[:TRAIN_IMAGES], cifar10.train_labels[:TRAIN_IMAGES]
-        steps = (TRAIN_IMAGES - 5000) // 128
-        order = torch.zeros(steps, 128, dtype=torch.int64)
-        data = {"images": images, "labels": labels, "order": order}
-        return spec, step.init_state(spec), data, optim.hyper_tensors(spec, steps, torch.device("cpu"))
-
-    return make
+def default_inputs(cifar10: dataset.Cifar10) -> Callable[..., tuple[Spec, dict, dict, dict]]:
+    return lambda **changes: inputs_of_default(cifar10, **changes)
 
 
 class Masked(nn.Module):

@@ -339,30 +339,6 @@ def test_a_home_that_cannot_be_written_causes_no_warning(out, tmp_path):
     assert done.stderr == ""
 
 
-def test_a_project_that_cannot_be_written_trains_all_the_same(out, data_dir, tmp_path):
-    """As in a container, or installed for several users: a copy of the project in a folder without write permission."""
-    project = tmp_path / "project"
-    project.mkdir()
-    for name in ("core", "experiments", "main.py"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, project / name)
-    project.chmod(0o555)
-    bound = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
-    options = ["--epochs", "1", "--data", data_dir, "--out", out, "--device", "cpu"]
-    home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home")}
-    for extra in (["--no-compile"], []):
-        done = subprocess.run(
-            (*bound, sys.executable, str(project / "main.py"), "run", "smoke", "--force", *map(str, options), *extra),
-            env={**os.environ, **home},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-    (line,) = done.stderr.strip().splitlines()
-    assert f"cannot write {project / '.cache'} (Permission denied): compiled steps are kept in {home['HOME']}" in line
-    assert list((tmp_path / "home").rglob("*.so")), "nothing was compiled"
-
-
 def test_a_second_experiment_says_how_long_its_own_start_took(start, data_dir, tmp_path):
     process = start("run", "smoke", "baseline", "--no-compile", "--epochs", 1, "--data", data_dir, out=tmp_path)
     assert process.wait() == 0

@@ -15,26 +15,18 @@ sys.path.insert(0, str(ROOT))
 
 from core.compile import fused  # noqa: E402
 from core.data import cifar10 as dataset  # noqa: E402
-from core.functional import optim, step  # noqa: E402
+from core.functional import step  # noqa: E402
 from core.functional.tree import leaves, tree_map  # noqa: E402
-from core.spec import resolve  # noqa: E402
-from tests.conftest import lacking  # noqa: E402
+from tests.conftest import inputs_of_default, lacking  # noqa: E402
 
 GOLDEN = Path(__file__).with_name("golden.json")
 KEY = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
-STEPS, BATCH = 15, 128
-
-
-def inputs(images, labels):
-    """Spec, state, data and hyper-parameters of the default network, on the first 1,920 images in their order."""
-    spec = resolve({"batch_size": BATCH})
-    data = {"images": images, "labels": labels, "order": torch.arange(STEPS * BATCH).view(STEPS, BATCH)}
-    return spec, step.init_state(spec), data, optim.hyper_tensors(spec, STEPS, torch.device("cpu"))
+STEPS = 15
 
 
 def eager(data):
     """The summed loss of each step."""
-    spec, state, *others = inputs(data.train_images, data.train_labels)
+    spec, state, *others = inputs_of_default(data)
     train_step = step.make_train_step(spec)
     found, before = [], 0.0
     for _ in range(STEPS):
@@ -47,7 +39,7 @@ def eager(data):
 def compiled(data):
     """The same of the compiled step. It takes two steps from each second state of the eager run: in 15 steps, rounding
     grows to a thousandth of the loss (Adam divides by the gradient's size, however small that is)."""
-    spec, state, *others = inputs(data.train_images, data.train_labels)
+    spec, state, *others = inputs_of_default(data)
     buffers, train_step, found = tree_map(torch.clone, state), step.make_train_step(spec), []
     advance = fused.fuse(spec, buffers, *others)
     for n in range(STEPS):

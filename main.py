@@ -218,8 +218,8 @@ def verify_command(args: argparse.Namespace) -> int:
     with quick_imports():
         from core.session import read_finished, verify
     experiments = chosen(args.names, {})
-    for name, spec in experiments:
-        read_finished(name, spec, args.out)
+    recorded = [read_finished(name, spec, args.out) for name, spec in experiments]
+    args.no_compile = args.no_compile or all(record.environment.mode == "eager" for record in recorded)
     status = 0
     for found in train(args, experiments, verify):
         name = found.recorded.name

@@ -37,6 +37,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 2
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
+
+
 def lacking(what: str) -> None:
     """Skip for want of something, saying so; in CI, where all has to be there, fail."""
     if os.environ.get("CI"):

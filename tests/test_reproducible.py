@@ -75,6 +75,7 @@ def test_what_decides_the_bits_of_mkl_is_recorded_and_compared(call, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_the_default_network_compiled_stopped_killed_and_resumed(start, data_dir, tmp_path):
     """The main job's own network: not stopped at all; compiled anew, as nothing can be written into the project; with
     two threads; stopped by SIGTERM in the middle of its epoch, then killed, then left alone; and, as the negative

@@ -1,6 +1,7 @@
 """Where a run was made: the versions, settings and hardware that decide its bits, and those that explain its speed."""
 
 import ast
+import contextlib
 import hashlib
 import os
 import platform
@@ -69,7 +70,7 @@ def environment(device: torch.device, mode: str) -> Environment:
         name = torch.cuda.get_device_name(device)
         hardware = f"{name}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
     else:
-        name, hardware = _cpu(), f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        name, hardware = f"{_cpuinfo('model name')}, {os.cpu_count()} cores", _instructions()
     return Environment(
         code=CODE,
         torch=str(torch.__version__),
@@ -96,13 +97,19 @@ def _settings() -> str:
     return text.encode("unicode_escape").decode()[:1000]
 
 
-def _cpu() -> str:
-    try:
+def _instructions() -> str:
+    """What a CPU multiplies with. MKL takes other paths on another maker's CPU, even with the same instructions."""
+    bfloat16 = [name for name in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(name)]
+    maker, capability = _cpuinfo("vendor_id"), torch.backends.cpu.get_cpu_capability()
+    return " ".join((platform.machine(), maker, capability, *bfloat16[:1]))
+
+
+def _cpuinfo(key: str) -> str:
+    """What Linux says of the first processor."""
+    with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith(key))
+    return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

@@ -24,8 +24,9 @@ OPTIONS: dict[str, Any] = {
 }
 
 _operators = torch.library.Library("cifar10", "FRAGMENT")
-_operators.define("mm(Tensor a, Tensor b) -> Tensor")
-_operators.impl("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
+for _name in ("mm", "flipped_mm"):
+    _operators.define(f"{_name}(Tensor a, Tensor b) -> Tensor")
+    _operators.impl(_name, lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
 
 
 def known_options() -> dict[str, Any]:
@@ -54,8 +55,7 @@ def aot_compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], threads: 
     from torch.fx.experimental.proxy_tensor import make_fx
 
     options = known_options() | {"cpp.threads": threads}
-    if prefers_onednn():
-        options["post_grad_custom_pre_pass"] = use_onednn
+    options["post_grad_custom_pre_pass"] = choose_products
     with FakeTensorMode() as fake:
         examples = [fake.from_tensor(t, static_shapes=True) for t in inputs]
         lowered = make_fx(graph, select_decomp_table())(*examples)
@@ -235,25 +235,39 @@ def prefers_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def use_onednn(graph: torch.fx.Graph) -> None:
-    """Redirect the float32 products of an inductor graph to oneDNN, except those with a transposed left factor, where
-    oneDNN is slow."""
-    _register_lowering()
+def choose_products(graph: torch.fx.Graph) -> None:
+    """Give each matrix product of an inductor graph its fastest form (figures: benchmarks/README.md)."""
+    _register_lowerings()
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
-        left = node.args[0].meta["val"]
-        if left.dtype == torch.float32 and left.is_contiguous():
-            node.target = torch.ops.cifar10.mm.default
+        left, right = (argument.meta["val"] for argument in node.args)
+        inner, columns = right.shape
+        if left.dtype == torch.float32:
+            # oneDNN is slow where the left factor is transposed.
+            if prefers_onednn() and left.is_contiguous():
+                node.target = torch.ops.cifar10.mm.default
+        elif not right.is_contiguous() and inner >= 2048 and 320 < columns < 1024:
+            # For these shapes oneDNN computes the transpose of the product in half the time.
+            node.target = torch.ops.cifar10.flipped_mm.default
 
 
-def _register_lowering() -> None:
+def _register_lowerings() -> None:
     from torch._inductor import lowering
     from torch._inductor.ir import ExternKernel, TensorBox
     from torch._inductor.mkldnn_ir import LinearUnary
 
-    def product(a, b):
+    def transposed(x: Any) -> Any:
+        return lowering.permute(x, [1, 0])
+
+    def onednn(a: Any, b: Any) -> Any:
         # oneDNN's linear layer computes a @ weight.T from a contiguous weight.
-        a, weight = ExternKernel.realize_input(a), ExternKernel.realize_input(lowering.permute(b, [1, 0]))
+        a, weight = ExternKernel.realize_input(a), ExternKernel.realize_input(transposed(b))
         return TensorBox.create(LinearUnary.create(a, weight, None, "none", [], ""))
 
-    if torch.ops.cifar10.mm.default not in lowering.lowerings:
-        lowering.register_lowering(torch.ops.cifar10.mm.default, type_promotion_kind=None)(product)
+    def flipped(a: Any, b: Any) -> Any:
+        product = lowering.lowerings[torch.ops.aten.mm.default](transposed(b), transposed(a))
+        product.freeze_layout()
+        return ExternKernel.require_contiguous(transposed(product))
+
+    for name, lower in ((torch.ops.cifar10.mm.default, onednn), (torch.ops.cifar10.flipped_mm.default, flipped)):
+        if name not in lowering.lowerings:
+            lowering.register_lowering(name, type_promotion_kind=None)(lower)

@@ -48,9 +48,20 @@ class Layer(NamedTuple):
     apply: Callable[[Tensors, Tensor, Context], tuple[Tensor, Tensors]]
 
 
+def operand(t: Tensor, precision: str) -> Tensor:
+    """A tensor as the matrix products read it; tf32 is a mode of the device, set in core/compile/fused.py."""
+    return t.bfloat16() if precision == "bfloat16" else t
+
+
+def copies(params: Tensors, spec: Spec) -> Tensors:
+    """The weight matrices as the products read them, where that is not as they are trained: in bfloat16."""
+    precision = spec["precision"]
+    return {name: operand(p, precision) for name, p in params.items() if p.ndim == 2 and precision == "bfloat16"}
+
+
 def matmul(a: Tensor, b: Tensor, precision: str) -> Tensor:
-    """a @ b in float32, or with bfloat16 operands; tf32 is a mode of the device, set in core/compile/fused.py."""
-    return (a.bfloat16() @ b.bfloat16()).float() if precision == "bfloat16" else a @ b
+    """a @ b of operands in the precision, float32."""
+    return (operand(a, precision) @ operand(b, precision)).to(torch.float32 if precision == "bfloat16" else a.dtype)
 
 
 def linear_init(inputs: int, outputs: int, generator: Generator) -> Tensors:
@@ -185,7 +196,7 @@ def forward(
     Returns:
         float32 [batch, 10]; `stats`, updated when `train`.
     """
-    h = x.flatten(1).t()  # [features, batch]
+    h = operand(x.flatten(1), spec["precision"]).t()  # [features, batch]
     stats, context = dict(stats), Context(spec["precision"], train, iter(masks))
     for i, (kind, inputs, outputs) in enumerate(layers(spec)):
         layer = LAYERS[kind]

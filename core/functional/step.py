@@ -14,15 +14,16 @@ from torch import Tensor
 from core.functional import augment, model, optim, prng
 from core.spec import Spec
 
-State = dict  # {"params", "stats", "opt", "step", "metrics"}: nested dicts of tensors
+State = dict  # {"params", "copies", "stats", "opt", "step", "metrics"}: nested dicts of tensors
 NEVER = 2**31 - 1  # `bad_step` of an epoch in which everything was finite
 
 
 def init_state(spec: Spec) -> State:
     """The state before the first step, on the CPU: a function of the spec and its seed alone.
 
-    `step` counts steps, int32. `metrics` are sums since the start of the epoch: the `loss` of every example (float64),
-    `correct` predictions (int64), and the first `bad_step` (int32), in which the loss or a gradient was not finite.
+    `copies` are those of core.functional.model.copies. `step` counts steps, int32. `metrics` are sums since the start
+    of the epoch: the `loss` of every example (float64), `correct` predictions (int64), and the first `bad_step`
+    (int32), in which the loss or a gradient was not finite.
     """
     params, stats = model.init(spec, spec["seed"])
     metrics = {
@@ -33,6 +34,7 @@ def init_state(spec: Spec) -> State:
     opt = optim.OPTIMIZERS[spec["optimizer"]][0](params)
     return {
         "params": params,
+        "copies": model.copies(params, spec),
         "stats": stats,
         "opt": opt,
         "step": torch.tensor(0, dtype=torch.int32),
@@ -76,7 +78,9 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
             losses = cross_entropy(logits, labels, hyper["label_smoothing"])
             return losses.mean(), (stats, logits, losses)
 
-        grads, (loss, (stats, logits, losses)) = torch.func.grad_and_value(loss_function, has_aux=True)(state["params"])
+        differentiated = torch.func.grad_and_value(loss_function, has_aux=True)
+        grads, (loss, (stats, logits, losses)) = differentiated({**state["params"], **state["copies"]})
+        grads = {name: g.to(state["params"][name].dtype) for name, g in grads.items()}
         scheduled = {**hyper, "lr": optim.scheduled_lr(spec["schedule"], hyper, step)}
         params, opt = update(grads, state["opt"], state["params"], scheduled, step)
         # Every gradient of an activation is summed into that of a bias, so the biases answer for all of them.
@@ -87,7 +91,8 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
             "correct": state["metrics"]["correct"] + (logits.argmax(1) == labels).sum(),
             "bad_step": torch.minimum(state["metrics"]["bad_step"], torch.where(finite, NEVER, step)),
         }
-        return {"params": params, "stats": stats, "opt": opt, "step": step + 1, "metrics": metrics}
+        copies = model.copies(params, spec)  # written by the loop that has each new weight at hand
+        return {"params": params, "copies": copies, "stats": stats, "opt": opt, "step": step + 1, "metrics": metrics}
 
     return train_step
 
@@ -114,6 +119,7 @@ def evaluate(
     if examples is not None:
         labels = labels[examples]
     n = len(labels)
+    params = {**params, **model.copies(params, spec)}
     predicted, losses = [], []
     for start in range(0, n, batch):
         part = slice(start, start + batch)

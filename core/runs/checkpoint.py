@@ -27,7 +27,7 @@ from core.spec import canonical
 KEY, ZEROS = "cifar10-mlp", "0" * 64
 MAX_HEADER, MAX_BYTES = 1 << 18, 1 << 40
 NEVER_NEGATIVE = {"running_var", "num_batches_tracked", "exp_avg_sq"}  # parts of the names of tensors
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32"}
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.bfloat16: "BF16"}
 
 Tensors = dict[str, Tensor]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]

@@ -49,7 +49,7 @@ class Ours(Contestant):
         self.state = to_device(steps.init_state(work.spec), work.device)
         hyper = optim.hyper_tensors(work.spec, work.steps, work.device)
         data = {"images": work.images, "labels": work.labels, "order": work.order}
-        self.advance = fused.fuse(work.spec, self.state, data, hyper)
+        self.advance = fused.fuse(work.spec, self.state, data, hyper).advance
         self.batch, self.device, self.counted = work.batch, work.device, 0
 
     def run(self, steps: int) -> None:

@@ -136,7 +136,7 @@ class Session:
         self.started = time.perf_counter()
         self.run, self.name, self.spec, self.on_event = run, name, spec, on_event
         self.data, self.device = data, device
-        self.environment = environment(device, "compiled" if compiled else "eager")
+        self.environment = environment(device, "compiled" if compiled else "eager", spec["precision"])
         self.history: list[Epoch] = []
         self.progress = Progress()
 
@@ -152,22 +152,22 @@ class Session:
         }
 
     def train(self, should_stop: Callable[[], bool], checkpoint_every: int, allow_inexact: bool) -> Finished:
-        training = Training(self.spec, self.data, self.device, self.environment.mode == "compiled")
+        training = Training(self.spec, self.data, self.device, self.environment.mode != "eager")
         resumed = self.restore(training, allow_inexact)
         size = sum(t.nbytes for t in flatten(training.state).values())
         reserve(self.run.resume_point(training.total), size, max(1, KEEP + 1 - len(self.run.resume_points())))
         saved = training.step
         try:
-            for kind, details in fit(training, should_stop, may_become_eager=allow_inexact or not resumed):
+            for kind, details in fit(training, should_stop, may_change_mode=allow_inexact or not resumed):
                 due = False
-                if kind == "eager":
-                    self.environment = msgspec.structs.replace(self.environment, mode="eager")
+                if kind == "mode":
+                    self.environment = msgspec.structs.replace(self.environment, mode=details["mode"])
                     self.progress.bitwise &= not resumed
                 elif kind == "first_step":
                     self.progress.first_step_seconds = self.progress.first_step_seconds or round(
                         time.perf_counter() - self.started, 3
                     )
-                    if training.mode == "compiled" and (problem := cache.problem()):
+                    if training.mode != "eager" and (problem := cache.problem()):
                         self.on_event(Event("notice", {"reason": problem}))
                 elif kind == "epoch":
                     self.history.append(Epoch(**details))
@@ -269,7 +269,7 @@ def verify(name: str, spec: Spec, out: str | Path, *arguments: Any, compiled: bo
     """
     recorded = read_finished(name, spec, out)
     with tempfile.TemporaryDirectory() as elsewhere:
-        compiled = compiled and recorded.environment.mode == "compiled"
+        compiled = compiled and recorded.environment.mode != "eager"
         again = run_experiment(name, spec, elsewhere, *arguments, compiled=compiled, checkpoint_every=10**9)
     if not isinstance(again, Finished):
         return Verification(recorded, again, False, None)

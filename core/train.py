@@ -42,7 +42,7 @@ class Training:
         state, data, hyper: what the train step takes; see core.functional.step.make_train_step.
         step: how many steps have been taken.
         seconds, timed: the time of the steps of the epoch under way, and how many steps that are.
-        mode: compiled or eager.
+        mode: of the step, as core.compile.fused.Step has it; "compiled" or "eager" until the step is made.
     """
 
     def __init__(self, spec: Spec, data: Cifar10, device: torch.device, compiled: bool = True) -> None:
@@ -103,7 +103,7 @@ def compile_ahead(spec: Spec) -> None:
 
 
 def fit(
-    training: Training, should_stop: Callable[[], bool] = lambda: False, may_become_eager: bool = True
+    training: Training, should_stop: Callable[[], bool] = lambda: False, may_change_mode: bool = True
 ) -> Iterator[Event]:
     """Train from where `training` is to its last epoch, and yield what happened.
 
@@ -111,36 +111,37 @@ def fit(
 
     Args:
         should_stop: asked between steps.
-        may_become_eager: where compiling fails, go on without; else raise core.compile.fused.CompileError.
+        may_change_mode: where compiling fails, or gives a step of another mode, go on with what there is; else raise
+            core.compile.fused.CompileError.
 
     Yields:
-        eager {reason}: compiling has failed. first_step {step, total}: the first step of this call is done.
+        mode {mode, reason}: the step is made in another way than was asked for.
+        first_step {step, total}: the first step of this call is done.
         step {step}: now and then. epoch {...}: an epoch is over; the details are its numbers.
         stopped {step, total}: `should_stop` said so; it is the last event.
 
     Raises:
         Diverged: the loss, a gradient or the validation loss is NaN or infinite.
     """
-    advance = None
+    made = None
     while training.step < training.total:
         if should_stop():
             yield Event("stopped", {"step": training.step, "total": training.total})
             return
         _start_epoch(training)
         end = (training.step // training.steps_per_epoch + 1) * training.steps_per_epoch
-        if advance is None:
-            try:
-                advance = _first_step(training)
-            except fused.CompileError as error:
-                if not may_become_eager:
-                    raise
-                yield Event("eager", {"reason": f"{error}: the train step runs eager, which is slower"})
-                training.mode = "eager"
-                advance = _first_step(training)
+        if made is None:
+            made, reason = _make_step(training, may_change_mode)
+            if made.mode != training.mode:
+                training.mode = made.mode
+                yield Event("mode", {"mode": made.mode, "reason": reason})
+            made.advance()
+            training.step += 1
+            synchronize(training.device)
             yield Event("first_step", {"step": training.step, "total": training.total})
         since = time.perf_counter()
         while training.step < end and not should_stop():
-            advance()
+            made.advance()
             training.step += 1
             training.timed += 1
             if training.step % 16 == 0:
@@ -155,13 +156,20 @@ def fit(
             yield Event("epoch", _end_epoch(training))
 
 
-def _first_step(training: Training) -> fused.Advance:
-    """Take the first step of this process, which compiles; returns what takes the next ones."""
-    advance = fused.fuse(training.spec, training.state, training.data, training.hyper, training.mode == "compiled")
-    advance()
-    training.step += 1
-    synchronize(training.device)
-    return advance
+def _make_step(training: Training, may_change_mode: bool) -> tuple[fused.Step, str]:
+    """The train step, and why it has another mode than `training`, if it has."""
+    inputs = training.spec, training.state, training.data, training.hyper
+    try:
+        made = fused.fuse(*inputs, compiled=training.mode != "eager")
+        reason = f"compiled without the patches of core/compile/inductor.py: {made.problem}"
+        if made.mode != training.mode and not may_change_mode:
+            raise fused.CompileError(f"the step would be {made.mode}, and was {training.mode}")
+    except fused.CompileError as error:
+        if not may_change_mode:
+            raise
+        made = fused.fuse(*inputs, compiled=False)
+        reason = f"{error}: the train step runs eager, which is slower"
+    return made, reason
 
 
 def _start_epoch(training: Training) -> None:

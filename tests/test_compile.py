@@ -4,8 +4,10 @@ Libraries come from the ordinary cache, so a second call of pytest compiles only
 """
 
 import contextlib
+import inspect
 import json
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -16,11 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
-from core.compile import builder, cache, fused
+from core.compile import builder, cache, fused, inductor
 from core.compile.device import DeviceError, pick_device, to_device
 from core.functional import step, tree
 from core.runs import store
@@ -43,7 +46,7 @@ def compiled(default_inputs):
     """The spec of the default network, the inputs of its step, and the state after one compiled step."""
     spec, state, data, hyper = default_inputs()
     after = clone(state)
-    fused.fuse(spec, after, data, hyper)()
+    fused.fuse(spec, after, data, hyper).advance()
     return spec, state, data, hyper, after
 
 
@@ -111,7 +114,7 @@ def test_another_spec_of_the_same_shape_compiles_nothing(nothing_compiles, defau
     """Two steps each, with new buffers, as the next experiment of a suite has; and they are its own steps."""
     spec, state, data, hyper = default_inputs(**changes)
     eager = step.make_train_step(spec)(state, data, hyper)
-    advance = fused.fuse(spec, state, data, hyper)
+    advance = fused.fuse(spec, state, data, hyper).advance
     advance()
     first = clone(state)
     advance()
@@ -125,7 +128,7 @@ def test_a_new_order_of_the_same_epoch_length_compiles_nothing(compiled, nothing
     """Each epoch copies its order into the same buffer."""
     spec, state, data, hyper, _ = compiled
     state, data = clone(state), {**data, "order": data["order"].clone()}
-    advance = fused.fuse(spec, state, data, hyper)
+    advance = fused.fuse(spec, state, data, hyper).advance
     for _ in range(9):
         advance()
     data["order"].copy_(data["order"].flip(0))
@@ -138,7 +141,7 @@ def test_a_new_order_of_the_same_epoch_length_compiles_nothing(compiled, nothing
 def test_compiled_steps_repeat_bit_for_bit(compiled):
     spec, state, data, hyper, after = compiled
     again = clone(state)
-    fused.fuse(spec, again, data, hyper)()
+    fused.fuse(spec, again, data, hyper).advance()
     assert all(torch.equal(a, b) for a, b in zip(tree.leaves(after), tree.leaves(again), strict=True))
 
 
@@ -154,7 +157,7 @@ def test_another_shape_compiles_and_in_this_process_too(small_spec, step_inputs,
     graphs, environment = GRAPHS["unique_graphs"], dict(os.environ)
     fused.compile_ahead(spec, state, data, hyper)
     assert GRAPHS["unique_graphs"] == graphs
-    fused.fuse(spec, state, data, hyper)()
+    fused.fuse(spec, state, data, hyper).advance()
     assert GRAPHS["unique_graphs"] == graphs + (not is_there)
     assert os.environ == environment
     for name, value in state["params"].items():
@@ -167,7 +170,7 @@ def test_eager_fuse_advances_the_standing_buffers(small_spec, step_inputs):
     state, data, hyper = step_inputs(spec)
     pure = step.make_train_step(spec)(state, data, hyper)
     addresses = [t.data_ptr() for t in tree.leaves(state)]
-    advance = fused.fuse(spec, state, data, hyper, compiled=False)
+    advance = fused.fuse(spec, state, data, hyper, compiled=False).advance
     assert int(state["step"]) == 0
     advance()
     assert [t.data_ptr() for t in tree.leaves(state)] == addresses
@@ -198,7 +201,7 @@ def test_a_library_that_is_there_needs_no_compiler(compiled, nothing_compiles, m
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     again = clone(state)
-    fused.fuse(spec, again, data, hyper)()
+    fused.fuse(spec, again, data, hyper).advance()
     assert torch.equal(again["metrics"]["loss"], after["metrics"]["loss"]), "the warm library was not used"
 
 
@@ -221,6 +224,56 @@ def test_nothing_is_compiled_for_mps(small_spec):
     fused.compile_ahead(small_spec(), state, {}, {})
 
 
+# The patches of torch
+
+
+PATCHED = {
+    "torch._inductor.cpp_builder.CppBuilder.build": "self",
+    "torch._inductor.codecache._precompile_header": "header, hashable_cmd_line, **compile_command",
+    "torch._inductor.codegen.cpp_wrapper_cpu.CppWrapperCpu.generate_input_output_runtime_checks": "self",
+    "torch._inductor.codegen.cpp.LoopNest.max_parallel_depth": "self",
+}
+
+
+@compiles
+def test_what_is_patched_is_there_with_its_signature(tmp_path):
+    """At most five names, each with the parameters that its replacement was written for."""
+    replaced = []
+
+    def watch(owner, name, new):
+        place = f"{owner.__module__}.{owner.__name__}" if inspect.isclass(owner) else owner.__name__
+        replaced.append(f"{place}.{name}")
+        return patch_object(owner, name, new)
+
+    patch_object = mock.patch.object
+    with mock.patch.object(inductor.mock.patch, "object", watch), inductor.patched(tmp_path):
+        pass
+    assert sorted(replaced) == sorted(PATCHED)
+    assert len(replaced) <= 5
+    for name, parameters in PATCHED.items():
+        found = [str(each).split(":")[0] for each in inspect.signature(pkgutil.resolve_name(name)).parameters.values()]
+        assert ", ".join(found) == parameters, f"{name} of this version of torch has other parameters"
+
+
+@compiles
+@forks
+@pytest.mark.slow
+def test_where_a_patch_fails_the_step_is_compiled_without(places, monkeypatch, small_spec, step_inputs):
+    def gone():
+        raise AttributeError("no such name in this torch")
+
+    monkeypatch.setattr(inductor, "no_input_checks", gone)
+    spec = small_spec(dropout=0.0)
+    state, data, hyper = step_inputs(spec)
+    eager = step.make_train_step(spec)(state, data, hyper)
+    made = fused.fuse(spec, state, data, hyper)
+    assert (made.mode, made.problem) == ("unpatched", "no such name in this torch")
+    made.advance()
+    assert_close(state, eager)
+    again = fused.fuse(spec, *step_inputs(spec))
+    assert (again.mode, again.problem) == (made.mode, made.problem), "a library from the cache hides how it was made"
+
+
 # The cache, with libraries that are only bytes
 
 
@@ -238,7 +291,7 @@ class Places:
             with open(self.log, "a") as log:
                 log.write(f"{os.getpid()}\n")
             build()
-            return b"library", list(inputs)
+            return cache.Built(b"library", list(inputs), "")
 
         return cache.Recipe(name, 3, build_and_count)
 
@@ -266,7 +319,9 @@ def test_a_library_is_built_once_by_another_process(places):
     recipe = places.recipe()
     assert cache.find(recipe) is None
     library = cache.get_or_build(recipe)
-    assert library == cache.get_or_build(recipe) == cache.find(recipe) == (places.cache / f"{recipe.name}.so", [2, 0])
+    assert (
+        library == cache.get_or_build(recipe) == cache.find(recipe) == (places.cache / f"{recipe.name}.so", [2, 0], "")
+    )
     assert library.path.read_bytes() == b"library"
     assert cache.problem() is None
     assert len(places.built()) == 1
@@ -322,7 +377,7 @@ PROGRAM = """
 import os, sys
 before = dict(os.environ)
 import torch
-from core.compile import builder, cache, fused
+from core.compile import builder, cache, fused, inductor
 from core.functional import optim, step
 from core.spec import resolve
 assert dict(os.environ) == before, "an import has changed the environment"
@@ -330,8 +385,9 @@ assert cache.problem() is None
 spec = resolve({"widths": [8], "batch_size": 4})
 images, labels = torch.zeros(8, 3072, dtype=torch.uint8), torch.arange(8)
 data = {"images": images, "labels": labels, "order": torch.arange(8).view(2, 4)}
-fused.fuse(spec, step.init_state(spec), data, optim.hyper_tensors(spec, 2, torch.device("cpu")), compiled=False)()
-library = cache.get_or_build(cache.Recipe("0" * 32, 3, lambda scratch: (b"library", [0])))
+hyper = optim.hyper_tensors(spec, 2, torch.device("cpu"))
+fused.fuse(spec, step.init_state(spec), data, hyper, compiled=False).advance()
+library = cache.get_or_build(cache.Recipe("0" * 32, 3, lambda scratch: cache.Built(b"library", [0], "")))
 assert library.path.read_bytes() == b"library"
 print(library.path.parent)
 print(cache.problem())
@@ -589,7 +645,7 @@ def compiler(tmp_path, monkeypatch):
 def test_a_failing_compiler_is_quiet(places, compiler, capfd, small_spec, step_inputs):
     says = "fatal error: no such thing"
     compiler(f"case $* in *--version*) echo g++ 13;; *) echo In file x: >&2; echo x.h:1: {says} >&2; exit 1;; esac")
-    spec = small_spec()
+    spec = small_spec(dropout=0.0)  # quick to compile, as it is tried twice
     with pytest.raises(fused.CompileError) as raised:
         fused.fuse(spec, *step_inputs(spec))
     assert says in str(raised.value)
@@ -601,7 +657,7 @@ HANGING = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-from core.compile import builder, cache, fused
+from core.compile import builder, cache, fused, inductor
 from core.functional import optim, step
 from core.spec import resolve
 

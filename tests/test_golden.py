@@ -58,7 +58,7 @@ def test_the_losses_are_the_golden_ones(exact):
 def test_each_step_in_float32_gives_the_golden_loss(cifar10, exact, compiled):
     """Two steps from each second state of the run in float64; the second one shows the update of the first."""
     spec, buffers, *others = inputs_of_default(cifar10)
-    advance = fused.fuse(spec, buffers, *others, compiled)
+    advance = fused.fuse(spec, buffers, *others, compiled).advance
     states, golden = exact
     found = []
     for n in range(STEPS):

@@ -278,12 +278,35 @@ def test_a_compilation_that_fails_becomes_eager(train, nothing_compiles):
     """One event with the reason, the same run to the end, and the record says in which mode it was made."""
     events = []
     record = train("x", compiled=True, on_event=events.append)
-    assert [event.details["reason"] for event in events if event.kind == "eager"] == [
-        "the linker is missing: the train step runs eager, which is slower"
+    assert [event.details for event in events if event.kind == "mode"] == [
+        {"mode": "eager", "reason": "the linker is missing: the train step runs eager, which is slower"}
     ]
     assert record.environment.mode == "eager"
     assert record.bitwise
     assert record.digest == train("whole").digest
+
+
+def test_a_step_without_patches_is_recorded_and_goes_on_as_such(train, monkeypatch):
+    fuse, mode = fused.fuse, "unpatched"
+
+    def another(spec, state, data, hyper, compiled=True):
+        return fuse(spec, state, data, hyper, compiled=False)._replace(mode=mode, problem="no such name")
+
+    monkeypatch.setattr(fused, "fuse", another)
+    events = []
+    whole = train("whole", compiled=True, on_event=events.append)
+    [event] = [event for event in events if event.kind == "mode"]
+    assert event.details["mode"] == whole.environment.mode == "unpatched"
+    assert event.details["reason"].endswith("no such name")
+    with pytest.raises(Interrupted):
+        train("cut", 20, compiled=True)
+    mode = "compiled"
+    with pytest.raises(ResumeError, match=r"the step would be compiled, and was unpatched; .*--resume-anyway"):
+        train("cut", compiled=True)
+    mode = "unpatched"
+    again = train("cut", compiled=True)
+    assert again.bitwise
+    assert (again.digest, again.environment.mode) == (whole.digest, "unpatched")
 
 
 def test_what_began_compiled_does_not_go_on_eager_in_silence(train, nothing_compiles):

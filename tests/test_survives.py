@@ -393,7 +393,7 @@ def test_a_run_that_diverges_later_keeps_its_resume_points(start, smoke, tmp_pat
 import torch, core.compile.fused
 fuse = core.compile.fused.fuse
 def poisoned(spec, state, *rest):
-    advance = fuse(spec, state, *rest)
+    advance = fuse(spec, state, *rest).advance
     def step():
         if int(state["step"]) == 37:
             state["params"]["1.weight"].view(-1)[5] = torch.nan

@@ -33,8 +33,17 @@ PROJECT = Path(__file__).resolve().parents[2]
 # Limits on what is read, in bytes: far above what is written.
 LIBRARY_LIMIT, DESCRIPTION_LIMIT = 1 << 28, 1 << 16
 
-# Build function: scratch folder -> (bytes of the library, indices of its input tensors).
-Build = Callable[[Path], tuple[bytes, list[int]]]
+
+class Built(NamedTuple):
+    """What a build function returns: the bytes of the library, the indices of its input tensors among the caller's, and
+    why it could not be built in the best way, or an empty text."""
+
+    library: bytes
+    inputs: list[int]
+    problem: str
+
+
+Build = Callable[[Path], Built]  # from an empty scratch folder
 
 
 class Recipe(NamedTuple):
@@ -52,16 +61,18 @@ class Recipe(NamedTuple):
 
 
 class Library(NamedTuple):
-    """A library on disk, and the indices of its input tensors among the caller's."""
+    """A library on disk; see Built."""
 
     path: Path
     inputs: list[int]
+    problem: str
 
 
 class Description(msgspec.Struct):
     """The JSON file beside a library; `_hash` says what the hash is of."""
 
     inputs: list[int]
+    problem: str
     sha256: str
 
 
@@ -169,14 +180,15 @@ def find(recipe: Recipe) -> Library | None:
             described = msgspec.json.decode(_read(path.with_suffix(".json"), DESCRIPTION_LIMIT), type=Description)
             inputs = described.inputs
             fits = len(set(inputs)) == len(inputs) and all(0 <= i < recipe.tensors for i in inputs)
-            if fits and described.sha256 == _hash(recipe.name, _read(path, LIBRARY_LIMIT), inputs):
-                return Library(path, inputs)
+            built = Built(_read(path, LIBRARY_LIMIT), inputs, described.problem)
+            if fits and described.sha256 == _hash(recipe.name, built):
+                return Library(path, inputs, described.problem)
     return None
 
 
-def _hash(name: str, library: bytes, inputs: list[int]) -> str:
+def _hash(name: str, built: Built) -> str:
     """Of the library, its name and its inputs, so that no file of these can be exchanged for another library's."""
-    return hashlib.sha256(library + canonical([name, inputs]).encode()).hexdigest()
+    return hashlib.sha256(built.library + canonical([name, built.inputs, built.problem]).encode()).hexdigest()
 
 
 def _read(path: Path, limit: int) -> bytes:
@@ -204,11 +216,11 @@ def _build_and_keep(recipe: Recipe, path: Path) -> None:
             scratch.mkdir(mode=0o700)
             # All other files that torch and the compiler write go to the scratch folder too.
             with mock.patch.dict(os.environ, {VARIABLE: str(scratch), "TMPDIR": str(scratch)}):
-                library, inputs = recipe.build(scratch)
+                built = recipe.build(scratch)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        description = Description(inputs, _hash(recipe.name, library, inputs))
-        for file, content in ((path, library), (path.with_suffix(".json"), msgspec.json.encode(description))):
+        description = Description(built.inputs, built.problem, _hash(recipe.name, built))
+        for file, content in ((path, built.library), (path.with_suffix(".json"), msgspec.json.encode(description))):
             store.atomic_write(file, content)
             file.chmod(file.stat().st_mode & ~0o022)  # Whatever the umask, only its owner can write it.
 

@@ -9,6 +9,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +22,24 @@ from core.functional.tree import leaves
 from core.runs.provenance import CODE
 from core.spec import Spec, static_key
 
-Advance = Callable[[], None]
 Trees = tuple[State, dict, dict]  # state, data, hyper
 
 _compiled: dict[str, Callable[..., None]] = {}  # on CUDA, by the static key of the spec
+
+
+class Step(NamedTuple):
+    """A train step bound to its buffers.
+
+    Attributes:
+        advance: advances the state by one step.
+        mode: compiled; unpatched, that is compiled without the patches of core.compile.inductor; or eager. The bits
+            may differ from mode to mode.
+        problem: why it is unpatched, in one line; otherwise empty.
+    """
+
+    advance: Callable[[], None]
+    mode: str
+    problem: str = ""
 
 
 class CompileError(Exception):
@@ -54,8 +69,8 @@ def in_place(step: Callable[[State, dict, dict], State]) -> Callable[[State, dic
     return donated
 
 
-def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = True) -> Advance:
-    """The train step of a resolved spec, bound to standing buffers: each call advances `state` by one step.
+def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = True) -> Step:
+    """The train step of a resolved spec, bound to standing buffers.
 
     Compiled, it is one graph; specs that differ only in what reaches the step as a tensor share one compilation.
 
@@ -68,7 +83,7 @@ def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = Tru
     if not compiled:
         cache.repair_environment()
         step = in_place(make_train_step(spec))
-        return lambda: step(state, data, hyper)
+        return Step(lambda: step(state, data, hyper), "eager")
     try:
         return (_ahead_of_time if device.type == "cpu" else _cuda_graph)(spec, (state, data, hyper))
     except (CompileError, torch.OutOfMemoryError):
@@ -85,12 +100,14 @@ def compile_ahead(spec: Spec, state: State, data: dict, hyper: dict) -> None:
             cache.build_ahead(_recipe(spec, (state, data, hyper)))
 
 
-def _ahead_of_time(spec: Spec, trees: Trees) -> Advance:
+def _ahead_of_time(spec: Spec, trees: Trees) -> Step:
     """The step as a shared library, compiled by the first process that needs it."""
     recipe = _recipe(spec, trees)
     if (problem := compiler_problem(trees[0]["step"].device)) and not cache.find(recipe):
         raise CompileError(problem)
-    return cache.bind(cache.get_or_build(recipe), [t for tree in trees for t in leaves(tree)])
+    library = cache.get_or_build(recipe)
+    advance = cache.bind(library, [t for tree in trees for t in leaves(tree)])
+    return Step(advance, "unpatched" if library.problem else "compiled", library.problem)
 
 
 def _recipe(spec: Spec, trees: Trees) -> cache.Recipe:
@@ -101,7 +118,14 @@ def _recipe(spec: Spec, trees: Trees) -> cache.Recipe:
     capability = torch.backends.cpu.get_cpu_capability()  # the instructions of this CPU that torch uses
     machine = [torch.__version__, threads, platform.machine(), capability, dict(torch.cpu.get_capabilities())]
 
-    def build(scratch: Path) -> tuple[bytes, list[int]]:
+    def build(scratch: Path) -> cache.Built:
+        try:
+            with inductor.patched(scratch):
+                return compile_step(inductor.options() | {"cpp.threads": threads}, "")
+        except Exception as error:  # Another version of torch may not have what is patched, or use it otherwise.
+            return compile_step({"cpp.threads": threads}, first_line(error))
+
+    def compile_step(options: dict[str, Any], problem: str) -> cache.Built:
         from torch._inductor import config
 
         graphs: list[torch.fx.GraphModule] = []
@@ -118,16 +142,17 @@ def _recipe(spec: Spec, trees: Trees) -> cache.Recipe:
             return note_order
 
         # Inductor itself would try only $CXX or g++.
-        with config.patch({"cpp.cxx": (None, _compiler())}), inductor.compiling(scratch):
+        with config.patch({"cpp.cxx": (None, _compiler())}), inductor.without_collection():
             torch.compiler.allow_in_graph(prng.bits)  # 160 operations that Dynamo need not follow one by one
             step = in_place(make_train_step(spec))
             torch.compile(step, fullgraph=True, dynamic=False, backend=capture)(*trees)
-            return inductor.aot_compile(graphs[0], [tensors[i] for i in order], threads).read_bytes(), order
+            library = inductor.aot_compile(graphs[0], [tensors[i] for i in order], options).read_bytes()
+        return cache.Built(library, order, problem)
 
     return cache.Recipe(cache.name_of([CODE, static_key(spec), signature, machine]), len(tensors), build)
 
 
-def _cuda_graph(spec: Spec, trees: Trees) -> Advance:
+def _cuda_graph(spec: Spec, trees: Trees) -> Step:
     """The compiled step recorded into a CUDA graph, which is replayed without any work of the host.
 
     Before the recording come warm-up steps, of which the first compiles; the state is put back afterwards.
@@ -151,4 +176,4 @@ def _cuda_graph(spec: Spec, trees: Trees) -> Advance:
         compiled(*trees)
     for t, old in zip(leaves(state), before, strict=True):
         t.copy_(old)
-    return graph.replay
+    return Step(graph.replay, "compiled")

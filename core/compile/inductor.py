@@ -1,7 +1,8 @@
-"""How inductor compiles a step for a CPU.
+"""How inductor compiles a step for a CPU: settings, patches, and the form of each matrix product.
 
-All settings and patches here make the compilation or the step faster, or its bits independent of the number of threads.
-What is computed is up to the graph alone.
+They make the compilation or the step faster, or its bits independent of the number of threads. What is computed is up
+to the graph alone. Each patch replaces a private name of torch; without all of them a step compiles too, in thrice the
+time (see core.compile.fused).
 """
 
 import contextlib
@@ -19,6 +20,10 @@ OPTIONS: dict[str, Any] = {
     "aot_inductor.compile_wrapper_opt_level": "O0",  # of the code that calls the kernels: saves 2 s
     "aot_inductor.enable_line_tables": False,
     "pattern_matcher": False,
+    # A result of more operations than this gets a buffer of its own until loops are fused. Each round of a random draw
+    # uses the round before three times; by default inductor would write the expression out each time: saves 11 s.
+    "realize_opcount_threshold": 10,
+    "cpp.vec_isa_ok": True,  # build no program to try each of the CPU's sets of vector instructions: saves 10 s
     "size_asserts": False,
     "alignment_asserts": False,
 }
@@ -29,20 +34,16 @@ for _name in ("mm", "flipped_mm"):
     _operators.impl(_name, lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
 
 
-def known_options() -> dict[str, Any]:
-    """The entries of OPTIONS that this version of torch has."""
+def options() -> dict[str, Any]:
+    """The entries of OPTIONS that this version of torch has, and the choice of the matrix products."""
     from torch._inductor import config
 
     known = config.get_config_copy()
-    return {key: value for key, value in OPTIONS.items() if key in known}
+    found = {key: value for key, value in OPTIONS.items() if key in known}
+    return {**found, "post_grad_custom_pre_pass": choose_products}
 
 
-def _patch(owner: Any, name: str, new: Any) -> Any:
-    """Replace a part of torch that only costs time; a version of torch without that part ignores the replacement."""
-    return mock.patch.object(owner, name, new, create=True)
-
-
-def aot_compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], threads: int) -> Path:
+def aot_compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], options: dict[str, Any]) -> Path:
     """Compile a graph from Dynamo into a shared library in inductor's cache.
 
     The graph writes only to its inputs, in its last operations. It is lowered to ATen operations that inductor has code
@@ -54,8 +55,6 @@ def aot_compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], threads: 
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    options = known_options() | {"cpp.threads": threads}
-    options["post_grad_custom_pre_pass"] = choose_products
     with FakeTensorMode() as fake:
         examples = [fake.from_tensor(t, static_shapes=True) for t in inputs]
         lowered = make_fx(graph, select_decomp_table())(*examples)
@@ -63,16 +62,14 @@ def aot_compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], threads: 
 
 
 @contextlib.contextmanager
-def compiling(scratch: Path) -> Iterator[None]:
-    """Apply all patches of this module while a step is compiled, from Dynamo on; `scratch` is an empty folder."""
+def without_collection() -> Iterator[None]:
+    """Collect no garbage: saves 2 s, as the heap of a compiler is large, and little of it becomes garbage."""
+    from torch._dynamo import config
+
     collecting = gc.isenabled()
-    gc.disable()  # saves 2 s: the heap of a compiler is large, and little of it becomes garbage
+    gc.disable()
     try:
-        with contextlib.ExitStack() as stack:
-            # This one first: it starts to compile headers, which then goes on during the imports of the others.
-            stack.enter_context(parallel_builds(scratch))
-            for each in (one_lowering, short_draws, needed_buffers, no_idle_work, no_input_checks, sums_on_one_thread):
-                stack.enter_context(each())
+        with config.patch(run_gc_after_compile=False):
             yield
     finally:
         if collecting:
@@ -80,75 +77,14 @@ def compiling(scratch: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_lowering() -> Iterator[None]:
-    """Take the graph as `aot_compile` has lowered it, and do not lower it a second time: saves 1 s."""
-    from torch._inductor import compile_fx
+def patched(scratch: Path) -> Iterator[None]:
+    """Apply all patches of this module while a step is compiled, from Dynamo on; `scratch` is an empty folder.
 
-    with (
-        _patch(compile_fx, "run_pre_grad_passes", lambda graph, _: graph),
-        _patch(compile_fx, "aot_export_module", lambda graph, *_, **__: (graph, None)),
-        _patch(compile_fx, "_unlift_graph", lambda graph, *_: graph),
-    ):
-        yield
-
-
-def short_draws() -> Any:
-    """Make a node of each exclusive or, the last operation in a round of a random draw: saves 11 s.
-
-    A round uses the result of the round before three times. Inductor would write that result out in full each time, so
-    the expression would triple with each round. Later inductor fuses the nodes into one loop again.
+    Raises:
+        AttributeError: what a patch replaces is not in this version of torch.
     """
-    from torch._inductor import lowering
-
-    xor = torch.ops.aten.bitwise_xor.Tensor
-    lower = lowering.lowerings[xor]
-
-    def kept(*args: Any) -> Any:
-        result = lower(*args)
-        result.realize()
-        return result
-
-    return mock.patch.dict(lowering.lowerings, {xor: kept})
-
-
-def needed_buffers() -> Any:
-    """Before a tensor is overwritten, make buffers only of values that were computed from it and are still needed:
-    saves 1 s.
-
-    Inductor would make a buffer of every value that was computed from it.
-    """
-    from torch._inductor.graph import GraphLowering
-    from torch._inductor.ir import TensorBox
-
-    def mark_mutated(graph: Any, name: str) -> None:
-        graph.mutated_buffers.add(name)
-        for value in graph.env.values():  # values that are no longer needed have left `env`
-            if isinstance(value, TensorBox) and name in value.get_read_names():
-                value.realize()
-
-    return _patch(GraphLowering, "mark_buffer_mutated", mark_mutated)
-
-
-def _believed(isa: Any, *_: Any) -> bool:
-    """Whether to use a set of vector instructions that the CPU has: all but AMX, which many compilers do not know and
-    float32 does not need."""
-    return "AMX" not in type(isa).__name__.upper()
-
-
-@contextlib.contextmanager
-def no_idle_work() -> Iterator[None]:
-    """Leave out work whose result is known or unused on a CPU: saves 13 s."""
-    from torch._dynamo import config
-    from torch._inductor import codecache
-    from torch._inductor.cpu_vec_isa import VecISA
-    from torch._inductor.fx_passes import joint_graph
-
-    with (
-        _patch(VecISA, "check_build", _believed),  # builds and runs a program for each set of instructions
-        _patch(codecache, "triton_key", lambda: None),  # hashes all of Triton
-        _patch(joint_graph, "lazy_init", lambda *_: None),  # prepares to search the graph for attention
-        config.patch(run_gc_after_compile=False),
-    ):
+    # The first one starts to compile headers, which then goes on during the imports of the others.
+    with parallel_builds(scratch), no_input_checks(), sums_on_one_thread():
         yield
 
 
@@ -160,7 +96,7 @@ def no_input_checks() -> Any:
         splice = getattr(wrapper.prefix, "splice_aot", wrapper.prefix.splice)
         splice("static void __check_inputs_outputs(AtenTensorHandle*, AtenTensorHandle*) {}")
 
-    return _patch(CppWrapperCpu, "generate_input_output_runtime_checks", nothing)
+    return mock.patch.object(CppWrapperCpu, "generate_input_output_runtime_checks", nothing)
 
 
 @contextlib.contextmanager
@@ -193,7 +129,7 @@ def parallel_builds(scratch: Path) -> Iterator[None]:
     with ThreadPoolExecutor() as pool:
         header = scratch / "wrapper.h"
         header.write_text("#include <torch/csrc/inductor/aoti_include/cpu.h>\n")
-        with config.patch(known_options()), _patch(cpu_vec_isa.VecISA, "check_build", _believed):
+        with config.patch(options()):
             isa = cpu_vec_isa.pick_vec_isa()
             flags = cpp_builder.CppTorchDeviceOptions(
                 precompiling=True, min_optimize=True, aot_mode=True, device_type="cpu", vec_isa=isa
@@ -222,8 +158,8 @@ def parallel_builds(scratch: Path) -> Iterator[None]:
         from torch._inductor import codecache
 
         with (
-            _patch(CppBuilder, "build", concurrent),
-            _patch(codecache, "_precompile_header", precompiled),
+            mock.patch.object(CppBuilder, "build", concurrent),
+            mock.patch.object(codecache, "_precompile_header", precompiled),
         ):
             yield
 

@@ -34,7 +34,8 @@ SETTINGS = (
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
 
-# A run repeats bit for bit where these agree. The number of threads is not among them (tests/test_reproducible.py).
+# A run repeats bit for bit where these agree. The number of threads is not among them (tests/test_reproducible.py), but
+# for two exceptions: see `environment` and `difference`.
 DECIDE_BITS = ("code", "torch", "device", "hardware", "mode", "settings")
 
 
@@ -64,13 +65,21 @@ def _plain(node: Any) -> Any:
 CODE = code_hash(ROOT / "core")
 
 
-def environment(device: torch.device, mode: str) -> Environment:
-    """The provenance of a run that starts now on `device`; `mode` is compiled or eager."""
+def environment(device: torch.device, mode: str, precision: str = "float32") -> Environment:
+    """The provenance of a run that starts now on `device`.
+
+    Args:
+        mode: as core.compile.fused.Step has it.
+        precision: of the matrix products, as in the spec.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         hardware = f"{name}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
     else:
         name, hardware = f"{_cpuinfo('model name')}, {os.cpu_count()} cores", _instructions()
+        if precision == "bfloat16" and "amx" in hardware:
+            # On AMX, oneDNN shares the terms of a sum between threads.
+            hardware += f", {torch.get_num_threads()} threads"
     return Environment(
         code=CODE,
         torch=str(torch.__version__),
@@ -87,7 +96,9 @@ def environment(device: torch.device, mode: str) -> Environment:
 
 def difference(then: Environment, now: Environment) -> str | None:
     """What decides the bits and has changed, in words; None where a run would repeat."""
-    pairs = [(key, getattr(then, key), getattr(now, key)) for key in DECIDE_BITS]
+    # Unpatched, inductor shares the terms of a sum between threads.
+    keys = (*DECIDE_BITS, "threads") if then.mode == "unpatched" else DECIDE_BITS
+    pairs = [(key, getattr(then, key), getattr(now, key)) for key in keys]
     return ", ".join(f"{key} {old or 'unknown'} (now {new})" for key, old, new in pairs if old != new) or None
 
 

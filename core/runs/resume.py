@@ -33,7 +33,7 @@ class Restored(NamedTuple):
     """Where a run was left.
 
     Attributes:
-        mode: compiled or eager, as it goes on.
+        mode: of the step, as it goes on; see core.compile.fused.Step.
         different: what decides the bits and has changed since, in words; None if nothing.
     """
 
@@ -103,8 +103,9 @@ def _load(path: Path, about: About, state: dict[str, Tensor], steps_per_epoch: i
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     now = about.environment
-    if found.environment.mode == "eager":  # which can go on anywhere, as where compiling had failed
-        now = msgspec.structs.replace(now, mode="eager")
+    if found.environment.mode == "eager" or now.mode == "compiled":
+        # An eager run can go on anywhere. Whether the step is compiled with patches will be seen when it is compiled.
+        now = msgspec.structs.replace(now, mode=found.environment.mode)
     changed = [f"another {key}" for key in ("spec", "data") if _differ(getattr(found, key), getattr(about, key))]
     changed += filter(None, [difference(found.environment, now)])
     return Restored(step, tensors, history, found.progress, now.mode, ", ".join(changed) or None)

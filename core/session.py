@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from core.compile import cache
-from core.compile.device import pick_device
+from core.compile.device import emulates_bfloat16, pick_device
 from core.compile.fused import CompileError
 from core.data import loader
 from core.data.cifar10 import DIRECTORY_HASH, Cifar10
@@ -153,6 +153,9 @@ class Session:
 
     def train(self, should_stop: Callable[[], bool], checkpoint_every: int, allow_inexact: bool) -> Finished:
         training = Training(self.spec, self.data, self.device, self.environment.mode != "eager")
+        if self.spec["precision"] == "bfloat16" and emulates_bfloat16(self.device):
+            reason = "this CPU has neither AVX512_BF16 nor AMX and emulates bfloat16: float32 is faster here"
+            self.on_event(Event("notice", {"reason": reason}))
         resumed = self.restore(training, allow_inexact)
         size = sum(t.nbytes for t in flatten(training.state).values())
         reserve(self.run.resume_point(training.total), size, max(1, KEEP + 1 - len(self.run.resume_points())))

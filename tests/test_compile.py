@@ -454,7 +454,8 @@ def test_a_folder_whose_files_others_can_change_is_passed_over(places, monkeypat
 
 def described(inputs, name="0" * 32):
     """A description of the library b"library", with the right hash."""
-    return json.dumps({"inputs": inputs, "sha256": cache._hash(name, b"library", inputs)}).encode()
+    digest = cache._hash(name, cache.Built(b"library", inputs, ""))
+    return json.dumps({"inputs": inputs, "problem": "", "sha256": digest}).encode()
 
 
 def swapped(text):

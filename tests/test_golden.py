@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from core.compile import fused  # noqa: E402
 from core.data import cifar10 as dataset  # noqa: E402
-from core.functional import augment, step  # noqa: E402
+from core.functional import augment, model, step  # noqa: E402
 from core.functional.tree import leaves, tree_map  # noqa: E402
 from tests.conftest import inputs_of_default  # noqa: E402
 
@@ -54,21 +54,25 @@ def test_the_losses_are_the_golden_ones(exact):
 
 # Any change of meaning is far larger than these bounds.
 @pytest.mark.slow
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_each_step_in_float32_gives_the_golden_loss(cifar10, exact, compiled):
+def test_each_step_gives_the_golden_loss(cifar10, exact, precision, tolerance, compiled):
     """Two steps from each second state of the run in float64; the second one shows the update of the first."""
-    spec, buffers, *others = inputs_of_default(cifar10)
+    spec, buffers, *others = inputs_of_default(cifar10, precision=precision)
     advance = fused.fuse(spec, buffers, *others, compiled).advance
     states, golden = exact
     found = []
     for n in range(STEPS):
         if n % 2 == 0:
-            for buffer, value in zip(leaves(buffers), leaves(states[n]), strict=True):
+            start = {**states[n], "copies": model.copies(states[n]["params"], spec)}
+            for buffer, value in zip(leaves(buffers), leaves(start), strict=True):
                 buffer.copy_(value)
         before = buffers["metrics"]["loss"].item()
         advance()
         found.append(buffers["metrics"]["loss"].item() - before)
-    assert found == pytest.approx(golden, rel=1e-4)
+    assert found == pytest.approx(golden, rel=tolerance)
+    if precision == "bfloat16":  # the negative control: it is bfloat16 that was used
+        assert found != pytest.approx(golden, rel=1e-5)
 
 
 if __name__ == "__main__":

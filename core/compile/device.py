@@ -34,6 +34,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are slower than in float32, as a CPU without instructions for them emulates them."""
+    known = torch.cpu.get_capabilities()
+    return device.type == "cpu" and not any(known.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its work."""
     if device.type == "cuda":

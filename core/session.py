@@ -3,7 +3,8 @@
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from core.runs.record import (
 )
 from core.runs.resume import KEEP, REMEDY, ResumeError
 from core.runs.store import delete, reserve
-from core.spec import Spec, resolve, spec_id
+from core.spec import Spec, SpecError, resolve, spec_id, static_key
 from core.train import Diverged, Event, Training, compile_ahead, fit
 
 OnEvent = Callable[[Event], None]
@@ -68,77 +69,156 @@ def run_experiment(
     device: str | torch.device = "auto",
     on_event: OnEvent = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
-    *,
-    compiled: bool = True,
-    checkpoint_every: int = 1,
-    force: bool = False,
-    allow_inexact: bool = False,
+    **options: Any,
 ) -> Record:
     """Train an experiment to its end, from wherever it was left, unless it is finished already.
 
     Args:
         name: of the experiment, a folder under `out`/checkpoints.
         spec: its spec; what is left out has its default.
-        out: where checkpoints/NAME/ID.json (the record) and ID.safetensors (the weights) go.
-        data: CIFAR-10; on `device` already, it is not copied.
-        device: auto, cpu, cuda or mps.
-        on_event: called with those of core.train.fit, and with
+        on_event: called with the events of core.train.fit, and with
             notice {reason}: something is not as it should be, and the run goes on.
             resumed {step, epoch, different}: it goes on from there; `different` says why not bit for bit, or None.
-        should_stop: asked between steps; the run then saves and raises Interrupted.
-        compiled: fuse the step with torch.compile, or run it eager.
-        checkpoint_every: epochs between resume points.
-        force: train from the start. What is finished stays until it is replaced.
-        allow_inexact: go on from a resume point even where the bits will differ; the record says so.
+        The others, among them all `options`: as `run_cohort` takes them.
 
     Returns:
         The record, which is then on disk: Finished, or Failed where the run diverged or memory ran out.
 
     Raises:
-        core.spec.SpecError: the spec cannot be run. core.compile.device.DeviceError: the device is not there.
-        core.runs.store.Held: another process is at work on this run.
+        What `run_cohort` raises.
+    """
+    [record] = run_cohort([(name, spec)], out, data, device, [on_event], should_stop, **options)
+    return record
+
+
+def run_cohort(
+    runs: Sequence[tuple[str, Spec]],
+    out: str | Path,
+    data: Cifar10,
+    device: str | torch.device = "auto",
+    on_events: Sequence[OnEvent] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    *,
+    compiled: bool = True,
+    checkpoint_every: int = 1,
+    force: bool = False,
+    allow_inexact: bool = False,
+) -> list[Record]:
+    """Train experiments together: each step is one call for all of them. Every run has the files that it would have
+    alone, and the numbers within rounding (tests/test_cohort.py). One that diverges does not stop the others.
+
+    Args:
+        runs: names and specs; the specs differ only in core.spec.TENSORS, and not in `epochs`.
+        out: where checkpoints/NAME/ID.json (the record) and ID.safetensors (the weights) go.
+        data: CIFAR-10; on `device` already, it is not copied.
+        device: auto, cpu, cuda or mps.
+        on_events: for each run what is called with its events; see `run_experiment`.
+        should_stop: asked between steps; the runs then save and Interrupted is raised.
+        compiled: fuse the step with torch.compile, or run it eager.
+        checkpoint_every: epochs between resume points.
+        force: train from the start. What is finished stays until it is replaced.
+        allow_inexact: go on from a resume point even where the bits will differ; the record says so. In another cohort
+            than before a run always goes on, and its record says so too.
+
+    Returns:
+        The records, in the order of `runs`.
+
+    Raises:
+        core.spec.SpecError: a spec cannot be run, or not together with the others.
+        core.compile.device.DeviceError: the device is not there.
+        core.runs.store.Held: another process is at work on one of the runs.
         core.runs.store.StoreError: files cannot be written or read.
-        core.runs.resume.ResumeError: the run cannot go on bit for bit.
+        core.runs.resume.ResumeError: a run cannot go on bit for bit.
         Interrupted: `should_stop` said so.
     """
-    check_name(name)
-    spec = resolve(spec)
     device = pick_device(device) if isinstance(device, str) else device
-    run = Run(Path(out), name, spec_id(spec))
-    with run.lock():
-        if force:
-            delete(*run.resume_points())
-        elif record := run.finished():
-            return record
-        session = Session(run, name, spec, loader.place(data, device), device, on_event, compiled)
-        try:
-            return session.train(should_stop, checkpoint_every, allow_inexact)
-        except (Diverged, torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise  # a CPU allocator raises a RuntimeError, and says only in its message what it is
-            reason = str(error) if isinstance(error, Diverged) else f"out of memory on {device}"
-            return session.fail(reason)
+    data, mode = loader.place(data, device), "compiled" if compiled else "eager"
+    sessions = []
+    for (name, spec), on_event in zip(runs, on_events or [lambda event: None] * len(runs), strict=True):
+        check_name(name)
+        spec = resolve(spec)
+        sessions.append(Session(Run(Path(out), name, spec_id(spec)), name, spec, data, device, on_event, mode))
+    shapes = {(static_key(session.spec), session.spec["epochs"]) for session in sessions}
+    if len(shapes) > 1 or len({session.run.record for session in sessions}) < len(sessions):
+        raise SpecError("these runs cannot be trained together: they differ in shape or epochs, or one is there twice")
+    with contextlib.ExitStack() as locks:
+        for session in sorted(sessions, key=lambda session: session.run.record):  # in one order in all processes
+            locks.enter_context(session.run.lock())
+        for session in sessions:
+            if force:
+                delete(*session.run.resume_points())
+            else:
+                session.record = session.run.finished()
+        todo: dict[tuple[int, str], list[Session]] = defaultdict(list)
+        left = [session for session in sessions if session.record is None]
+        with _failing(left):
+            for session in left:
+                step = session.begin(allow_inexact)
+                todo[step, session.environment.mode.split(",")[0]].append(session)
+        for together in todo.values():
+            with _failing(together):
+                _train(together, should_stop, checkpoint_every, allow_inexact)
+        return [session.record for session in sessions if session.record]
+
+
+@contextlib.contextmanager
+def _failing(sessions: list["Session"]) -> Iterator[None]:
+    """Where memory runs out, these runs have failed."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # a CPU allocator raises a RuntimeError, and says only in its message what it is
+        for session in sessions:
+            if session.record is None:
+                session.fail(f"out of memory on {session.device}")
+
+
+def _train(
+    sessions: list["Session"], should_stop: Callable[[], bool], checkpoint_every: int, allow_inexact: bool
+) -> None:
+    """Train runs that have come to the same step to their ends."""
+    for session in sessions:
+        session.join(len(sessions))
+    by_training = {id(session.training): session for session in sessions}
+    resumed = any(session.saved for session in sessions)
+    interrupted = []
+    try:
+        events = fit([s.training for s in sessions], should_stop, may_change_mode=allow_inexact or not resumed)
+        for training, event in events:
+            session = by_training[id(training)]
+            try:
+                session.handle(event, checkpoint_every)
+            except Interrupted as error:
+                interrupted.append(str(error))
+            except Diverged as error:
+                session.fail(str(error))
+    except CompileError as error:
+        raise ResumeError(f"{error}; {REMEDY}") from None
+    if interrupted:
+        raise Interrupted("; ".join(interrupted))
+    for session in sessions:
+        if session.record is None:
+            try:
+                session.finish()
+            except Diverged as error:
+                session.fail(str(error))
 
 
 class Session:
     """One run under its lock: it listens to `fit`, and keeps what happens in files."""
 
     def __init__(
-        self,
-        run: Run,
-        name: str,
-        spec: Spec,
-        data: Cifar10,
-        device: torch.device,
-        on_event: OnEvent,
-        compiled: bool,
+        self, run: Run, name: str, spec: Spec, data: Cifar10, device: torch.device, on_event: OnEvent, mode: str
     ) -> None:
         self.started = time.perf_counter()
         self.run, self.name, self.spec, self.on_event = run, name, spec, on_event
         self.data, self.device = data, device
-        self.environment = environment(device, "compiled" if compiled else "eager", spec["precision"])
+        self.environment = environment(device, mode, spec["precision"])
         self.history: list[Epoch] = []
         self.progress = Progress()
+        self.saved = 0  # the step that the newest resume point holds
+        self.record: Record | None = None
 
     def about(self) -> dict[str, Any]:
         """What every file of the run says of it."""
@@ -151,73 +231,92 @@ class Session:
             "environment": self.environment,
         }
 
-    def train(self, should_stop: Callable[[], bool], checkpoint_every: int, allow_inexact: bool) -> Finished:
-        training = Training(self.spec, self.data, self.device, self.environment.mode != "eager")
+    def begin(self, allow_inexact: bool) -> int:
+        """Prepare the training, from the newest good resume point if there is one; returns the step it stands at."""
+        self.training = training = Training(self.spec, self.data, self.device, self.environment.mode)
         if self.spec["precision"] == "bfloat16" and emulates_bfloat16(self.device):
-            reason = "this CPU has neither AVX512_BF16 nor AMX and emulates bfloat16: float32 is faster here"
-            self.on_event(Event("notice", {"reason": reason}))
-        resumed = self.restore(training, allow_inexact)
-        size = sum(t.nbytes for t in flatten(training.state).values())
-        reserve(self.run.resume_point(training.total), size, max(1, KEEP + 1 - len(self.run.resume_points())))
-        saved = training.step
-        try:
-            for kind, details in fit(training, should_stop, may_change_mode=allow_inexact or not resumed):
-                due = False
-                if kind == "mode":
-                    self.environment = msgspec.structs.replace(self.environment, mode=details["mode"])
-                    self.progress.bitwise &= not resumed
-                elif kind == "first_step":
-                    self.progress.first_step_seconds = self.progress.first_step_seconds or round(
-                        time.perf_counter() - self.started, 3
-                    )
-                    if training.mode != "eager" and (problem := cache.problem()):
-                        self.on_event(Event("notice", {"reason": problem}))
-                elif kind == "epoch":
-                    self.history.append(Epoch(**details))
-                    due = len(self.history) % checkpoint_every == 0 or training.step == training.total
-                if due or (kind == "stopped" and training.step > saved):
-                    self.save(training)
-                    saved = training.step
-                self.on_event(Event(kind, details))
-                if kind == "stopped":
-                    where = f"after step {training.step} of {training.total}, which is saved"
-                    raise Interrupted(f"{self.name} stopped {where if training.step else 'before its first step'}")
-        except CompileError as error:
-            raise ResumeError(f"{error}; {REMEDY}") from None
-        return self.finish(training)
-
-    def restore(self, training: Training, allow_inexact: bool) -> bool:
-        """Put a training where the newest good resume point is; returns whether there is one."""
+            self.notice("this CPU has neither AVX512_BF16 nor AMX and emulates bfloat16: float32 is faster here")
         state = flatten(training.state)
         point = resume.newest(
-            self.run,
-            About(**self.about()),
-            state,
-            training.steps_per_epoch,
-            allow_inexact,
-            lambda reason: self.on_event(Event("notice", {"reason": reason})),
+            self.run, About(**self.about()), state, training.steps_per_epoch, allow_inexact, self.notice
         )
+        size = sum(t.nbytes for t in state.values())
+        reserve(self.run.resume_point(training.total), size, max(1, KEEP + 1 - len(self.run.resume_points())))
         if point is None:
-            return False
+            return 0
         for name, value in state.items():
             value.copy_(point.state[name])
-        training.step, training.mode = point.step, point.mode
+        training.step = self.saved = point.step
         training.seconds, training.timed = point.progress.seconds, point.progress.timed
         self.history, self.progress = point.history, point.progress
-        self.environment = msgspec.structs.replace(self.environment, mode=point.mode)
+        self.set_mode(point.mode)
         self.progress.bitwise &= not point.different
         details = {"step": point.step, "epoch": training.epoch_of(point.step), "different": point.different}
         self.on_event(Event("resumed", details))
-        return True
+        return point.step
 
-    def save(self, training: Training) -> None:
-        training.check_finite()
+    def join(self, count: int) -> None:
+        """Become one of a cohort of so many."""
+        mode = self.training.mode.split(",")[0] + (f", cohort of {count}" if count > 1 else "")
+        if self.saved and mode != self.training.mode:
+            self.notice(f"it goes on {mode}, was {self.training.mode}: not bitwise")
+            self.progress.bitwise = False
+        self.set_mode(mode)
+
+    def set_mode(self, mode: str) -> None:
+        self.training.mode = mode
+        self.environment = msgspec.structs.replace(self.environment, mode=mode)
+
+    def notice(self, reason: str) -> None:
+        self.on_event(Event("notice", {"reason": reason}))
+
+    def handle(self, event: Event, checkpoint_every: int) -> None:
+        """Keep what happened; then tell it.
+
+        Raises:
+            Interrupted: the run was stopped, and everything is saved.
+            core.train.Diverged: it was stopped, and what would be saved is NaN or infinite.
+        """
+        training, (kind, details) = self.training, event
+        due = False
+        if kind == "mode":
+            self.set_mode(details["mode"])
+            self.progress.bitwise &= not self.saved
+        elif kind == "first_step":
+            seconds = round(time.perf_counter() - self.started, 3)
+            self.progress.first_step_seconds = self.progress.first_step_seconds or seconds
+            if not training.mode.startswith("eager") and (problem := cache.problem()):
+                self.notice(problem)
+        elif kind == "epoch":
+            self.history.append(Epoch(**details))
+            due = len(self.history) % checkpoint_every == 0 or training.step == training.total
+        elif kind == "diverged":
+            self.fail(details["reason"])
+        elif kind == "stopped" and training.step > self.saved:
+            training.check_finite()
+            due = True
+        if due:
+            self.save()
+        self.on_event(event)
+        if kind == "stopped":
+            where = f"after step {training.step} of {training.total}, which is saved"
+            raise Interrupted(f"{self.name} stopped {where if training.step else 'before its first step'}")
+
+    def save(self) -> None:
+        """Write a resume point."""
+        training = self.training
         self.progress.seconds, self.progress.timed = training.seconds, training.timed
         about = ResumePoint(**self.about(), progress=self.progress)
         resume.save(self.run, flatten(training.state), self.history, about)
+        self.saved = training.step
 
-    def finish(self, training: Training) -> Finished:
-        """Evaluate on all splits, write weights and record, delete the resume points."""
+    def finish(self) -> None:
+        """Evaluate on all splits, write weights and record, delete the resume points.
+
+        Raises:
+            core.train.Diverged: a loss is NaN or infinite.
+        """
+        training = self.training
         # All in evaluation mode, unlike the train numbers of the history. Here the test split is read, once.
         metrics = {split: training.evaluate(split) for split in training.splits}
         training.check_finite({f"{split} loss": torch.tensor(m["loss"]) for split, m in metrics.items()})
@@ -225,7 +324,7 @@ class Session:
         digest = checkpoint.digest(training.weights)
         weights = Weights(**self.about(), digest=digest, test=splits.test)
         checkpoint.save(self.run.weights, training.weights, weights)
-        record = Finished(
+        self.record = Finished(
             **self.about(),
             parameters=sum(p.numel() for p in training.state["params"].values()),
             history=self.history,
@@ -234,16 +333,14 @@ class Session:
             digest=digest,
             bitwise=self.progress.bitwise,
         )
-        write_record(self.run.record, record)
+        write_record(self.run.record, self.record)
         delete(*self.run.resume_points())
-        return record
 
-    def fail(self, reason: str) -> Failed:
+    def fail(self, reason: str) -> None:
         """Leave the record of a run that failed. The result that it had another time stays."""
-        record = Failed(**self.about(), error=reason)
+        self.record = Failed(**self.about(), error=reason)
         if not self.run.result():
-            write_record(self.run.record, record)
-        return record
+            write_record(self.run.record, self.record)
 
 
 class Verification(NamedTuple):

@@ -1,7 +1,7 @@
 """The loop: epochs of fused steps, one evaluation an epoch. It knows no file, no terminal and no signal."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from core.data import loader
 from core.data.cifar10 import Cifar10
 from core.functional import optim
 from core.functional import step as steps
-from core.functional.tree import flatten
+from core.functional.tree import flatten, tree_map
 from core.spec import Spec
 
 EXAMPLES = 50_000 - 10 * loader.VALIDATION_PER_CLASS  # of CIFAR-10, to train on
@@ -42,12 +42,12 @@ class Training:
         state, data, hyper: what the train step takes; see core.functional.step.make_train_step.
         step: how many steps have been taken.
         seconds, timed: the time of the steps of the epoch under way, and how many steps that are.
-        mode: of the step, as core.compile.fused.Step has it; "compiled" or "eager" until the step is made.
+        mode: of the step, as core.compile.fused.Step has it; until the step is made, what is asked for.
     """
 
-    def __init__(self, spec: Spec, data: Cifar10, device: torch.device, compiled: bool = True) -> None:
+    def __init__(self, spec: Spec, data: Cifar10, device: torch.device, mode: str = "compiled") -> None:
         """Prepare the first step of a resolved spec, over data that is on `device`."""
-        self.spec, self.device, self.mode = spec, device, "compiled" if compiled else "eager"
+        self.spec, self.device, self.mode = spec, device, mode
         self.examples, validation = loader.split(data.train_labels.cpu())
         self.steps_per_epoch = len(self.examples) // spec["batch_size"]
         self.total = spec["epochs"] * self.steps_per_epoch
@@ -103,11 +103,13 @@ def compile_ahead(spec: Spec) -> None:
 
 
 def fit(
-    training: Training, should_stop: Callable[[], bool] = lambda: False, may_change_mode: bool = True
-) -> Iterator[Event]:
-    """Train from where `training` is to its last epoch, and yield what happened.
+    trainings: Sequence[Training], should_stop: Callable[[], bool] = lambda: False, may_change_mode: bool = True
+) -> Iterator[tuple[Training, Event]]:
+    """Train from where `trainings` are to their last epoch, and yield what happened to which of them.
 
-    Whoever iterates may read and save `training` at each event but "step".
+    More than one are a cohort: they take each step together, in one call. Their specs agree on everything that is part
+    of the compilation's identity and on the epochs, and they have taken the same number of steps. Whoever iterates may
+    read and save a training at each of its events but "step".
 
     Args:
         should_stop: asked between steps.
@@ -118,56 +120,83 @@ def fit(
         mode {mode, reason}: the step is made in another way than was asked for.
         first_step {step, total}: the first step of this call is done.
         step {step}: now and then. epoch {...}: an epoch is over; the details are its numbers.
-        stopped {step, total}: `should_stop` said so; it is the last event.
-
-    Raises:
-        Diverged: the loss, a gradient or the validation loss is NaN or infinite.
+        diverged {reason}: the loss, a gradient or the validation loss is NaN or infinite; the others go on.
+        stopped {step, total}: `should_stop` said so. This event and diverged are a training's last.
     """
-    made = None
-    while training.step < training.total:
+    live, lead, made = list(trainings), trainings[0], None
+    trees = (lead.state, lead.data, lead.hyper) if len(trainings) == 1 else stack(trainings)
+    while live and lead.step < lead.total:
         if should_stop():
-            yield Event("stopped", {"step": training.step, "total": training.total})
+            yield from ((t, Event("stopped", {"step": t.step, "total": t.total})) for t in live)
             return
-        _start_epoch(training)
-        end = (training.step // training.steps_per_epoch + 1) * training.steps_per_epoch
+        for t in trainings:
+            _start_epoch(t)
+        end = (lead.step // lead.steps_per_epoch + 1) * lead.steps_per_epoch
         if made is None:
-            made, reason = _make_step(training, may_change_mode)
-            if made.mode != training.mode:
-                training.mode = made.mode
-                yield Event("mode", {"mode": made.mode, "reason": reason})
+            made, reason = _make_step(lead, trees, may_change_mode)
+            changed = made.mode != lead.mode
+            for t in trainings:
+                t.mode = made.mode
+            if changed:
+                yield from ((t, Event("mode", {"mode": made.mode, "reason": reason})) for t in live)
             made.advance()
-            training.step += 1
-            synchronize(training.device)
-            yield Event("first_step", {"step": training.step, "total": training.total})
+            synchronize(lead.device)
+            for t in trainings:
+                t.step += 1
+            yield from ((t, Event("first_step", {"step": t.step, "total": t.total})) for t in live)
         since = time.perf_counter()
-        while training.step < end and not should_stop():
+        while lead.step < end and not should_stop():
             made.advance()
-            training.step += 1
-            training.timed += 1
-            if training.step % 16 == 0:
-                yield Event("step", {"step": training.step})
-        bad = int(training.state["metrics"]["bad_step"].item())  # the one wait for the device of an epoch
-        training.seconds += time.perf_counter() - since
-        if bad != steps.NEVER:
-            raise Diverged(
-                f"the loss or a gradient is NaN or infinite since step {bad + 1} (epoch {training.epoch_of(bad)})"
-            )
-        if training.step == end:
-            yield Event("epoch", _end_epoch(training))
+            lead.step += 1
+            lead.timed += 1
+            if lead.step % 16 == 0:
+                yield lead, Event("step", {"step": lead.step})
+        bad_steps = trees[0]["metrics"]["bad_step"].view(-1).tolist()  # the one wait for the device of an epoch
+        lead.seconds += time.perf_counter() - since
+        seconds, timed = lead.seconds, lead.timed
+        for t, bad in zip(trainings, bad_steps, strict=True):
+            t.step, t.seconds, t.timed = lead.step, seconds, timed
+            if t not in live:
+                continue
+            try:
+                if bad != steps.NEVER:
+                    raise Diverged(
+                        f"the loss or a gradient is NaN or infinite since step {bad + 1} (epoch {t.epoch_of(bad)})"
+                    )
+                if t.step == end:
+                    yield t, Event("epoch", _end_epoch(t))
+            except Diverged as error:
+                live.remove(t)
+                yield t, Event("diverged", {"reason": str(error)})
 
 
-def _make_step(training: Training, may_change_mode: bool) -> tuple[fused.Step, str]:
-    """The train step, and why it has another mode than `training`, if it has."""
-    inputs = training.spec, training.state, training.data, training.hyper
+def stack(trainings: Sequence[Training]) -> tuple[steps.State, dict[str, Any], dict[str, Any]]:
+    """State, data and hyper-parameters of a cohort, with a leading axis in all but the images and labels, which are
+    shared. Each training's own become views of them."""
+
+    def stacked(trees: list[dict]) -> dict:
+        return tree_map(lambda *members: torch.stack(members), *trees)
+
+    state, hyper = stacked([t.state for t in trainings]), stacked([t.hyper for t in trainings])
+    data = {**trainings[0].data, "order": torch.stack([t.data["order"] for t in trainings])}
+    for i, t in enumerate(trainings):
+        t.state, t.hyper = (tree_map(lambda leaf, i=i: leaf[i], tree) for tree in (state, hyper))
+        t.data = {**data, "order": data["order"][i]}
+    return state, data, hyper
+
+
+def _make_step(lead: Training, trees: tuple[dict, dict, dict], may_change_mode: bool) -> tuple[fused.Step, str]:
+    """The train step, and why its mode is another than asked for, if it is."""
+    eager = lead.mode.startswith("eager")
     try:
-        made = fused.fuse(*inputs, compiled=training.mode != "eager")
+        made = fused.fuse(lead.spec, *trees, compiled=not eager)
         reason = f"compiled without the patches of core/compile/inductor.py: {made.problem}"
-        if made.mode != training.mode and not may_change_mode:
-            raise fused.CompileError(f"the step would be {made.mode}, and was {training.mode}")
+        if made.mode != lead.mode and not may_change_mode:
+            raise fused.CompileError(f"the step would be {made.mode}, and was {lead.mode}")
     except fused.CompileError as error:
         if not may_change_mode:
             raise
-        made = fused.fuse(*inputs, compiled=False)
+        made = fused.fuse(lead.spec, *trees, compiled=False)
         reason = f"{error}: the train step runs eager, which is slower"
     return made, reason
 
@@ -177,6 +206,7 @@ def _start_epoch(training: Training) -> None:
     order = loader.epoch_order(training.examples, training.spec["batch_size"], training.spec["seed"], epoch)
     training.data["order"].copy_(order)
     if position == 0:
+        training.seconds, training.timed = 0.0, 0
         for name, value in training.state["metrics"].items():
             value.fill_(steps.NEVER if name == "bad_step" else 0)
 
@@ -185,6 +215,7 @@ def _end_epoch(training: Training) -> dict[str, Any]:
     """The numbers of the epoch that has just ended, as core.runs.record.Epoch has them."""
     sums, batch_size = training.state["metrics"], training.spec["batch_size"]
     examples = training.steps_per_epoch * batch_size
+    training.check_finite()
     validation = training.evaluate("validation")
     training.check_finite({"validation loss": torch.tensor(validation["loss"])})
     entry = {

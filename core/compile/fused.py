@@ -32,8 +32,8 @@ class Step(NamedTuple):
 
     Attributes:
         advance: advances the state by one step.
-        mode: compiled; unpatched, that is compiled without the patches of core.compile.inductor; or eager. The bits
-            may differ from mode to mode.
+        mode: compiled; unpatched, that is compiled without the patches of core.compile.inductor; or eager. Each may be
+            followed by ", cohort of N". The bits may differ from mode to mode.
         problem: why it is unpatched, in one line; otherwise empty.
     """
 
@@ -59,6 +59,15 @@ def _compiler() -> str | None:
     return next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
 
 
+def make_step(spec: Spec, state: State) -> Callable[[State, dict, dict], None]:
+    """The train step of a resolved spec, in place. A state with a leading axis is that of a cohort: its members, which
+    share the images, take the step independently of each other."""
+    step = make_train_step(spec)
+    if state["step"].ndim:
+        step = torch.func.vmap(step, in_dims=(0, {"images": None, "labels": None, "order": 0}, 0))
+    return in_place(step)
+
+
 def in_place(step: Callable[[State, dict, dict], State]) -> Callable[[State, dict, dict], None]:
     """The pure step as one that writes the new state into the buffers of the old one."""
 
@@ -82,8 +91,8 @@ def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = Tru
     torch.set_float32_matmul_precision("high" if spec["precision"] == "tf32" else "highest")
     if not compiled:
         cache.repair_environment()
-        step = in_place(make_train_step(spec))
-        return Step(lambda: step(state, data, hyper), "eager")
+        step = make_step(spec, state)
+        return Step(lambda: step(state, data, hyper), "eager" + _cohort(state))
     try:
         return (_ahead_of_time if device.type == "cpu" else _cuda_graph)(spec, (state, data, hyper))
     except (CompileError, torch.OutOfMemoryError):
@@ -107,7 +116,7 @@ def _ahead_of_time(spec: Spec, trees: Trees) -> Step:
         raise CompileError(problem)
     library = cache.get_or_build(recipe)
     advance = cache.bind(library, [t for tree in trees for t in leaves(tree)])
-    return Step(advance, "unpatched" if library.problem else "compiled", library.problem)
+    return Step(advance, ("unpatched" if library.problem else "compiled") + _cohort(trees[0]), library.problem)
 
 
 def _recipe(spec: Spec, trees: Trees) -> cache.Recipe:
@@ -144,7 +153,7 @@ def _recipe(spec: Spec, trees: Trees) -> cache.Recipe:
         # Inductor itself would try only $CXX or g++.
         with config.patch({"cpp.cxx": (None, _compiler())}), inductor.without_collection():
             torch.compiler.allow_in_graph(prng.bits)  # 160 operations that Dynamo need not follow one by one
-            step = in_place(make_train_step(spec))
+            step = make_step(spec, trees[0])
             torch.compile(step, fullgraph=True, dynamic=False, backend=capture)(*trees)
             library = inductor.aot_compile(graphs[0], [tensors[i] for i in order], options).read_bytes()
         return cache.Built(library, order, problem)
@@ -162,8 +171,10 @@ def _cuda_graph(spec: Spec, trees: Trees) -> Step:
     if problem := compiler_problem(state["step"].device):
         raise CompileError(problem)
     cache.export_folder()
-    step = in_place(make_train_step(spec))
-    compiled = _compiled.setdefault(static_key(spec), torch.compile(step, fullgraph=True, dynamic=False))
+    step = make_step(spec, state)
+    compiled = _compiled.setdefault(
+        static_key(spec) + _cohort(state), torch.compile(step, fullgraph=True, dynamic=False)
+    )
     before = [t.clone() for t in leaves(state)]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -176,4 +187,9 @@ def _cuda_graph(spec: Spec, trees: Trees) -> Step:
         compiled(*trees)
     for t, old in zip(leaves(state), before, strict=True):
         t.copy_(old)
-    return Step(graph.replay, "compiled")
+    return Step(graph.replay, "compiled" + _cohort(state))
+
+
+def _cohort(state: State) -> str:
+    """What the mode of a step says of a cohort."""
+    return f", cohort of {len(state['step'])}" if state["step"].ndim else ""

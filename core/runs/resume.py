@@ -103,7 +103,7 @@ def _load(path: Path, about: About, state: dict[str, Tensor], steps_per_epoch: i
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     now = about.environment
-    if found.environment.mode == "eager" or now.mode == "compiled":
+    if found.environment.mode.startswith("eager") or now.mode == "compiled":
         # An eager run can go on anywhere. Whether the step is compiled with patches will be seen when it is compiled.
         now = msgspec.structs.replace(now, mode=found.environment.mode)
     changed = [f"another {key}" for key in ("spec", "data") if _differ(getattr(found, key), getattr(about, key))]

@@ -1,0 +1,120 @@
+"""Runs that are trained together: each has the numbers and the files that it would have alone."""
+
+import pytest
+import torch
+
+from core.compile import fused
+from core.data.loader import epoch_order
+from core.functional.tree import flatten
+from core.runs.files import Run
+from core.runs.record import Failed, Finished
+from core.session import Interrupted, run_cohort, run_experiment
+from core.spec import SpecError, resolve, spec_id
+from core.train import Training, stack
+from tests.test_compile import compiles
+
+EAGER = {"compiled": False}
+CHANGES = ({"lr": 1e-3, "seed": 0}, {"lr": 5e-4, "seed": 1, "dropout": 0.5}, {"weight_decay": 0.1, "seed": 2})
+
+
+@pytest.fixture
+def runs(small_spec):
+    return [(f"m{i}", small_spec(epochs=2, **change)) for i, change in enumerate(CHANGES)]
+
+
+@pytest.fixture
+def together(runs, tmp_path, invented):
+    """Trains the runs as a cohort, and can be stopped after any number of steps; returns their records."""
+
+    def train(out, stop_after=10**9, **options):
+        left = iter(range(stop_after))
+        stop = lambda: next(left, None) is None  # noqa: E731
+        return run_cohort(runs, tmp_path / out, invented, "cpu", None, stop, **{**EAGER, **options})
+
+    return train
+
+
+def close(one, other):
+    for mine, theirs in zip(one.history, other.history, strict=True):
+        assert mine.train_loss == pytest.approx(theirs.train_loss, rel=1e-3)
+        assert mine.val_loss == pytest.approx(theirs.val_loss, rel=1e-2)
+
+
+def test_each_has_the_files_and_numbers_that_it_has_alone(together, runs, tmp_path, invented):
+    for (name, spec), record in zip(runs, together("cohort"), strict=True):
+        alone = run_experiment(name, spec, tmp_path / "alone", invented, "cpu", **EAGER)
+        close(record, alone)
+        assert record.environment.mode == "eager, cohort of 3"
+        run = Run(tmp_path / "cohort", name, record.spec_id)
+        assert run.finished() == record
+        assert not run.resume_points()
+
+
+@compiles
+@pytest.mark.slow
+def test_a_compiled_step_is_that_of_each_member_alone(runs, invented):
+    """The draws to the bit: where dropout put a zero, there is a zero; the numbers within rounding."""
+    cpu = torch.device("cpu")
+    trainings = [Training(spec, invented, cpu) for _, spec in runs]
+    alone = [Training(spec, invented, cpu) for _, spec in runs]
+    for training in trainings + alone:
+        spec = training.spec
+        training.data["order"].copy_(epoch_order(training.examples, spec["batch_size"], spec["seed"], 0))
+    trees = stack(trainings)
+    made = fused.fuse(runs[0][1], *trees)
+    assert made.mode == "compiled, cohort of 3"
+    made.advance()
+    for mine, theirs in zip(trainings, alone, strict=True):
+        fused.fuse(theirs.spec, theirs.state, theirs.data, theirs.hyper, compiled=False).advance()
+        one, other = flatten(mine.state), flatten(theirs.state)
+        for name in one:
+            if name.startswith(("opt/", "stats/", "metrics/", "step")):
+                torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-5)
+        assert torch.equal(one["opt/exp_avg/1.weight"] == 0, other["opt/exp_avg/1.weight"] == 0)
+
+
+def test_a_member_that_diverges_leaves_the_others_alone(runs, together, tmp_path, invented):
+    whole = together("whole")
+    name, spec = runs[1]
+    runs[1] = (name, resolve({**spec, "lr": 1e38}))
+    events = [[], [], []]
+    records = run_cohort(runs, tmp_path / "nan", invented, "cpu", [each.append for each in events], **EAGER)
+    assert isinstance(records[1], Failed)
+    assert "NaN or infinite" in records[1].error
+    assert [event.kind for event in events[1]][-1] == "diverged"
+    for i in (0, 2):
+        assert isinstance(records[i], Finished)
+        assert records[i].digest == whole[i].digest, "a member depends on another one"
+
+
+@pytest.mark.parametrize("after", [7, 15, 20])
+def test_it_is_stopped_and_goes_on(together, runs, tmp_path, after):
+    whole = together("whole")
+    with pytest.raises(Interrupted, match=r"m0 stopped after step \d+ .*m2 stopped"):
+        together("cut", after)
+    again = together("cut")
+    assert [record.digest for record in again] == [record.digest for record in whole]
+    assert all(record.bitwise for record in again)
+
+
+def test_what_was_in_another_cohort_goes_on_and_says_so(together, runs, tmp_path, invented):
+    """A member alone, and two that stand at different steps."""
+    with pytest.raises(Interrupted):
+        together("cut", 7)
+    name, spec = runs[0]
+    events = []
+    alone = run_experiment(name, spec, tmp_path / "cut", invented, "cpu", events.append, **EAGER)
+    assert [event.kind for event in events][:2] == ["resumed", "notice"]
+    assert not alone.bitwise
+    records = together("cut")
+    assert records[0] == alone
+    assert not any(record.bitwise for record in records)
+    assert records[1].environment.mode == "eager, cohort of 2"
+
+
+def test_runs_that_differ_in_shape_or_epochs_are_refused(small_spec, tmp_path, invented):
+    one = small_spec(epochs=1)
+    for other in (small_spec(epochs=2), small_spec(epochs=1, activation="relu"), one):
+        with pytest.raises(SpecError, match="cannot be trained together"):
+            run_cohort([("x", one), ("x", other)], tmp_path, invented, "cpu", **EAGER)
+    assert not Run(tmp_path, "x", spec_id(one)).record.exists()

@@ -42,7 +42,8 @@ class Run:
 
     def finished(self) -> Finished | None:
         """The result, unless the run is being trained again."""
-        return None if self.resume_points() else self.result()
+        # The cheap question first: a folder may hold 10,000 runs, and to look for resume points reads all their names.
+        return self.result() if self.record.exists() and not self.resume_points() else None
 
 
 def sweep_all(out: Path) -> None:

@@ -65,6 +65,12 @@ def _plain(node: Any) -> Any:
 CODE = code_hash(ROOT / "core")
 
 
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpuinfo('model name')}, {os.cpu_count()} cores"
+
+
 def environment(device: torch.device, mode: str, precision: str = "float32") -> Environment:
     """The provenance of a run that starts now on `device`.
 
@@ -72,11 +78,11 @@ def environment(device: torch.device, mode: str, precision: str = "float32") -> 
         mode: as core.compile.fused.Step has it.
         precision: of the matrix products, as in the spec.
     """
+    name = device_name(device)
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
         hardware = f"{name}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
     else:
-        name, hardware = f"{_cpuinfo('model name')}, {os.cpu_count()} cores", _instructions()
+        hardware = _instructions()
         if precision == "bfloat16" and "amx" in hardware:
             # On AMX, oneDNN shares the terms of a sum between threads.
             hardware += f", {torch.get_num_threads()} threads"

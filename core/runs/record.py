@@ -25,7 +25,7 @@ MAX_BYTES = 64 << 20  # of a record; 100,000 epochs, the most that a spec may as
 # Text is shown in terminals, in Markdown and in pictures: no control, invisible, bidirectional or surrogate characters.
 UNSHOWN = r"\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff"
 Text = Annotated[str, Meta(max_length=1000, pattern=rf"\A[^{UNSHOWN}]*\Z")]
-Name = Annotated[str, Meta(max_length=100, pattern=r"\A[A-Za-z0-9][A-Za-z0-9_.+-]*\Z")]
+Name = Annotated[str, Meta(max_length=100, pattern=r"\A[A-Za-z0-9][A-Za-z0-9_.+=-]*\Z")]
 Id = Annotated[str, Meta(pattern=r"\A[0-9a-f]{12}\Z")]
 Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -172,7 +172,7 @@ def check_name(name: str) -> None:
         msgspec.convert(name, Name)
     except msgspec.ValidationError:
         raise UserError(
-            f"{name!r} cannot name an experiment, expected at most 100 letters, digits and _.+-, no sign first"
+            f"{name!r} cannot name an experiment, expected at most 100 letters, digits and _.+=-, no sign first"
         ) from None
 
 

@@ -54,7 +54,9 @@ def wait(pid, seconds=300):
 
 
 def serve():
-    import main  # noqa: F401 - here, so that no child has to
+    import torch._dynamo  # noqa: F401 - here, so that no child has to; an eager step imports it, too
+
+    import main  # noqa: F401
     from core import predict, session  # noqa: F401
     from core.data import cifar10
     from core.report import plots

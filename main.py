@@ -20,20 +20,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from core import terminal
+from core import sweep, terminal
 from core.data import cifar10
 from core.errors import UserError
-from core.report import stats
 from core.report.rebuild import rebuild
 from core.runs import files
 from core.runs.record import Finished, read_records
 from core.runs.store import Held
-from core.spec import Spec, SpecError, nearest, resolve, spec_id
+from core.spec import nearest, resolve, spec_id
 from core.terminal import say, warn
-from experiments import DEFAULT, EXPERIMENTS, SUITES
+from experiments import DEFAULT, SUITES
 
 ROOT = Path(__file__).resolve().parent
 COMMANDS = ("run", "evaluate", "verify", "list", "report")
+OVERRIDES = ("epochs", "batch_size", "lr", "precision", "seed")  # the keys of a spec that are options, too
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,16 +57,23 @@ def parser() -> argparse.ArgumentParser:
         help="address of cifar-10-python.tar.gz to try before the mirrors (also $CIFAR10_URL)",
     )
     machine.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    step = Parser(add_help=False)
-    step.add_argument("--no-compile", action="store_true", help="run the train step eager")
+    training = Parser(add_help=False)
+    training.add_argument("--no-compile", action="store_true", help="run the train step eager")
+    training.add_argument("-v", "--verbose", action="store_true", help="show each epoch of several runs, too")
+    training.add_argument("--epochs", type=int, metavar="N")
+    training.add_argument("--batch-size", type=int, metavar="N")
+    training.add_argument("--lr", type=float, metavar="X")
+    training.add_argument("--precision", metavar="float32|tf32|bfloat16")
+    seeds = training.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, metavar="N")
+    seeds.add_argument("--seeds", type=sweep.parse_seeds, metavar="N|A,B,...", help="how many from 0 on, or which")
 
-    run = commands.add_parser("run", parents=[shared, machine, step], help="train experiments (the default)")
+    run = commands.add_parser("run", parents=[shared, machine, training], help="train experiments (the default)")
     run.set_defaults(func=run_command)
-    run.add_argument("names", nargs="*", metavar="NAME", help=f"experiments or suites; the suite {DEFAULT} if none")
-    run.add_argument("--epochs", type=int, metavar="N")
-    run.add_argument("--batch-size", type=int, metavar="N")
-    run.add_argument("--lr", type=float, metavar="X")
-    run.add_argument("--seed", type=int, metavar="N")
+    run.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"experiments, grids or suites; the suite {DEFAULT} if none"
+    )
+    run.add_argument("--dry-run", action="store_true", help="show what would be trained, with an estimate")
     run.add_argument("--checkpoint-every", type=int, default=1, metavar="N", help="epochs between resume points")
     run.add_argument("--force", action="store_true", help="train from the start, even what is finished")
     run.add_argument("--resume-anyway", action="store_true", help="resume even where the bits will differ")
@@ -77,33 +84,29 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="one JSON object a line")
 
     verify = commands.add_parser(
-        "verify", parents=[shared, machine, step], help="train again elsewhere, compare the bits"
+        "verify", parents=[shared, machine, training], help="train again elsewhere, compare the bits"
     )
     verify.set_defaults(func=verify_command)
     verify.add_argument("names", nargs="+", metavar="NAME")
 
-    commands.add_parser("list", help="show the suites and their specs").set_defaults(func=list_command)
+    shown = commands.add_parser("list", parents=[shared], help="show the suites and their specs, with an estimate")
+    shown.set_defaults(func=list_command)
     report = commands.add_parser("report", parents=[shared], help="rebuild results.md from the records")
     report.set_defaults(func=report_command)
     return top
 
 
-def chosen(names: list[str], overrides: dict[str, Any]) -> list[tuple[str, Spec]]:
-    """The experiments of these names (or suites), resolved; all are checked before anything starts."""
-    picked: list[str] = []
-    for name in names or [DEFAULT]:
-        if name not in EXPERIMENTS and name not in SUITES:
-            raise UserError(f"unknown experiment {name!r}{nearest(name, list(EXPERIMENTS | SUITES))}")
-        picked += [name] if name in EXPERIMENTS else list(SUITES[name])
-    return [(name, resolved(name, overrides)) for name in dict.fromkeys(picked)]
-
-
-def resolved(name: str, overrides: dict[str, Any] | None = None) -> Spec:
-    """The whole spec of an experiment."""
-    try:
-        return resolve({**EXPERIMENTS[name], **(overrides or {})})
-    except SpecError as error:
-        raise UserError(f"experiment {name}: {error}") from None
+def chosen(args: argparse.Namespace) -> list[sweep.Run]:
+    """The runs that a command asks for; all are checked before anything starts."""
+    known = sweep.catalog(SUITES)
+    picked: sweep.Experiments = {}
+    for name in args.names or [DEFAULT]:
+        if name not in known:
+            written = dict.fromkeys([*SUITES, *(name for suite in SUITES.values() for name in suite)])
+            raise UserError(f"unknown experiment {name!r}{nearest(name, list(written))}")
+        picked |= known[name]
+    overrides = {key: getattr(args, key) for key in OVERRIDES if getattr(args, key) is not None}
+    return sweep.runs(picked, overrides, args.seeds)
 
 
 @contextlib.contextmanager
@@ -122,75 +125,104 @@ def load_data(args: argparse.Namespace) -> cifar10.Cifar10:
 
 
 def train(
-    args: argparse.Namespace, experiments: list[tuple[str, Spec]], do: Callable[..., Any], **options: Any
+    args: argparse.Namespace, runs: list[sweep.Run], display: terminal.Display, do: Callable[..., Any], **options: Any
 ) -> Iterator[Any]:
-    """Call `do`, which takes what core.session.run_experiment takes, for each experiment over one copy of the data, and
-    yield what it returns. An experiment that another process is training is left out.
+    """Call `do`, which takes what core.session.run_experiment takes, for each run over one copy of the data, and yield
+    what it returns. A run that another process is at work on is left out.
 
     Raises:
         KeyboardInterrupt: a signal asked to stop; the message says what is saved, if anything is.
     """
-    stop = terminal.Stop()
+    stop = display.stop
     stop.install()
     with quick_imports():
         from core.session import Interrupted, prepare
-    data, device = prepare(args.device, lambda: load_data(args), None if args.no_compile else experiments[0][1])
-    display = terminal.Display(stop, STARTED)
-    for name, spec in experiments:
+    data, device = prepare(args.device, lambda: load_data(args), None if args.no_compile else runs[0][1])
+    for name, spec in runs:
+        label = display.tally.label(name, spec["seed"])
         try:
-            with display.experiment(name) as on_event:
+            with display.run(label) as on_event:
                 ended = do(name, spec, args.out, data, device, on_event, stop, compiled=not args.no_compile, **options)
         except Held as holder:
-            warn(f"{name} is being trained by {holder}; taking the next one")
+            warn(f"{label} is being trained by {holder}; taking the next one")
             continue
         except Interrupted as error:
             raise KeyboardInterrupt(str(error)) from None
         yield ended
         if stop():  # too late for this run, which has ended
-            raise KeyboardInterrupt(f"stopped after {name}")
+            raise KeyboardInterrupt(f"stopped after {label}")
 
 
 def run_command(args: argparse.Namespace) -> int:
     """Train what is not finished yet, and rebuild results.md."""
-    options = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
-    experiments = chosen(args.names, {key: value for key, value in options.items() if value is not None})
+    runs = chosen(args)
     if args.checkpoint_every < 1:
         raise UserError(f"--checkpoint-every {args.checkpoint_every}, expected at least 1")
+    if args.dry_run:
+        return dry_run(args, runs)
     files.sweep_all(args.out)  # an --out that cannot be written is found before the training, not after it
+    display = terminal.Display(runs, args.verbose, STARTED)
     todo = []
-    for name, spec in experiments:
-        record = files.Run(args.out, name, spec_id(spec)).finished()
-        if record and not args.force:
-            accuracy = stats.percent(record.metrics.test.accuracy)
-            say(f"{name} ({record.spec_id}) is finished: {accuracy} test accuracy; --force trains it again")
+    for run in runs:
+        if record := finished(args, run):
+            display.tally.add(record)
         else:
-            todo.append((name, spec))
+            todo.append(run)
+    display.found()
     status = 0
     if todo:
         for _ in read_records(args.out):  # so is a record that cannot be read
             pass
-        status = train_and_tell(args, todo)
-    ids = {spec_id(spec) for _, spec in experiments}
-    terminal.table(record for record in rebuild(args.out, EXPERIMENTS) if record.spec_id in ids)
+        status = train_and_tell(args, todo, display)
+    rebuild(args.out, sweep.experiments(SUITES))
+    terminal.table(display.tally)
     return status
 
 
-def train_and_tell(args: argparse.Namespace, experiments: list[tuple[str, Spec]]) -> int:
-    """Train experiments; returns the exit status."""
+def finished(args: argparse.Namespace, run: sweep.Run) -> Finished | None:
+    """The record of a run that need not be trained."""
+    name, spec = run
+    return None if args.force else files.Run(args.out, name, spec_id(spec)).finished()
+
+
+def train_and_tell(args: argparse.Namespace, runs: list[sweep.Run], display: terminal.Display) -> int:
+    """Train; returns the exit status."""
     with quick_imports():
         from core.session import run_experiment
     status = 0
     options = {"checkpoint_every": args.checkpoint_every, "force": args.force, "allow_inexact": args.resume_anyway}
     try:
-        for record in train(args, experiments, run_experiment, **options):
-            if not isinstance(record, Finished):
-                warn(f"{record.name} failed: {record.error}")
-                status = 1
+        for record in train(args, runs, display, run_experiment, **options):
+            display.ended(record)
+            status = status if isinstance(record, Finished) else 1
     except KeyboardInterrupt as error:
         again = "without --force, " * args.force + "the same command goes on from there"
         warn(f"{error}; {again}" if str(error) else "stopped before the first step")
         status = 130
     return status
+
+
+def measured(out: Path, device: str = "auto") -> sweep.Measured:
+    """What this machine has measured, from the records under `out`."""
+    with quick_imports():
+        from core.compile.device import pick_device
+        from core.runs import provenance
+    return sweep.Measured(read_records(out), provenance.device_name(pick_device(device)))
+
+
+def dry_run(args: argparse.Namespace, runs: list[sweep.Run]) -> int:
+    """Show each run with what it will take; write nothing."""
+    known, label = measured(args.out, args.device), sweep.Tally(runs).label
+    mode, todo = "eager" if args.no_compile else "compiled", []
+    for run in runs:
+        name, spec = run
+        done = finished(args, run)
+        todo += [] if done else [spec]
+        found = "finished" if done else terminal.estimate(known.estimate([spec], mode))
+        say(f"{label(name, spec['seed'])}  {spec_id(spec)}  {found}")
+    total = known.estimate(todo, mode)
+    say(f"{len(runs):,} runs, {len(todo):,} to train: {terminal.estimate(total, while_trained=True)}")
+    return 0
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
@@ -217,12 +249,13 @@ def verify_command(args: argparse.Namespace) -> int:
     """Train finished runs again in a folder of their own and compare the bits of the weights with the records."""
     with quick_imports():
         from core.session import read_finished, verify
-    experiments = chosen(args.names, {})
-    recorded = [read_finished(name, spec, args.out) for name, spec in experiments]
+    runs = chosen(args)
+    recorded = [read_finished(name, spec, args.out) for name, spec in runs]
     args.no_compile = args.no_compile or all(record.environment.mode == "eager" for record in recorded)
     status = 0
-    for found in train(args, experiments, verify):
-        name = found.recorded.name
+    display = terminal.Display(runs, args.verbose, STARTED)
+    for found in train(args, runs, display, verify):
+        name = display.tally.label(found.recorded.name, found.recorded.seed)
         status = max(status, 0 if found.same else 1)
         if not isinstance(found.again, Finished):
             warn(f"{name} failed: {found.again.error}")
@@ -235,16 +268,21 @@ def verify_command(args: argparse.Namespace) -> int:
 
 
 def list_command(args: argparse.Namespace) -> int:
-    for suite, specs in SUITES.items():
-        say(f"{suite}{' (the default)' if suite == DEFAULT else ''}")
+    """Show the suites, with what one seed of each experiment takes."""
+    catalog = sweep.catalog(SUITES)
+    suites = {suite: dict(sweep.runs(catalog[suite], {})) for suite in SUITES}
+    known = measured(args.out)
+    for suite, specs in suites.items():
+        default = " (the default)" if suite == DEFAULT else ""
+        say(f"{suite}{default}: {terminal.estimate(known.estimate(specs.values()))}")
         for name, spec in specs.items():
-            say(f"  {name}  {spec_id(resolved(name))}  {spec}")
+            say(f"  {name}  {spec_id(spec)}  {terminal.estimate(known.estimate([spec]))}  {catalog[suite][name]}")
     say(f"every other key: {resolve({})}")
     return 0
 
 
 def report_command(args: argparse.Namespace) -> int:
-    count = len(rebuild(args.out, EXPERIMENTS, redraw=True))
+    count = len(rebuild(args.out, sweep.experiments(SUITES), redraw=True))
     say(f"{args.out / 'results.md'} rebuilt from {count} records")
     return 0
 

@@ -383,5 +383,6 @@ def read_finished(name: str, spec: Spec, out: str | Path) -> Finished:
     path = Run(Path(out), name, spec_id(resolve(spec))).record
     record = read_record(path) if path.exists() else None
     if not isinstance(record, Finished):
-        raise UserError(f"{name} has no finished run under {out}; `uv run main.py run {name}` trains it")
+        train = f"`uv run main.py run {name}`, with the same options, trains it"
+        raise UserError(f"{name} has no finished run under {out}; {train}")
     return record

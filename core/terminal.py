@@ -6,11 +6,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean, median_high, stdev
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,9 +26,12 @@ from rich.table import Table
 from core.data.cifar10 import CLASSES
 from core.report import stats
 from core.runs.record import Finished, Record
+from core.spec import spec_id
+from core.sweep import Estimate, Run, Tally
 
 SAME_STOP = 1.0  # seconds within which a second signal is the same stop: `uv run` and a supervisor may both send it
 NARROW = 60  # columns
+ROWS = 30  # of a table, at most
 
 console = Console(highlight=False, markup=False, emoji=False)
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -91,15 +96,29 @@ class Stop:
 
 
 class Display:
-    """Shows experiments as they are trained: a bar, and a line for each epoch."""
+    """Shows runs as they are trained: a bar, and a line for each epoch; or, of several runs, a line for each run."""
 
-    def __init__(self, stop: Stop, started: float) -> None:
-        """`started`: time.perf_counter() at the start of the process."""
-        self.stop, self.since, self.what = stop, started, "the process"
+    def __init__(self, runs: Sequence[Run], verbose: bool, started: float) -> None:
+        """`verbose`: show the epochs of several runs, too. `started`: time.perf_counter() at the start of the
+        process."""
+        self.tally, self.stop = Tally(runs), Stop()
+        self.epochs = verbose or self.tally.total == 1
+        self.since, self.what = started, "the process"
+        self.seconds = 0.0  # what the last run took; 0 where it was finished already
         self.noticed: set[str] = set()
 
+    def found(self) -> None:
+        """Say which runs were finished already."""
+        tally = self.tally
+        if tally.done and tally.total > 1:
+            say(f"{tally.done:,} of {tally.total:,} runs are finished already; --force trains them again")
+        elif tally.done:
+            ((name, (result,)),) = tally.results.items()
+            accuracy, again = stats.percent(result.test), "--force trains it again"
+            say(f"{name} ({spec_id(tally.specs[name])}) is finished: {accuracy} test accuracy; {again}")
+
     @contextlib.contextmanager
-    def experiment(self, name: str) -> Iterator[Callable[[Any], None]]:
+    def run(self, label: str) -> Iterator[Callable[[Any], None]]:
         """What run_experiment is to call with its events."""
         columns = (
             TextColumn("{task.description}"),
@@ -109,38 +128,85 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
+        begun, happened = time.perf_counter(), False
         # Two refreshes a second: more would take time from the two cores that train.
-        with Progress(*columns, console=console, refresh_per_second=2, transient=True) as bars:
-            task = bars.add_task(name, total=None, note="compiling")
+        shown = console.is_terminal
+        with Progress(*columns, console=console, refresh_per_second=2, transient=True, disable=not shown) as bars:
+            task = bars.add_task(label, total=None, note="compiling")
 
             def on_event(event: Any) -> None:
+                nonlocal happened
+                happened = True
                 kind, details = event
                 if kind == "step":
                     bars.update(task, completed=details["step"])
                 elif kind == "first_step":
                     self.stop.stepping = True
                     bars.update(task, total=details["total"], completed=details["step"], note="")
-                    say(f"{name}: first step {time.perf_counter() - self.since:.1f} s after the start of {self.what}")
+                    if self.epochs or self.what == "the process":
+                        seconds = time.perf_counter() - self.since
+                        say(f"{label}: first step {seconds:.1f} s after the start of {self.what}")
                 elif kind == "resumed":
                     bars.update(task, completed=details["step"])
                     bits = f", not bitwise: {details['different']}" if details["different"] else ""
-                    say(f"{name}: resumed after step {details['step']} (epoch {details['epoch']}){bits}")
+                    say(f"{label}: resumed after step {details['step']} (epoch {details['epoch']}){bits}")
                 elif kind == "epoch":
                     note = f"validation {stats.percent(details['val_accuracy'])}"
                     bars.update(task, note=note)
-                    say(
-                        f"{name}: epoch {details['epoch']}: train loss {details['train_loss']:.4f}, {note}, "
-                        f"{details['samples_per_second']:,} samples/s"
-                    )
+                    if self.epochs:
+                        say(
+                            f"{label}: epoch {details['epoch']}: train loss {details['train_loss']:.4f}, {note}, "
+                            f"{details['samples_per_second']:,} samples/s"
+                        )
                 elif "reason" in details and details["reason"] not in self.noticed:  # notice, eager
                     self.noticed.add(details["reason"])
-                    warn(f"{name}: {details['reason']}")
+                    warn(f"{label}: {details['reason']}")
 
             try:
                 yield on_event
             finally:
                 self.stop.stepping = False
+                self.seconds = time.perf_counter() - begun if happened else 0.0
                 self.since, self.what = time.perf_counter(), "this experiment"
+
+    def ended(self, record: Record) -> None:
+        """Count a run that has ended, and say what it reached: one of several in a line."""
+        tally, label = self.tally, self.tally.label(record.name, record.seed)
+        tally.add(record, self.seconds)
+        if not isinstance(record, Finished):
+            warn(f"{label} failed: {record.error}")
+        elif tally.total > 1:
+            validation, test = record.metrics.validation.accuracy, record.metrics.test.accuracy
+            how = f"in {duration(self.seconds)}" if self.seconds else "by another process"
+            say(
+                f"{label}: validation {stats.percent(validation)}, test {stats.percent(test)} {how} ({progress(tally)})"
+            )
+
+
+def progress(tally: Tally) -> str:
+    """'7 of 20 done, about 9 min left; best so far lr-1e-3, mean validation of 3 seeds 58.54%'."""
+    left = tally.seconds_left()
+    left_too = f", about {duration(left)} left" if left and tally.done < tally.total else ""
+    best = tally.ranked()[0]
+    seeds = len(tally.results[best])
+    mean = f"mean validation of {seeds} seeds" if seeds > 1 else "validation"
+    accuracy = stats.percent(tally.validation(best))
+    return f"{tally.done:,} of {tally.total:,} done{left_too}; best so far {best}, {mean} {accuracy}"
+
+
+def duration(seconds: float) -> str:
+    """'41 s', '9 min', '2 h 5 min'."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def estimate(found: Estimate, while_trained: bool = False) -> str:
+    """'about 82 s, 15.2 MB'; with `while_trained`, also what a run needs before it ends."""
+    seconds = "time not measured here yet" if found.seconds is None else f"about {duration(found.seconds)}"
+    meanwhile = f", and {decimal(found.meanwhile)} while one is trained" if while_trained else ""
+    return f"{seconds}, {decimal(found.kept)}{meanwhile}"
 
 
 @contextlib.contextmanager
@@ -157,26 +223,43 @@ def fetching() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-def table(records: Iterable[Record]) -> None:
-    """Print the results of finished runs."""
-    columns = ["experiment", "lr", "epochs", "train", "validation", "test", "95%", "samples/s"]
-    shown = [0, 4, 5] if console.width < NARROW else range(len(columns))
-    grid = Table(*(columns[i] for i in shown), box=None, pad_edge=False)
-    for record in records:
-        if isinstance(record, Finished):
-            metrics = record.metrics
-            low, high = stats.interval(metrics.test.accuracy, metrics.test.n)
-            row = [
-                record.name,
-                f"{record.spec['lr']:g}",
-                str(record.spec["epochs"]),
-                *(stats.percent(split.accuracy) for split in (metrics.train, metrics.validation, metrics.test)),
-                f"{100 * low:.1f}-{100 * high:.1f}",
-                f"{stats.speed(record):,}",
-            ]
-            grid.add_row(*(row[i] for i in shown))
-    if grid.row_count:
+def table(tally: Tally) -> None:
+    """Print what the finished runs have reached: a row for each experiment, of very many the best."""
+    names = list(tally.results) if len(tally.results) <= ROWS else tally.ranked()[:ROWS]
+    if console.width < NARROW:
+        columns = ["experiment", "validation", "test"]
+    elif tally.seeds:
+        columns = ["experiment", "seeds", "train", "validation", "test"]
+    else:
+        columns = ["experiment", "lr", "epochs", "train", "validation", "test", "95%", "samples/s"]
+    grid = Table(*columns, box=None, pad_edge=False)
+    for name in names:
+        spec, results = tally.specs[name], tally.results[name]
+        train, validation, test, images, speeds = zip(*results, strict=True)
+        low, high = stats.interval(test[0], images[0])
+        row = {
+            "experiment": name,
+            "lr": f"{spec['lr']:g}",
+            "epochs": str(spec["epochs"]),
+            "seeds": str(len(results)),
+            "train": spread(train),
+            "validation": spread(validation),
+            "test": spread(test),
+            "95%": f"{100 * low:.1f}-{100 * high:.1f}",
+            "samples/s": f"{median_high(speeds):,}",
+        }
+        grid.add_row(*(row[column] for column in columns))
+    if names:
         console.print(grid)
+    if len(names) < len(tally.results):
+        say(f"the best {ROWS} of {len(tally.results):,} experiments by validation accuracy")
+
+
+def spread(accuracies: Sequence[float]) -> str:
+    """'57.12%'; of several seeds the mean and the standard deviation, '57.12 ± 0.31%'."""
+    if len(accuracies) == 1:
+        return stats.percent(accuracies[0])
+    return f"{100 * fmean(accuracies):.2f} ± {100 * stdev(accuracies):.2f}%"
 
 
 def evaluation(path: Path, about: Any, evaluated: Any) -> None:

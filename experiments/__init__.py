@@ -1,13 +1,17 @@
 """Experiments as plain dicts, grouped in suites; a key that is left out takes its default (core/spec.py).
 
 `uv run main.py` runs the suite DEFAULT. To add an experiment, add a dict under a new name to one of the modules, or a
-new module with a SUITE to the list below, then `uv run main.py run NAME`.
+new module with a SUITE to the list below, then `uv run main.py run NAME`. A list in the place of a value is a grid:
+"wide": {"lr": [1e-3, 5e-4], "dropout": [0, 0.2]} stands for four experiments, wide-lr=0.001-dropout=0 and so on.
 """
 
 from typing import Any
 
-from experiments import learning_rate, recipes
+from experiments import ablation, learning_rate, recipes
 
 DEFAULT = "learning-rate"
-SUITES: dict[str, dict[str, dict[str, Any]]] = {DEFAULT: learning_rate.SUITE, **recipes.SUITES}
-EXPERIMENTS: dict[str, dict[str, Any]] = {name: spec for suite in SUITES.values() for name, spec in suite.items()}
+SUITES: dict[str, dict[str, dict[str, Any]]] = {
+    DEFAULT: learning_rate.SUITE,
+    **recipes.SUITES,
+    "ablation": ablation.SUITE,
+}

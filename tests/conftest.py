@@ -17,14 +17,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core import sweep
 from core.data import cifar10 as dataset
 from core.functional import optim, step
 from core.predict import as_module
 from core.spec import Spec, resolve
+from experiments import SUITES
 from tests.fork_server import TRAIN_IMAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 REMOTE = ROOT.parent / "shared" / "dvc-remote"
+EXPERIMENTS = sweep.experiments(SUITES)
 
 # The same examples every time: a failure in CI is a failure at home.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)

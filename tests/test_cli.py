@@ -17,8 +17,8 @@ from core.runs import checkpoint
 from core.runs.provenance import environment
 from core.runs.record import Metrics, Weights
 from core.spec import resolve, spec_id
-from experiments import EXPERIMENTS, SUITES
-from tests.conftest import ROOT
+from experiments import SUITES
+from tests.conftest import EXPERIMENTS, ROOT
 
 SMOKE = spec_id(resolve(EXPERIMENTS["smoke"]))
 
@@ -159,6 +159,90 @@ def test_list_shows_every_suite_and_experiment(call):
     assert all(suite in done.stdout for suite in SUITES)
     for name, spec in EXPERIMENTS.items():
         assert re.search(rf"^  {re.escape(name)}  {spec_id(resolve(spec))}  ", done.stdout, re.M)
+
+
+# Sweeps
+
+
+SWEEP = """
+import experiments
+spec = {"widths": [[64, 32], [32]], "lr": [1e-3, 5e-4], "epochs": 1, "batch_size": 500}
+experiments.SUITES["tiny"] = {"tiny": spec}
+"""
+
+
+def test_a_grid_with_seeds_and_the_plan_of_it(start, data_dir, tmp_path):
+    command = ("run", "tiny", "--seeds", 2, "--no-compile", "--device", "cpu", "--data", data_dir)
+
+    def answer(*options):
+        process = start(*command, *options, out=tmp_path, patch=SWEEP)
+        assert process.wait() == 0, process.output()
+        assert process.stderr.read_text() == ""
+        return process.stdout.read_text().splitlines()
+
+    names = [f"tiny-widths={widths}-lr={lr}" for widths in ("64x32", "32") for lr in ("0.001", "0.0005")]
+    labels = [f"{name} seed {seed}" for seed in range(2) for name in names]
+    *plan, total = answer("--dry-run")
+    assert [line.split("  ")[0] for line in plan] == labels
+    assert all(line.endswith("B") and "time not measured here yet" in line for line in plan)
+    assert re.fullmatch(r"8 runs, 8 to train: time not measured here yet, .* MB, and .* MB while one is trained", total)
+    assert not list(tmp_path.iterdir()), "a dry run has written something"
+
+    first_step, *lines = answer()
+    runs, (heading, *table) = lines[:8], lines[8:]
+    assert first_step.startswith(f"{labels[0]}: first step")
+    assert [line.split(":")[0] for line in runs] == labels
+    for n, line in enumerate(runs, 1):
+        left = r", about \d+ s left" if n < 8 else ""
+        best = r"best so far tiny-\S+, (mean )?validation (of 2 seeds )?\d\d\.\d\d%"
+        said = rf".*: validation \d\d\.\d\d%, test \d\d\.\d\d% in \d s \({n} of 8 done{left}; {best}\)"
+        assert re.fullmatch(said, line)
+    assert heading.split() == ["experiment", "seeds", "train", "validation", "test"]
+    assert [row.split()[:2] for row in table] == [[name, "2"] for name in names]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()} == set(names)
+    assert len(list(tmp_path.glob("checkpoints/*/*.json"))) == 8
+
+    assert answer()[0] == "8 of 8 runs are finished already; --force trains them again"
+    assert [line.split("  ")[2] for line in answer("--dry-run")[:-1]] == ["finished"] * 8
+    more = answer("--dry-run", "--seeds", "7,1")
+    assert re.search(r"  about \d s, ", more[0])
+    assert more[4].endswith("  finished")
+    assert more[-1].startswith("8 runs, 4 to train: about ")
+
+
+def test_a_sweep_shows_its_epochs_if_asked(start, data_dir, tmp_path):
+    command = ("smoke", "--seeds", "3,7", "--epochs", 1, "--no-compile", "--data", data_dir)
+    for options, epochs in (((), 0), (("-v", "--force"), 2)):
+        process = start("run", *command, *options, out=tmp_path)
+        assert process.wait() == 0, process.output()
+        assert process.output().count(": epoch 1:") == epochs
+        assert process.output().count("first step") == max(1, epochs)
+    process = start("verify", *command, out=tmp_path)
+    assert process.wait() == 0, process.output()
+    for seed in (3, 7):
+        assert f"smoke seed {seed}: the same bits" in process.output()
+
+
+@pytest.mark.parametrize(
+    ("suite", "words"),
+    [
+        ("{'wide': {'lr': [0.1] * 101, 'dropout': [0.1] * 100}}", "its grid has 10,100 members, expected at most"),
+        ("{'wide': {'lr': [0.1, 0.1]}}", "two members of its grid are named wide-lr=0.1"),
+        ("{'baseline': {'lr': 0.1}}", "the name baseline stands for two different things"),
+        ("{'wide': {'lrr': [0.1, 0.2]}}", "experiment wide-lrr=0.1: unknown key 'lrr'; did you mean 'lr'?"),
+        ("{'a b': {}}", "'a b' cannot name an experiment"),
+    ],
+)
+def test_grids_that_cannot_be_run(call, tmp_path, suite, words):
+    patch = f"import experiments\nexperiments.SUITES['s'] = {suite}"
+    for command in (["run", "s", "--dry-run", "--out", tmp_path], ["list"]):
+        assert_refused(call(*command, patch=patch), words)
+
+
+def test_list_estimates_from_what_was_measured_here(call, official):
+    lines = call("list", "--out", official[1]).stdout.splitlines()
+    (smoke,) = (line for line in lines if line.startswith("  smoke "))
+    assert re.fullmatch(rf"  smoke  {SMOKE}  about \d s, \d+\.\d kB  .*", smoke)
 
 
 # Evaluation
@@ -340,7 +424,8 @@ def test_a_home_that_cannot_be_written_causes_no_warning(out, tmp_path):
 
 
 def test_a_second_experiment_says_how_long_its_own_start_took(start, data_dir, tmp_path):
-    process = start("run", "smoke", "baseline", "--no-compile", "--epochs", 1, "--data", data_dir, out=tmp_path)
+    command = ("run", "smoke", "baseline", "--no-compile", "--epochs", 1, "--data", data_dir)
+    process = start(*command, "-v", out=tmp_path)
     assert process.wait() == 0
     first, second = (line for line in process.output().splitlines() if "first step" in line)
     assert first.endswith("after the start of the process")
@@ -382,7 +467,18 @@ def test_a_hostile_record_is_refused_at_once(call, out, kind):
         (["run", "smoke", "--lr", "0"], ["lr = 0.0, expected a number above 0"]),
         (["run", "smoke", "--lr", "nan"], ["lr = nan"]),
         (["run", "smoke", "--seed", "-1"], ["seed = -1"]),
+        (
+            ["run", "smoke", "--precision", "float16"],
+            ["precision = 'float16', expected one of float32"],
+        ),
+        (["run", "smoke", "--seeds", "0"], ["--seeds 0, expected how many (5 is the seeds 0 to 4) or which (3,7,11"]),
+        (["run", "smoke", "--seeds", "-2"], ["--seeds -2, expected how many"]),
+        (["run", "smoke", "--seeds", "3,3"], ["--seeds 3,3, expected"]),
+        (["--seeds", "5", "--seed", "3"], ["argument --seed: not allowed with argument --seeds"]),
+        (["run", "smoke", "baseline", "--seeds", "5001"], ["10,002 runs, expected at most 10,000"]),
+        (["run", "smoke", "--seeds", "4294967296"], ["4,294,967,296 runs, expected"]),
         (["run", "smoke", "--checkpoint-every", "0"], ["--checkpoint-every 0, expected at least 1"]),
+        (["verify", "smoke", "--seeds", "2", "--precision", "bfloat16"], ["smoke has no finished run under"]),
         (["verify", "smoke"], ["smoke has no finished run under", "main.py run smoke"]),
         (["verify", "smoek"], ["did you mean 'smoke'?"]),
         (["evaluate"], ["no checkpoint under", "main.py"]),

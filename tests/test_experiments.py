@@ -6,7 +6,8 @@ import re
 import pytest
 
 from core.spec import resolve, spec_id
-from experiments import DEFAULT, EXPERIMENTS, SUITES
+from experiments import DEFAULT, SUITES
+from tests.conftest import EXPERIMENTS
 
 # The experiments whose records are in the repository.
 OFFICIAL = {
@@ -46,19 +47,21 @@ def test_the_baseline_lacks_what_the_others_have():
     assert all(baseline[key] == other[key] for key in trained_alike)
 
 
-def test_names_are_unique_over_the_suites():
-    """EXPERIMENTS is a dict: a name used twice would hide an experiment."""
-    assert len(EXPERIMENTS) == sum(len(suite) for suite in SUITES.values())
-    assert all(EXPERIMENTS[name] is spec for suite in SUITES.values() for name, spec in suite.items())
-
-
-def test_a_name_of_both_an_experiment_and_a_suite_means_the_same():
-    for name in EXPERIMENTS.keys() & SUITES.keys():
-        assert list(SUITES[name]) == [name]
+def test_the_ablation_changes_one_thing_at_a_time():
+    """Added to the baseline, or taken from the full network; the two ends are the official runs themselves."""
+    specs = {name: resolve(spec) for name, spec in SUITES["ablation"].items()}
+    baseline, full = specs.pop("baseline"), specs.pop("lr-1e-3")
+    assert [spec_id(baseline), spec_id(full)] == [OFFICIAL["baseline"], OFFICIAL["lr-1e-3"]]
+    keys = {"depth": "widths", "norm": "norm", "dropout": "dropout", "leaky_relu": "activation"}
+    assert {key for key in full if full[key] != baseline[key]} == set(keys.values())
+    assert specs.keys() == {end + change for end in ("baseline+", "full-") for change in keys}
+    for change, key in keys.items():
+        assert specs[f"baseline+{change}"] == {**baseline, key: full[key]}
+        assert specs[f"full-{change}"] == {**full, key: baseline[key]}
 
 
 def test_names_are_fit_for_folders():
-    assert all(re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name) for name in [*EXPERIMENTS, *SUITES])
+    assert all(re.fullmatch(r"[a-z0-9][a-z0-9_.+=-]*", name) for name in [*EXPERIMENTS, *SUITES])
 
 
 def test_no_two_experiments_are_the_same_run():

@@ -18,7 +18,8 @@ RULES = {
     "train": {"errors", "spec", "functional", "data", "compile"},  # no files, so no runs; no terminal
     "predict": {"errors", "spec", "functional", "runs"},
     "session": {"errors", "spec", "functional", "data", "compile", "runs", "train"},
-    "terminal": {"data", "report", "runs"},
+    "sweep": {"errors", "spec", "runs", "report"},
+    "terminal": {"spec", "data", "report", "runs", "sweep"},
     "spec": {"errors"},
     "errors": set(),
 }

@@ -19,8 +19,7 @@ from core.runs.record import ResumePoint, read_record
 from core.runs.resume import KEEP, ResumeError
 from core.session import Interrupted, run_experiment
 from core.spec import resolve, spec_id
-from experiments import EXPERIMENTS
-from tests.conftest import ROOT
+from tests.conftest import EXPERIMENTS, ROOT
 
 
 def run_of(out, name, **changes):

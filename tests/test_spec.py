@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from core.compile import fused
 from core.functional import optim
 from core.spec import FIELDS, TENSORS, Field, SpecError, canonical, nearest, resolve, spec_id, static_key
-from experiments import EXPERIMENTS
+from tests.conftest import EXPERIMENTS
 
 VALID = {
     "widths": st.lists(st.integers(1, 65536), max_size=16) | st.tuples(st.integers(1, 65536)),

@@ -15,8 +15,7 @@ from core.runs.record import ResumePoint, Weights, read_record
 from core.runs.resume import KEEP
 from core.runs.store import locked
 from core.spec import resolve, spec_id
-from experiments import EXPERIMENTS
-from tests.conftest import ROOT
+from tests.conftest import EXPERIMENTS, ROOT
 from tests.test_reproducible import shapes
 
 pytestmark = pytest.mark.slow
@@ -97,6 +96,51 @@ def test_killed_at_twenty_random_moments(start, smoke, whole, tmp_path):
     assert digest(out) == whole
     assert_nothing_left(out)
     assert resumed >= 5  # else the moments were all before the first resume point
+
+
+SWEEP = """
+import experiments
+experiments.SUITES["tiny"] = {"tiny": {"widths": [[64, 32], [32]], "lr": [1e-3, 5e-4], "epochs": 1, "batch_size": 500}}
+"""
+
+
+def test_a_sweep_killed_five_times_trains_only_what_is_missing(start, data_dir, tmp_path):
+    """Twelve runs; killed somewhere after the 2nd, 4th, 6th, 8th and 10th."""
+    command = ("run", "tiny", "--seeds", 3, "--no-compile", "--device", "cpu", "--data", data_dir)
+
+    def finished(out):
+        """The digest of every finished run, and what a rewritten record would change."""
+        runs = [Run(out, path.parent.name, path.stem) for path in out.glob("checkpoints/*/*.json")]
+        return {
+            str(run.record.relative_to(out)): (found.digest, run.record.stat().st_ino, run.record.stat().st_mtime_ns)
+            for run in runs
+            if (found := run.finished())
+        }
+
+    whole, out, draw = tmp_path / "whole", tmp_path / "killed", random.Random(12)
+    process = start(*command, out=whole, patch=SWEEP)
+    assert process.wait() == 0, process.output()
+    before = {}
+    for kill in range(5):
+        process, end = start(*command, out=out, patch=SWEEP), time.monotonic() + 60
+        while len(finished(out)) < 2 * (kill + 1):
+            assert time.monotonic() < end, process.output()
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.1))
+        process.signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.output()
+        assert_nothing_torn(out)
+        after = finished(out)
+        assert before.items() <= after.items()
+        before = after
+    process = start(*command, out=out, patch=SWEEP)
+    assert process.wait() == 0, process.output()
+    assert f"{len(before)} of 12 runs are finished already" in process.output()
+    after = finished(out)
+    assert before.items() <= after.items()
+    assert len(after) == 12
+    assert {name: found[0] for name, found in after.items()} == {n: found[0] for n, found in finished(whole).items()}
+    assert_nothing_left(out)
 
 
 KILL_IN_FSYNC = """
@@ -272,7 +316,7 @@ core.session.Session.finish = lambda self, *rest: (os.kill(os.getpid(), signal.S
 
 def test_two_processes_share_the_experiments(start, others, smoke, tmp_path):
     epochs, out = 4, tmp_path / "both"
-    both = (*others[:-1], epochs)
+    both = (*others[:-1], epochs, "-v")
     first = start(*both, out=out, patch=SLOW_SAVE.format(seconds=0.5))
     first.until("smoke: epoch 1:")
     second = start(*both, out=out)
@@ -383,7 +427,7 @@ def assert_failed_alone(process, out, reason):
 
 
 def test_a_run_that_diverges(start, others, tmp_path):
-    patch = "import experiments\nexperiments.EXPERIMENTS['smoke']['lr'] = 1e30"
+    patch = "import experiments\nexperiments.SUITES['smoke']['smoke']['lr'] = 1e30"
     process = start(*others, out=tmp_path, patch=patch)
     assert_failed_alone(process, tmp_path, "NaN or infinite since step 2 (epoch 1)")
 
@@ -414,7 +458,7 @@ def test_a_run_that_needs_more_memory_than_there_is(start, others, tmp_path, com
     """An allocation that truly fails: 17 GB under a limit of 8."""
     patch = """
 import experiments, resource
-experiments.EXPERIMENTS['smoke']['widths'] = [65536, 65536]
+experiments.SUITES['smoke']['smoke']['widths'] = [65536, 65536]
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 """
     if compiled:

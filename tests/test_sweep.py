@@ -1,0 +1,220 @@
+"""Grids, seeds, estimates and progress: what a sweep consists of."""
+
+import math
+import re
+
+import pytest
+
+from core import sweep, terminal
+from core.errors import UserError
+from core.functional import model
+from core.runs.record import check_name
+from core.spec import resolve
+from experiments import SUITES
+from tests.conftest import EXPERIMENTS
+from tests.test_report import failed, make
+
+GRID = {"lr": [1e-3, 5e-4], "dropout": [0, 0.2], "epochs": 3}
+
+
+# Grids
+
+
+def test_a_grid_is_every_combination_in_the_order_written():
+    assert list(sweep.expand("wide", GRID).items()) == [
+        ("wide-lr=0.001-dropout=0", {"lr": 1e-3, "dropout": 0, "epochs": 3}),
+        ("wide-lr=0.001-dropout=0.2", {"lr": 1e-3, "dropout": 0.2, "epochs": 3}),
+        ("wide-lr=0.0005-dropout=0", {"lr": 5e-4, "dropout": 0, "epochs": 3}),
+        ("wide-lr=0.0005-dropout=0.2", {"lr": 5e-4, "dropout": 0.2, "epochs": 3}),
+    ]
+
+
+def test_widths_are_a_list_and_a_grid_of_them_a_list_of_lists():
+    assert sweep.expand("x", {"widths": [64, 32]}) == {"x": {"widths": [64, 32]}}
+    grid = sweep.expand("x", {"widths": [[64, 32], [], (8,)]})
+    assert [spec["widths"] for spec in grid.values()] == [[64, 32], [], (8,)]
+    assert list(grid) == ["x-widths=64x32", "x-widths=none", "x-widths=8"]
+
+
+def test_names_of_members_are_valid():
+    every = {
+        "widths": [[1024, 512], []],
+        "augment": ["flip+shift"],
+        "lr": [1e-30, 1.5e10],
+        "activation": ["leaky_relu"],
+        "weight_decay": [1e-4],
+    }
+    for name, spec in sweep.expand("x", every).items():
+        check_name(name)
+        resolve(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"lr": []}, "lr = [], expected at least one value"),
+        ({"lr": [1e-3, 0.001]}, "two members of its grid are named wide-lr=0.001"),
+        ({"dropout": [0, 0.0]}, "two members of its grid are named wide-dropout=0"),
+        ({"seed": [0, 1]}, "seed = [0, 1], expected one seed; --seeds trains several"),
+        ({"lr": [0.1] * 101, "dropout": [0.1] * 100}, "its grid has 10,100 members, expected at most 10,000"),
+        ({key: [0.1] * 1000 for key in "abcdefgh"}, "its grid has 1,000,000,000,000,000,000,000,000 members"),
+        ([1e-3], "a spec is a dict, found list"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_grids_that_are_refused(spec, words):
+    with pytest.raises(UserError, match=re.escape(f"experiment wide: {words}")):
+        sweep.expand("wide", spec)
+
+
+def test_a_name_is_a_suite_a_grid_or_an_experiment():
+    found = sweep.catalog({"s": {"wide": GRID, "x": {}}, "t": {"x": {}}})
+    members = sweep.expand("wide", GRID)
+    assert found["s"] == {**members, "x": {}}
+    assert found["wide"] == members
+    assert found["t"] == found["x"] == {"x": {}}
+    assert all(found[name] == {name: spec} for name, spec in members.items())
+    assert sweep.experiments(SUITES).keys() >= {"lr-1e-3", "baseline", "smoke"}
+
+
+@pytest.mark.parametrize(
+    "suites",
+    [
+        {"s": {"x": {}}, "t": {"x": {"lr": 0.1}}},  # one experiment would hide the other
+        {"s": {"wide": {"lr": [0.1, 0.2]}, "wide-lr=0.1": {"lr": 0.3}}},
+        {"x": {"x": {}, "y": {}}},
+        {"s": {"wide": {"lr": [0.1, 0.2]}}, "t": {"wide": {"lr": [0.1, 0.3]}}},
+    ],
+)
+def test_a_name_for_two_things_is_refused(suites):
+    with pytest.raises(UserError, match=r"the name (x|wide|wide-lr=0.1) stands for two different things"):
+        sweep.catalog(suites)
+
+
+# Seeds
+
+
+def test_seeds():
+    assert list(sweep.parse_seeds("5")) == [0, 1, 2, 3, 4]
+    assert list(sweep.parse_seeds("1")) == [0]
+    assert list(sweep.parse_seeds("11,3,7")) == [11, 3, 7]
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "-1,2", "3,3", "3,03", "many", "", "3,", ",", "1.5", "1e3", "5 ", "\u0665", "9" * 5000]
+)
+def test_seeds_that_are_refused(text):
+    with pytest.raises(UserError, match=r"^--seeds .*, expected how many"):
+        sweep.parse_seeds(text)
+
+
+def test_every_experiment_has_a_seed_before_any_has_the_next():
+    runs = sweep.runs({"a": {}, "b": {"lr": 0.1}}, {"epochs": 3}, range(2))
+    assert [(name, spec["seed"]) for name, spec in runs] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert runs[3][1] == resolve({"lr": 0.1, "epochs": 3, "seed": 1})
+    assert sweep.runs({"a": {"seed": 4}}, {}) == [("a", resolve({"seed": 4}))]
+
+
+@pytest.mark.parametrize(
+    ("experiments", "seeds", "words"),
+    [
+        ({"a": {}, "b": {}}, range(5_001), "10,002 runs, expected at most 10,000 in one call"),
+        ({"a": {}}, range(10**9), "1,000,000,000 runs"),
+        ({"a": {"lrr": 1}}, None, "experiment a: unknown key 'lrr'"),
+        ({"a" * 101: {}}, None, "cannot name an experiment"),
+        ({"a": {}}, [2**31], "experiment a: seed = 2147483648"),
+    ],
+)
+def test_runs_that_are_refused(experiments, seeds, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        sweep.runs(experiments, {}, seeds)
+
+
+def test_ten_thousand_runs_are_planned_in_little_time_and_memory():
+    assert len(sweep.runs({f"x{i}": {} for i in range(100)}, {}, range(100))) == 10_000
+
+
+# Estimates
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_parameters_are_those_of_the_network(name):
+    spec = resolve(EXPERIMENTS[name])
+    assert sweep.parameters(spec) == sum(math.prod(shape) for shape in model.shapes(spec)[0].values())
+
+
+def test_an_estimate_is_what_was_measured_here():
+    """Seconds in proportion to epochs for the same shape; to parameters, too, for another; nothing from elsewhere."""
+    here = make("a", lr=1e-3)
+    name, epochs = here.environment.device_name, here.spec["epochs"]
+    took = sum(epoch.seconds for epoch in here.history)
+    known = sweep.Measured([here, failed("b")], name)
+    assert known.estimate([here.spec]).seconds == pytest.approx(took)
+    longer = {**here.spec, "epochs": 7 * epochs, "lr": 0.1, "seed": 3}
+    assert known.estimate([longer, here.spec], "eager").seconds == pytest.approx(8 * took)
+    small = resolve({"widths": [64], "epochs": epochs})
+    ratio = sweep.parameters(small) / sweep.parameters(here.spec)
+    assert known.estimate([small]).seconds == pytest.approx(ratio * took)
+    assert known.estimate([{**small, "precision": "bfloat16"}, small]).seconds is None
+    assert sweep.Measured([here], "another machine").estimate([here.spec]).seconds is None
+    assert sweep.Measured([], name).estimate([]) == (0, 0, 0)
+
+
+def test_the_bytes_of_an_estimate():
+    spec = resolve({})
+    found = sweep.Measured([], "here").estimate([spec, spec])
+    assert found.kept == pytest.approx(2 * 4 * 3_809_034, rel=0.01)
+    assert found.meanwhile == 3 * 3 * 4 * 3_809_034
+    assert terminal.estimate(found) == "time not measured here yet, 30.5 MB"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (41, "41 s"), (99.6, "2 min"), (530, "9 min"), (7500, "2 h 5 min"), (6e5, "166 h 40 min")],
+)
+def test_durations(seconds, text):
+    assert terminal.duration(seconds) == text
+
+
+# Progress
+
+
+@pytest.fixture
+def tally():
+    """Two experiments of 3 epochs with two seeds each."""
+    return sweep.Tally(sweep.runs({"a": {"lr": 0.1}, "b": {"lr": 0.2}}, {"epochs": 3}, range(2)))
+
+
+def test_progress_tells_the_time_left_and_the_best_mean(tally):
+    tally.add(make("a", seed=0, validation=0.55, epochs=3))
+    assert tally.seconds_left() is None
+    assert terminal.progress(tally) == "1 of 4 done; best so far a, validation 55.00%"
+    tally.add(make("b", seed=0, validation=0.50, epochs=3), seconds=30)
+    assert terminal.progress(tally) == "2 of 4 done, about 60 s left; best so far a, validation 55.00%"
+    tally.add(make("a", seed=1, validation=0.40, epochs=3), seconds=60)
+    assert terminal.progress(tally) == "3 of 4 done, about 45 s left; best so far b, validation 50.00%"
+    tally.add(make("b", seed=1, validation=0.52, epochs=3), seconds=60)
+    assert terminal.progress(tally) == "4 of 4 done; best so far b, mean validation of 2 seeds 51.00%"
+
+
+def test_a_table_has_a_row_for_each_experiment(tally, capsys):
+    for seed in range(2):
+        for name in "ab":
+            tally.add(make(name, seed=seed, test=0.5 + seed / 100, epochs=3))
+    tally.add(failed("a", seed=2))
+    terminal.table(tally)
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert "seeds" in heading
+    assert [row.split()[0] for row in rows] == ["a", "b"]
+    assert all("50.50 ± 0.71%" in row for row in rows)
+
+
+def test_a_table_of_very_many_shows_the_best(capsys):
+    tally = sweep.Tally(sweep.runs({f"x{i}": {} for i in range(100)}, {}))
+    for i in range(100):
+        tally.add(make(f"x{i}", validation=0.3 + i / 200))
+    terminal.table(tally)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 30 + 1
+    assert lines[1].split()[0] == "x99"
+    assert lines[-1] == "the best 30 of 100 experiments by validation accuracy"

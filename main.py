@@ -27,7 +27,7 @@ from core.report.rebuild import rebuild
 from core.runs import files
 from core.runs.record import Finished, read_records
 from core.runs.store import Held
-from core.spec import nearest, resolve, spec_id
+from core.spec import resolve, spec_id
 from core.terminal import say, warn
 from experiments import DEFAULT, SUITES
 
@@ -98,15 +98,8 @@ def parser() -> argparse.ArgumentParser:
 
 def chosen(args: argparse.Namespace) -> list[sweep.Run]:
     """The runs that a command asks for; all are checked before anything starts."""
-    known = sweep.catalog(SUITES)
-    picked: sweep.Experiments = {}
-    for name in args.names or [DEFAULT]:
-        if name not in known:
-            written = dict.fromkeys([*SUITES, *(name for suite in SUITES.values() for name in suite)])
-            raise UserError(f"unknown experiment {name!r}{nearest(name, list(written))}")
-        picked |= known[name]
     overrides = {key: getattr(args, key) for key in OVERRIDES if getattr(args, key) is not None}
-    return sweep.runs(picked, overrides, args.seeds)
+    return sweep.runs(sweep.pick(SUITES, args.names or [DEFAULT]), overrides, args.seeds)
 
 
 @contextlib.contextmanager
@@ -197,7 +190,9 @@ def train_and_tell(args: argparse.Namespace, runs: list[sweep.Run], display: ter
             status = status if isinstance(record, Finished) else 1
     except KeyboardInterrupt as error:
         again = "without --force, " * args.force + "the same command goes on from there"
-        warn(f"{error}; {again}" if str(error) else "stopped before the first step")
+        tally = display.tally
+        said = str(error) or f"stopped between two runs, {tally.done:,} of {tally.total:,} done" * bool(tally.done)
+        warn(f"{said}; {again}" if said else "stopped before the first step")
         status = 130
     return status
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from core.errors import UserError
 from core.report import stats
 from core.runs.record import Finished, Record, check_name
-from core.spec import FIELDS, Spec, SpecError, resolve, static_key
+from core.spec import FIELDS, Spec, SpecError, nearest, resolve, static_key
 
 LIMIT = 10_000  # runs of one call
 RESUME_POINTS = 3  # of a run that is under way: two are kept while the next one is written
@@ -92,6 +92,17 @@ def catalog(suites: Suites) -> dict[str, Experiments]:
 def experiments(suites: Suites) -> Experiments:
     """Every experiment, by its name."""
     return {name: spec for members in catalog(suites).values() for name, spec in members.items()}
+
+
+def pick(suites: Suites, names: Iterable[str]) -> Experiments:
+    """The experiments that these names stand for; UserError where one is unknown."""
+    known, picked = catalog(suites), Experiments()
+    for name in names:
+        if name not in known:
+            written = dict.fromkeys([*suites, *(name for suite in suites.values() for name in suite)])
+            raise UserError(f"unknown experiment {name!r}{nearest(name, list(written))}")
+        picked |= known[name]
+    return picked
 
 
 def resolved(name: str, spec: Mapping[str, Any]) -> Spec:

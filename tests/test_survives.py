@@ -100,7 +100,7 @@ def test_killed_at_twenty_random_moments(start, smoke, whole, tmp_path):
 
 SWEEP = """
 import experiments
-experiments.SUITES["tiny"] = {"tiny": {"widths": [[64, 32], [32]], "lr": [1e-3, 5e-4], "epochs": 1, "batch_size": 500}}
+experiments.SUITES["tiny"] = {"tiny": {"widths": [[16], [8]], "lr": [1e-3, 5e-4], "epochs": 1, "batch_size": 500}}
 """
 
 
@@ -309,6 +309,18 @@ core.session.Session.finish = lambda self, *rest: (os.kill(os.getpid(), signal.S
     assert process.wait() == 130, process.output()
     assert digest(tmp_path, epochs=1)
     assert not (tmp_path / "checkpoints" / "baseline").exists()
+
+
+def test_a_signal_between_two_runs(start, others, tmp_path):
+    patch = """
+import os, signal, core.terminal as t
+ended = t.Display.ended
+t.Display.ended = lambda self, record: (ended(self, record), os.kill(os.getpid(), signal.SIGTERM))
+"""
+    process = start(*others[:-1], 1, out=tmp_path, patch=patch)
+    assert process.wait() == 130
+    assert "stopped between two runs, 1 of 2 done; the same command goes on from there\n" in process.output()
+    assert "1 of 2 runs are finished already" in finish(start, *others[:-1], 1, out=tmp_path)
 
 
 # Two processes

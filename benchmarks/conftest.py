@@ -1,7 +1,6 @@
 """Fixtures, the check that the machine was idle, and the comparison table at the end of the run."""
 
 import datetime
-import platform
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,13 +10,14 @@ from core.data import cifar10
 
 IDLE = 0.05  # of the processors' time may be used by others
 BATCHES = (128, 512)
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 class Board:
-    """What the benchmarks found, for the table: results of the epoch by batch size, then lines and warnings."""
+    """What the benchmarks found: results of the epoch by (batch size, device), lines to print, warnings."""
 
     def __init__(self) -> None:
-        self.epochs: dict[int, dict[str, Any]] = {}
+        self.epochs: dict[tuple[int, str], dict[str, Any]] = {}
         self.lines: list[str] = []
         self.warnings: list[str] = []
 
@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[board_key] = Board()
 
 
+@pytest.hookimpl(tryfirst=True)  # before that of tests/, when both run at once
 def pytest_xdist_auto_num_workers() -> int:
     """None: a second process would spoil every measurement."""
     return 0
@@ -51,77 +52,110 @@ def idle(request: pytest.FixtureRequest, board: Board) -> None:
 
 @pytest.fixture(scope="session")
 def data() -> cifar10.Cifar10:
-    """CIFAR-10 on the device that main.py would take."""
-    from core.compile.device import pick_device
-    from core.data.loader import place
-
+    """CIFAR-10, in main memory."""
     if cifar10.missing(cifar10.ROOT / "data"):
         pytest.skip("CIFAR-10 is not in data/; `uv run dvc pull` fetches it")
-    return place(cifar10.load(cifar10.ROOT / "data"), pick_device("auto"))
+    return cifar10.load(cifar10.ROOT / "data")
+
+
+@pytest.fixture(scope="session")
+def data_on(data: cifar10.Cifar10) -> Callable[[str], cifar10.Cifar10]:
+    """CIFAR-10 on a device; without that device the test is skipped."""
+    import torch
+
+    from core.data.loader import place
+
+    def on(device: str) -> cifar10.Cifar10:
+        if device == "cuda" and not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device here: NOT RUN")
+        return place(data, torch.device(device))
+
+    return on
 
 
 @pytest.fixture(scope="module")
-def epochs(data: cifar10.Cifar10, board: Board) -> Iterator[Callable[[int], dict[str, Any]]]:
-    """A function from a batch size to the result of every contestant, over an epoch in interleaved rounds."""
-    from benchmarks import harness, peers
+def epochs(data: cifar10.Cifar10, board: Board) -> Iterator[Callable[[int, str], dict[str, Any]]]:
+    """A function from (batch size, device) to the result of every contestant, over an epoch in interleaved rounds."""
+    from benchmarks import harness
 
     rounds = 9  # of 39 steps at batch 128: the whole epoch of 45,000 images
     workers: dict[str, harness.Worker] = {}
 
-    def measure(batch: int) -> dict[str, Any]:
-        if batch not in board.epochs:
+    def measure(batch: int, device: str) -> dict[str, Any]:
+        if (batch, device) not in board.epochs:
             steps = 45_000 // batch // rounds
-            for name in harness.CONTESTANTS:
-                if peers.missing(name):
+            for name, entry in harness.contestants(device).items():
+                if harness.missing(entry.kind, device):
                     continue
                 if name not in workers:
-                    workers[name] = harness.Worker(name)
+                    workers[name] = harness.Worker(entry, device)
                 workers[name].build(batch)
             plays = {name: lambda w=worker: w.run(steps) for name, worker in workers.items()}
             seconds = harness.interleave(plays, rounds)
-            board.epochs[batch] = {
+            board.epochs[batch, device] = {
                 name: harness.Result(seconds[name], steps * batch, worker.loss) for name, worker in workers.items()
             }
-        return board.epochs[batch]
+        return board.epochs[batch, device]
 
     yield measure
     for worker in workers.values():
         worker.close()
 
 
-def fastest_peer(results: dict[str, Any]) -> str:
-    from benchmarks.peers import PEERS
+COLUMNS = {
+    "to_naive": "to naive",
+    "to_jax": "to JAX",
+    "to_peer": "to peer",
+    "to_any_peer": "to any",
+    "to_limit": "limit",
+}
 
-    return max((name for name in PEERS if name in results), key=lambda name: results[name].samples_per_second)
+
+def write_epoch(write: Callable[[str], None], batch: int, device: str, results: dict[str, Any]) -> None:
+    """The table of one comparison."""
+    from benchmarks import harness
+
+    write(f"Epoch at batch {batch} on {device}; the fastest peer is {harness.fastest_peer(results)}:")
+    write(f"  {'':<25} {'samples/s':>10}" + "".join(f" {head:>9}" for head in COLUMNS.values()) + f" {'loss':>7}")
+    for name, entry in harness.contestants(device).items():
+        if name not in results:
+            write(f"  {name:<25} {harness.missing(entry.kind, device)}")
+            continue
+        found = harness.ratios(results, name)
+        cells = "".join(f" {found[key]:>9.2f}" if key in found else f" {'':>9}" for key in COLUMNS)
+        loss = "" if results[name].loss is None else f"{results[name].loss:.3f}"
+        write(f"  {name:<25} {results[name].samples_per_second:>10,.0f}{cells} {loss:>7}")
 
 
-def ratios(results: dict[str, Any], name: str) -> dict[str, float]:
-    """How many times as fast a contestant was as naive PyTorch, the fastest peer and the limit."""
-    from benchmarks import limits, peers
+def write_forms(write: Callable[[str], None]) -> None:
+    """What the columns mean, and in which form each contestant took part."""
+    from benchmarks import harness
 
-    against = {"to_naive": peers.NAIVE, "to_fastest_peer": fastest_peer(results), "to_limit": limits.LIMIT}
-    return {key: results[name].ratio(results[other]) for key, other in against.items()}
+    write("How many times as fast: naive and JAX in float32; the fastest peer of the same precision, and of any;")
+    write("the limit is products + Adam of the same precision.")
+    for kind, contestant in harness.KINDS.items():
+        write(f"  {kind:<16} {(contestant.__doc__ or '').splitlines()[0]}")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    import torch
+
+    from core.runs.provenance import environment
+
     board = config.stash[board_key]
+    if "gpu" in config.option.markexpr and not torch.cuda.is_available():
+        board.warnings.append("there is no CUDA device: what is marked gpu has not run, and nothing is shown about it")
     if not (board.epochs or board.lines or board.warnings):
         return
     write = terminalreporter.write_line
-    today = datetime.date.today().isoformat()
-    terminalreporter.section(f"comparison, {today}, {platform.processor() or platform.machine()}")
-    for batch, results in board.epochs.items():
-        from benchmarks import harness, peers
-
-        write(f"Epoch at batch {batch}; the fastest peer is {fastest_peer(results)}, the limit is products + Adam:")
-        write(f"  {'':<16} {'samples/s':>10} {'to seed':>9} {'to peer':>9} {'to limit':>9} {'loss':>7}")
-        for name in harness.CONTESTANTS:
-            if name not in results:
-                write(f"  {name:<16} {peers.missing(name)}")
-                continue
-            cells = "".join(f" {ratio:>9.2f}" for ratio in ratios(results, name).values())
-            loss = "" if results[name].loss is None else f"{results[name].loss:.3f}"
-            write(f"  {name:<16} {results[name].samples_per_second:>10,.0f}{cells} {loss:>7}")
+    terminalreporter.section(f"comparison, {datetime.date.today().isoformat()}")
+    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        machine = environment(torch.device(kind), "compiled")
+        write(f"{kind}: {machine.device_name} ({machine.hardware}), {machine.threads} threads, torch {machine.torch}")
+    for (batch, device), results in board.epochs.items():
+        write_epoch(write, batch, device, results)
+    if board.epochs:
+        write_forms(write)
     for line in board.lines:
         write(line)
     for warning in board.warnings:

@@ -1,5 +1,6 @@
 """Interleaved measurement: contestants take turns, so that what the machine does meanwhile hits them all alike."""
 
+import importlib.util
 import multiprocessing
 import statistics
 import time
@@ -7,11 +8,56 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import limits, peers
-from core.data import cifar10
+import torch
 
-OURS = "ours"
-CONTESTANTS = {OURS: peers.Ours, **peers.PEERS, **limits.LIMITS}
+from benchmarks import limits, peers, peers_jax
+from core.compile.device import pick_device
+from core.data import cifar10, loader
+
+DATA = cifar10.ROOT / "data"
+OURS, JAX, NAIVE, PRODUCTS, LIMIT = "ours", "jax", "naive", "products", "products + Adam"
+KINDS: dict[str, type[peers.Contestant]] = {
+    OURS: peers.Ours,
+    JAX: peers_jax.Jax,
+    "keras": peers_jax.Keras,
+    "eager": peers.Eager,
+    "compiled": peers.Compiled,
+    NAIVE: peers.Naive,
+    PRODUCTS: limits.Products,
+    LIMIT: limits.ProductsAdam,
+}
+PEERS = (JAX, "keras", "eager", "compiled", NAIVE)
+NEEDS = {JAX: ("jax", "optax"), "keras": ("jax", "keras")}  # packages of the group `peers`
+PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "tf32", "bfloat16")}
+
+
+class Entry(NamedTuple):
+    """A contestant: what it is, and in which precision it multiplies."""
+
+    kind: str
+    precision: str
+
+
+def contestants(device: str) -> dict[str, Entry]:
+    """Name -> entry of all that take part on a kind of device; the naive one multiplies in float32 only."""
+    pairs = [(kind, precision) for precision in PRECISIONS[device] for kind in KINDS]
+    return {f"{k} {p}": Entry(k, p) for k, p in pairs if k != NAIVE or p == "float32"}
+
+
+def missing(kind: str, device: str = "cpu") -> str | None:
+    """Why contestants of a kind cannot take part, or None."""
+    needs = NEEDS.get(kind, ())
+    if absent := [name for name in needs if not importlib.util.find_spec(name)]:
+        return f"skipped: {' and '.join(absent)} not installed (`uv sync --group peers`)"
+    if needs and device == "cuda" and not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13)):
+        return "skipped: JAX is installed without CUDA (`uv pip install 'jax[cuda13]'`)"
+    return None
+
+
+def build(entry: Entry, data: cifar10.Cifar10, batch: int, folder: Path = DATA) -> peers.Contestant:
+    """A contestant for the images on the device of `data`; the mode of float32 products is the process's."""
+    torch.set_float32_matmul_precision("high" if entry.precision == "tf32" else "highest")
+    return KINDS[entry.kind](peers.Work(data, batch, entry.precision, folder))
 
 
 class Result(NamedTuple):
@@ -30,15 +76,36 @@ class Result(NamedTuple):
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
-def interleave(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """The seconds of each contestant's rounds, taken in turn after one warm-up round that does not count.
+def fastest_peer(results: Mapping[str, Result], precision: str | None = None) -> str:
+    """The name of the fastest peer, of one precision or of any."""
+    entries = {name: Entry(*name.rsplit(" ", 1)) for name in results}
+    names = [name for name, e in entries.items() if e.kind in PEERS and precision in (None, e.precision)]
+    return max(names, key=lambda name: results[name].samples_per_second)
+
+
+def ratios(results: Mapping[str, Result], name: str) -> dict[str, float]:
+    """How many times as fast a contestant was as naive PyTorch, as JAX in float32, as the fastest peer of its
+    precision and of any, and as the limit of its precision; those of them that took part."""
+    precision = name.rsplit(" ", 1)[1]
+    against = {
+        "to_naive": f"{NAIVE} float32",
+        "to_jax": f"{JAX} float32",
+        "to_peer": fastest_peer(results, precision),
+        "to_any_peer": fastest_peer(results),
+        "to_limit": f"{LIMIT} {precision}",
+    }
+    return {key: results[name].ratio(results[other]) for key, other in against.items() if other in results}
+
+
+def interleave(plays: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """The seconds of each contestant's rounds, taken in turn, after a warm-up round that compiles and does not count.
 
     Args:
-        contestants: name -> a function that does one round and returns its seconds.
+        plays: name -> a function that does one round and returns its seconds.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in plays}
     for _ in range(rounds + 1):
-        for name, play in contestants.items():
+        for name, play in plays.items():
             seconds[name].append(play())
     return {name: values[1:] for name, values in seconds.items()}
 
@@ -54,16 +121,15 @@ def timed(play: Callable[[], Any]) -> Callable[[], float]:
     return run
 
 
-def serve(pipe: Any, name: str) -> None:
+def serve(pipe: Any, entry: Entry, device: str, folder: Path) -> None:
     """The body of a worker: builds a contestant for the batch size that it is told, and runs it round by round."""
-    data = cifar10.load(cifar10.ROOT / "data")
+    data = loader.place(cifar10.load(folder), pick_device(device))
     contestant = None
     while (request := pipe.recv()) is not None:
         command, value = request
         if command == "build":
             contestant = None  # before the next one takes its memory
-            contestant = CONTESTANTS[name](peers.Work(data, value))
-            contestant.run(1)
+            contestant = build(entry, data, value, folder)
             pipe.send(None)
         else:
             assert contestant is not None
@@ -74,13 +140,13 @@ def serve(pipe: Any, name: str) -> None:
 class Worker:
     """A contestant in a process of its own, so that none inherits another's threads, heap or settings."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, entry: Entry, device: str, folder: Path = DATA) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, name), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, entry, device, folder), daemon=True)
         self.process.start()
         theirs.close()
-        self.name = name
+        self.name = " ".join(entry)
         self.loss: float | None = None
 
     def _ask(self, command: str, value: int) -> Any:

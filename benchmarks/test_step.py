@@ -5,45 +5,47 @@ import time
 import pytest
 import torch
 
-from benchmarks import harness, limits, peers
+from benchmarks import harness, peers
+
+KINDS = (harness.OURS, harness.PRODUCTS, harness.LIMIT)
 
 
 @pytest.fixture(scope="module")
 def steps(data):
-    """A function from a batch size to the result of ours and the limits, in rounds of a few steps."""
+    """A function from (batch size, precision) to the results of ours and the limits, in rounds of one step."""
     done = {}
 
-    def measure(batch: int) -> dict[str, harness.Result]:
-        if batch not in done:
-            work = peers.Work(data, batch)
-            contestants = {name: harness.CONTESTANTS[name](work) for name in (harness.OURS, *limits.LIMITS)}
-            plays = {name: harness.timed(lambda c=c: c.run(1)) for name, c in contestants.items()}
+    def measure(batch: int, precision: str) -> dict[str, harness.Result]:
+        if (batch, precision) not in done:
+            contestants = {kind: harness.build(harness.Entry(kind, precision), data, batch) for kind in KINDS}
+            plays = {kind: harness.timed(lambda c=c: c.run(1)) for kind, c in contestants.items()}
             seconds = harness.interleave(plays, 60)
-            done[batch] = {name: harness.Result(seconds[name], batch, c.loss()) for name, c in contestants.items()}
-        return done[batch]
+            done[batch, precision] = {
+                kind: harness.Result(seconds[kind], batch, c.loss()) for kind, c in contestants.items()
+            }
+        return done[batch, precision]
 
     return measure
 
 
 @pytest.mark.benchmark(group="step", timer=harness.replay)
-@pytest.mark.parametrize("name", [harness.OURS, *limits.LIMITS])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", harness.PRECISIONS["cpu"])
 @pytest.mark.parametrize("batch", [128, 256, 512])
-def test_step(batch, name, steps, benchmark):
-    results = steps(batch)
+def test_step(batch, precision, kind, steps, benchmark):
+    results = steps(batch, precision)
     benchmark.extra_info |= {
-        "samples_per_second": round(results[name].samples_per_second),
-        "to_limit": round(results[name].ratio(results[limits.LIMIT]), 3),
-        "loss": results[name].loss,
+        "samples_per_second": round(results[kind].samples_per_second),
+        "to_limit": round(results[kind].ratio(results[harness.LIMIT]), 3),
+        "loss": results[kind].loss,
     }
-    harness.replay.report(benchmark, results[name].seconds)
+    harness.replay.report(benchmark, results[kind].seconds)
 
 
 @pytest.mark.benchmark(group="overhead", timer=harness.replay)
 def test_overhead(data, benchmark, board, monkeypatch):
     """The seconds of a step of batch 128 that pass outside the call of the compiled library."""
     work = peers.Work(data, 128)
-    if work.device.type != "cpu":
-        pytest.skip("on this device a step is one replay of a graph, and the host does not wait for it")
     inside = [0.0]
 
     class Watched(torch._C._aoti.AOTIModelContainerRunnerCpu):

@@ -1,0 +1,97 @@
+"""The contestants of the benchmarks train what they should; what they measure is left to benchmarks/."""
+
+import importlib.util
+import itertools
+
+import pytest
+
+from benchmarks import harness
+from tests.conftest import lacking
+
+# What is compiled is left out, as that takes half a minute: our step has tests of its own, and what torch.compile
+# compiles is the eager contestant.
+TRIED = [name for name, entry in harness.contestants("cpu").items() if entry.kind not in (harness.OURS, "compiled")]
+
+
+@pytest.fixture
+def losses(cifar10, data_dir):
+    """The mean loss of a contestant's first two steps, and of the next twenty."""
+
+    def measure(entry):
+        if entry.kind in harness.NEEDS:  # JAX has threads, and a process that has them must not fork, as others here do
+            worker = harness.Worker(entry, "cpu", data_dir)
+            worker.build(128)
+            run, loss = worker.run, lambda: worker.loss
+        else:
+            contestant = harness.build(entry, cifar10, 128, data_dir)
+            run, loss = contestant.run, contestant.loss
+        found = []
+        for steps in (2, 20):
+            run(steps)
+            found.append(loss())
+        if entry.kind in harness.NEEDS:
+            worker.close()
+        return found
+
+    return measure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRIED)
+def test_a_contestant_learns(losses, name):
+    """From about ln(10) = 2.3, that of guessing, downwards."""
+    entry = harness.contestants("cpu")[name]
+    if reason := harness.missing(entry.kind):
+        lacking(reason)
+    first, later = losses(entry)
+    if entry.kind in (harness.PRODUCTS, harness.LIMIT):
+        assert (first, later) == (None, None)
+    else:
+        assert 2 < first < 3
+        assert 1.5 < later < first - 0.1
+
+
+def test_contestants_in_each_precision():
+    """All but the naive one, which has one form."""
+    names = harness.contestants("cpu")
+    assert set(names) == {f"{k} {p}" for k in harness.KINDS for p in ("float32", "bfloat16")} - {"naive bfloat16"}
+    assert {f"{kind} tf32" for kind in harness.KINDS if kind != "naive"} < set(harness.contestants("cuda"))
+
+
+def test_a_missing_package_is_named_with_the_command(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jax" else find(name))
+    for kind in harness.NEEDS:
+        assert harness.missing(kind) == "skipped: jax not installed (`uv sync --group peers`)"
+    assert harness.missing("eager") is None
+
+
+def test_ratios_take_the_peer_and_the_limit_of_the_precision():
+    seconds = {
+        "ours float32": 2,
+        "ours bfloat16": 1,
+        "eager float32": 3,
+        "eager bfloat16": 4,  # slower than in float32, as where products in bfloat16 are emulated
+        "naive float32": 8,
+        "products + Adam float32": 2,
+        "products + Adam bfloat16": 0.5,
+    }
+    results = {name: harness.Result([s, s, s], 100, None) for name, s in seconds.items()}
+    assert harness.fastest_peer(results) == "eager float32"
+    expected = {"to_naive": 8, "to_peer": 4, "to_any_peer": 3, "to_limit": 0.5}
+    assert harness.ratios(results, "ours bfloat16") == expected  # no to_jax, as it did not take part
+    results["jax float32"] = harness.Result([2.5] * 3, 100, None)
+    assert harness.ratios(results, "ours float32") == {
+        "to_naive": 4,
+        "to_jax": 1.25,
+        "to_peer": 1.25,
+        "to_any_peer": 1.25,
+        "to_limit": 1,
+    }
+
+
+def test_contestants_take_turns_after_a_round_that_does_not_count():
+    turns, clock = [], itertools.count()
+    plays = {name: lambda name=name: turns.append(name) or next(clock) for name in "ab"}
+    assert harness.interleave(plays, 2) == {"a": [2, 4], "b": [3, 5]}
+    assert turns == list("ababab")

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import gc
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -73,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "names", nargs="*", metavar="NAME", help=f"experiments, grids or suites; the suite {DEFAULT} if none"
     )
+    run.add_argument(
+        "--cohort", type=sweep.parse_cohort, metavar="auto|off|N", help="train up to N runs of one shape together"
+    )
     run.add_argument("--dry-run", action="store_true", help="show what would be trained, with an estimate")
     run.add_argument("--checkpoint-every", type=int, default=1, metavar="N", help="epochs between resume points")
     run.add_argument("--force", action="store_true", help="train from the start, even what is finished")
@@ -120,8 +124,8 @@ def load_data(args: argparse.Namespace) -> cifar10.Cifar10:
 def train(
     args: argparse.Namespace, runs: list[sweep.Run], display: terminal.Display, do: Callable[..., Any], **options: Any
 ) -> Iterator[Any]:
-    """Call `do`, which takes what core.session.run_experiment takes, for each run over one copy of the data, and yield
-    what it returns. A run that another process is at work on is left out.
+    """Call `do`, which takes what core.session.run_cohort takes, for groups of runs over one copy of the data, and
+    yield each of the things it returns. A run that another process is at work on is left out.
 
     Raises:
         KeyboardInterrupt: a signal asked to stop; the message says what is saved, if anything is.
@@ -129,21 +133,27 @@ def train(
     stop = display.stop
     stop.install()
     with quick_imports():
-        from core.session import Interrupted, prepare
-    data, device = prepare(args.device, lambda: load_data(args), None if args.no_compile else runs[0][1])
-    for name, spec in runs:
-        label = display.tally.label(name, spec["seed"])
+        from core.session import COHORT, Interrupted, prepare
+    first = None if args.no_compile or (args.cohort or 1) > 1 else runs[0][1]
+    data, device = prepare(args.device, lambda: load_data(args), first)
+    groups = deque(sweep.cohorts(runs, args.cohort or COHORT.get(device.type, 1)))
+    while groups:
+        group = groups.popleft()
+        labels = [display.tally.label(name, spec["seed"]) for name, spec in group]
         try:
-            with display.run(label) as on_event:
-                ended = do(name, spec, args.out, data, device, on_event, stop, compiled=not args.no_compile, **options)
+            with display.run(labels) as listeners:
+                ended = do(group, args.out, data, device, listeners, stop, compiled=not args.no_compile, **options)
         except Held as holder:
-            warn(f"{label} is being trained by {holder}; taking the next one")
+            if len(group) > 1:
+                groups.extendleft([run] for run in reversed(group))
+            else:
+                warn(f"{labels[0]} is being trained by {holder}; taking the next one")
             continue
         except Interrupted as error:
             raise KeyboardInterrupt(str(error)) from None
-        yield ended
-        if stop():  # too late for this run, which has ended
-            raise KeyboardInterrupt(f"stopped after {label}")
+        yield from ended
+        if stop():  # too late for these runs, which have ended
+            raise KeyboardInterrupt(f"stopped after {labels[-1]}")
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -181,11 +191,11 @@ def finished(args: argparse.Namespace, run: sweep.Run) -> Finished | None:
 def train_and_tell(args: argparse.Namespace, runs: list[sweep.Run], display: terminal.Display) -> int:
     """Train; returns the exit status."""
     with quick_imports():
-        from core.session import run_experiment
+        from core.session import run_cohort
     status = 0
     options = {"checkpoint_every": args.checkpoint_every, "force": args.force, "allow_inexact": args.resume_anyway}
     try:
-        for record in train(args, runs, display, run_experiment, **options):
+        for record in train(args, runs, display, run_cohort, **options):
             display.ended(record)
             status = status if isinstance(record, Finished) else 1
     except KeyboardInterrupt as error:
@@ -243,13 +253,20 @@ def evaluate_command(args: argparse.Namespace) -> int:
 def verify_command(args: argparse.Namespace) -> int:
     """Train finished runs again in a folder of their own and compare the bits of the weights with the records."""
     with quick_imports():
-        from core.session import read_finished, verify
+        from core.verify import read_finished, verify
     runs = chosen(args)
     recorded = [read_finished(name, spec, args.out) for name, spec in runs]
-    args.no_compile = args.no_compile or all(record.environment.mode == "eager" for record in recorded)
+    args.cohort = 1
+    args.no_compile = args.no_compile or all(record.environment.mode.startswith("eager") for record in recorded)
     status = 0
     display = terminal.Display(runs, args.verbose, STARTED)
-    for found in train(args, runs, display, verify):
+
+    def verify_one(
+        group: list[sweep.Run], out: Path, data: Any, device: Any, listeners: list, *rest: Any, **options: Any
+    ):
+        return [verify(*group[0], out, data, device, listeners[0], *rest, **options)]
+
+    for found in train(args, runs, display, verify_one):
         name = display.tally.label(found.recorded.name, found.recorded.seed)
         status = max(status, 0 if found.same else 1)
         if not isinstance(found.again, Finished):

@@ -1,12 +1,11 @@
 """One run from its spec to its record: the one door for the command line, a notebook, a sweep or another machine."""
 
 import contextlib
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import torch
@@ -20,7 +19,7 @@ from core.errors import UserError
 from core.functional.tree import flatten
 from core.runs import checkpoint, resume
 from core.runs.files import Run
-from core.runs.provenance import difference, environment
+from core.runs.provenance import environment
 from core.runs.record import (
     About,
     Epoch,
@@ -33,13 +32,16 @@ from core.runs.record import (
     Splits,
     Weights,
     check_name,
-    read_record,
     write_record,
 )
 from core.runs.resume import KEEP, REMEDY, ResumeError
 from core.runs.store import delete, reserve
 from core.spec import Spec, SpecError, resolve, spec_id, static_key
 from core.train import Diverged, Event, Training, compile_ahead, fit
+
+# How many runs `--cohort auto` trains together. On a CPU one by one is as fast or faster (benchmarks/test_cohort.py); for
+# CUDA nothing is measured yet.
+COHORT = {"cuda": 16}
 
 OnEvent = Callable[[Event], None]
 
@@ -341,48 +343,3 @@ class Session:
         self.record = Failed(**self.about(), error=reason)
         if not self.run.result():
             write_record(self.run.record, self.record)
-
-
-class Verification(NamedTuple):
-    """A finished run beside the same run made again.
-
-    Attributes:
-        recorded, again: the two records; the second may be that of a failure.
-        same: whether the bits of the weights are the same.
-        reason: what explains that they differ, in words; None where nothing does.
-    """
-
-    recorded: Finished
-    again: Record
-    same: bool
-    reason: str | None
-
-
-def verify(name: str, spec: Spec, out: str | Path, *arguments: Any, compiled: bool = True) -> Verification:
-    """Train a finished run again, in a temporary folder, and compare the bits with its record under `out`.
-
-    Args:
-        arguments: data, device, on_event and should_stop, as `run_experiment` takes them.
-
-    Raises:
-        core.errors.UserError: there is no finished run. Whatever `run_experiment` raises.
-    """
-    recorded = read_finished(name, spec, out)
-    with tempfile.TemporaryDirectory() as elsewhere:
-        compiled = compiled and recorded.environment.mode != "eager"
-        again = run_experiment(name, spec, elsewhere, *arguments, compiled=compiled, checkpoint_every=10**9)
-    if not isinstance(again, Finished):
-        return Verification(recorded, again, False, None)
-    reason = difference(recorded.environment, again.environment)
-    reason = reason if recorded.bitwise else "been resumed with --resume-anyway"
-    return Verification(recorded, again, recorded.digest == again.digest, reason)
-
-
-def read_finished(name: str, spec: Spec, out: str | Path) -> Finished:
-    """The record of a finished run; UserError where there is none."""
-    path = Run(Path(out), name, spec_id(resolve(spec))).record
-    record = read_record(path) if path.exists() else None
-    if not isinstance(record, Finished):
-        train = f"`uv run main.py run {name}`, with the same options, trains it"
-        raise UserError(f"{name} has no finished run under {out}; {train}")
-    return record

@@ -137,6 +137,29 @@ def runs(experiments: Experiments, overrides: Mapping[str, Any], seeds: Sequence
     return [(name, resolved(name, {**spec, **change})) for change in changes for name, spec in experiments.items()]
 
 
+def parse_cohort(text: str) -> int | None:
+    """'off' is 1, 'auto' is None."""
+    if text in ("auto", "off"):
+        return None if text == "auto" else 1
+    if not re.fullmatch(r"[0-9]{1,4}", text) or int(text) < 1:
+        raise UserError(f"--cohort {text}, expected auto, off, or how many runs at once")
+    return int(text)
+
+
+def cohorts(runs: Iterable[Run], size: int) -> list[list[Run]]:
+    """The runs in groups of at most `size` that can be trained together (see core.session.run_cohort), in the order of
+    the first run of each."""
+    groups: list[list[Run]] = []
+    growing: dict[Any, list[Run]] = {}
+    for run in runs:
+        key = static_key(run[1]), run[1]["epochs"]
+        if len(growing.get(key, [])) % size == 0:
+            growing[key] = []
+            groups.append(growing[key])
+        growing[key].append(run)
+    return groups
+
+
 # What runs will take
 
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median_high, stdev
 from typing import Any
@@ -104,7 +105,7 @@ class Display:
         self.tally, self.stop = Tally(runs), Stop()
         self.epochs = verbose or self.tally.total == 1
         self.since, self.what = started, "the process"
-        self.seconds = 0.0  # what the last run took; 0 where it was finished already
+        self.seconds = 0.0  # what each of the last runs took; 0 where they were finished already
         self.noticed: set[str] = set()
 
     def found(self) -> None:
@@ -118,8 +119,8 @@ class Display:
             say(f"{name} ({spec_id(tally.specs[name])}) is finished: {accuracy} test accuracy; {again}")
 
     @contextlib.contextmanager
-    def run(self, label: str) -> Iterator[Callable[[Any], None]]:
-        """What run_experiment is to call with its events."""
+    def run(self, labels: Sequence[str]) -> Iterator[list[Callable[[Any], None]]]:
+        """For each run that is trained now, all together, what is to be called with its events."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -128,13 +129,14 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
+        first, more = labels[0], f" and {len(labels) - 1} more" * (len(labels) > 1)
         begun, happened = time.perf_counter(), False
         # Two refreshes a second: more would take time from the two cores that train.
         shown = console.is_terminal
         with Progress(*columns, console=console, refresh_per_second=2, transient=True, disable=not shown) as bars:
-            task = bars.add_task(label, total=None, note="compiling")
+            task = bars.add_task(first + more, total=None, note="compiling")
 
-            def on_event(event: Any) -> None:
+            def on_event(label: str, event: Any) -> None:
                 nonlocal happened
                 happened = True
                 kind, details = event
@@ -143,9 +145,9 @@ class Display:
                 elif kind == "first_step":
                     self.stop.stepping = True
                     bars.update(task, total=details["total"], completed=details["step"], note="")
-                    if self.epochs or self.what == "the process":
+                    if label == first and (self.epochs or self.what == "the process"):
                         seconds = time.perf_counter() - self.since
-                        say(f"{label}: first step {seconds:.1f} s after the start of {self.what}")
+                        say(f"{label}{more}: first step {seconds:.1f} s after the start of {self.what}")
                 elif kind == "resumed":
                     bars.update(task, completed=details["step"])
                     bits = f", not bitwise: {details['different']}" if details["different"] else ""
@@ -158,15 +160,15 @@ class Display:
                             f"{label}: epoch {details['epoch']}: train loss {details['train_loss']:.4f}, {note}, "
                             f"{details['samples_per_second']:,} samples/s"
                         )
-                elif "reason" in details and details["reason"] not in self.noticed:  # notice, eager
+                elif kind in ("notice", "mode") and details["reason"] not in self.noticed:
                     self.noticed.add(details["reason"])
                     warn(f"{label}: {details['reason']}")
 
             try:
-                yield on_event
+                yield [partial(on_event, label) for label in labels]
             finally:
                 self.stop.stepping = False
-                self.seconds = time.perf_counter() - begun if happened else 0.0
+                self.seconds = (time.perf_counter() - begun) / len(labels) if happened else 0.0
                 self.since, self.what = time.perf_counter(), "this experiment"
 
     def ended(self, record: Record) -> None:

@@ -17,6 +17,7 @@ RULES = {
     "report": {"errors", "spec", "runs"},
     "train": {"errors", "spec", "functional", "data", "compile"},  # no files, so no runs; no terminal
     "predict": {"errors", "spec", "functional", "runs"},
+    "verify": {"errors", "spec", "runs", "session"},
     "session": {"errors", "spec", "functional", "data", "compile", "runs", "train"},
     "sweep": {"errors", "spec", "runs", "report"},
     "terminal": {"spec", "data", "report", "runs", "sweep"},

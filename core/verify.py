@@ -1,0 +1,57 @@
+"""A finished run made again, to compare the bits."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from core.errors import UserError
+from core.runs.files import Run
+from core.runs.provenance import difference
+from core.runs.record import Finished, Record, read_record
+from core.session import run_experiment
+from core.spec import Spec, resolve, spec_id
+
+
+class Verification(NamedTuple):
+    """A finished run beside the same run made again.
+
+    Attributes:
+        recorded, again: the two records; the second may be that of a failure.
+        same: whether the bits of the weights are the same.
+        reason: what explains that they differ, in words; None where nothing does.
+    """
+
+    recorded: Finished
+    again: Record
+    same: bool
+    reason: str | None
+
+
+def verify(name: str, spec: Spec, out: str | Path, *arguments: Any, compiled: bool = True) -> Verification:
+    """Train a finished run again, in a temporary folder, and compare the bits with its record under `out`.
+
+    Args:
+        arguments: data, device, on_event and should_stop, as `run_experiment` takes them.
+
+    Raises:
+        core.errors.UserError: there is no finished run. Whatever `run_experiment` raises.
+    """
+    recorded = read_finished(name, spec, out)
+    with tempfile.TemporaryDirectory() as elsewhere:
+        compiled = compiled and not recorded.environment.mode.startswith("eager")
+        again = run_experiment(name, spec, elsewhere, *arguments, compiled=compiled, checkpoint_every=10**9)
+    if not isinstance(again, Finished):
+        return Verification(recorded, again, False, None)
+    reason = difference(recorded.environment, again.environment)
+    reason = reason if recorded.bitwise else "been resumed with --resume-anyway"
+    return Verification(recorded, again, recorded.digest == again.digest, reason)
+
+
+def read_finished(name: str, spec: Spec, out: str | Path) -> Finished:
+    """The record of a finished run; UserError where there is none."""
+    path = Run(Path(out), name, spec_id(resolve(spec))).record
+    record = read_record(path) if path.exists() else None
+    if not isinstance(record, Finished):
+        train = f"`uv run main.py run {name}`, with the same options, trains it"
+        raise UserError(f"{name} has no finished run under {out}; {train}")
+    return record

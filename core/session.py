@@ -39,7 +39,7 @@ from core.runs.store import delete, reserve
 from core.spec import Spec, SpecError, resolve, spec_id, static_key
 from core.train import Diverged, Event, Training, compile_ahead, fit
 
-# How many runs `--cohort auto` trains together. On a CPU one by one is as fast or faster (benchmarks/test_cohort.py); for
+# How many runs `--cohort auto` trains together. On a CPU one by one is as fast (benchmarks/test_cohort.py); for
 # CUDA nothing is measured yet.
 COHORT = {"cuda": 16}
 

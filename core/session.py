@@ -16,12 +16,14 @@ from core.compile.fused import CompileError
 from core.data import loader
 from core.data.cifar10 import DIRECTORY_HASH, Cifar10
 from core.errors import UserError
+from core.functional import step
 from core.functional.tree import flatten
 from core.runs import checkpoint, resume
 from core.runs.files import Run
 from core.runs.provenance import environment
 from core.runs.record import (
     About,
+    Answers,
     Epoch,
     Failed,
     Finished,
@@ -320,7 +322,8 @@ class Session:
         """
         training = self.training
         # All in evaluation mode, unlike the train numbers of the history. Here the test split is read, once.
-        metrics = {split: training.evaluate(split) for split in training.splits}
+        answers = {split: training.answers(split) for split in training.splits}
+        metrics = {split: step.summary(found) for split, found in answers.items()}
         training.check_finite({f"{split} loss": torch.tensor(m["loss"]) for split, m in metrics.items()})
         splits = Splits(**{split: Metrics(**found) for split, found in metrics.items()})
         digest = checkpoint.digest(training.weights)
@@ -334,6 +337,7 @@ class Session:
             metrics=splits,
             digest=digest,
             bitwise=self.progress.bitwise,
+            answers=msgspec.convert(step.details(answers["test"]), Answers),
         )
         write_record(self.run.record, self.record)
         delete(*self.run.resume_points())

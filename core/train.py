@@ -67,9 +67,13 @@ class Training:
         return {**self.state["params"], **self.state["stats"]}
 
     def evaluate(self, split: str) -> dict[str, Any]:
-        """Loss and accuracy on train, validation or test, in evaluation mode; see core.functional.step.evaluate."""
+        """Loss and accuracy on train, validation or test, in evaluation mode; see core.functional.step.summary."""
+        return steps.summary(self.answers(split))
+
+    def answers(self, split: str) -> steps.Answers:
+        """What the network answers to every image of train, validation or test, in evaluation mode."""
         images, labels, examples = self.splits[split]
-        return steps.evaluate(self.state["params"], self.state["stats"], images, labels, self.spec, examples)
+        return steps.answers(self.state["params"], self.state["stats"], images, labels, self.spec, examples)
 
     def check_finite(self, tensors: dict[str, Tensor] | None = None) -> None:
         """Raise Diverged where the state, or other tensors, are NaN or infinite. The flag of the step itself sees the

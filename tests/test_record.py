@@ -20,9 +20,11 @@ from core.runs.store import StoreError
 from core.spec import spec_id
 from tests.conftest import ROOT, lacking
 from tests.test_experiments import OFFICIAL
-from tests.test_report import failed, make
+from tests.test_report import answered, failed, make
 
-FINISHED, FAILED = (json.loads(encode(record)) for record in (make("x", epochs=2), failed("x")))
+FINISHED, FAILED, ANSWERED = (
+    json.loads(encode(record)) for record in (make("x", epochs=2), failed("x"), answered(make("x")))
+)
 ID = FINISHED["spec_id"]
 OF_ANOTHER_RUN = "it is of "
 
@@ -81,7 +83,9 @@ def refusal(path):
 # What is read
 
 
-@pytest.mark.parametrize("record", [make("x"), failed("x")], ids=["finished", "failed"])
+@pytest.mark.parametrize(
+    "record", [make("x"), answered(make("x")), failed("x")], ids=["finished", "with answers", "failed"]
+)
 def test_a_record_comes_back(tmp_path, record):
     run = Run(tmp_path, "x", record.spec_id)
     run.folder.mkdir(parents=True)
@@ -241,6 +245,68 @@ def counts(key, i, value):
 )
 def test_a_record_that_contradicts_itself_is_refused_in_words(put, edits, reason):
     assert reason in refusal(put(edited(FINISHED, *edits)))
+
+
+def test_a_record_without_answers_stays_as_it_is(put):
+    """An older one, which can say nothing of them: no key appears."""
+    data = encode(make("x"))
+    assert b"answers" not in data
+    record = read_record(put(data))
+    assert not record.answers
+    assert encode(record) == data
+
+
+RIGHT, CONFUSION, MISTAKES = (("answers", key) for key in ("right", "confusion", "mistakes"))
+
+
+@pytest.mark.parametrize(
+    ("edits", "reason"),
+    [
+        ([(RIGHT, '"*"')], "Invalid base64"),
+        ([(RIGHT, '"a"')], "Invalid base64"),
+        ([(RIGHT, '""')], "0 bytes say which of 10000 images are right"),
+        ([(RIGHT, json.dumps("/" * 1664))], "1248 bytes say which of 10000 images are right"),
+        ([(RIGHT, json.dumps("A" * 1668))], "1251 bytes say which"),
+        ([(RIGHT, json.dumps("/" * 200_000))], "length <= 65536"),
+        ([(RIGHT, json.dumps("/" * 1666 + "8="))], "other than 5700 of 10000 images are marked as right"),
+        ([(RIGHT, "[1, 2]")], "Expected `bytes`"),
+        ([(RIGHT, None)], "missing required field `right`"),
+        ([((*CONFUSION, 0, 0), "1")], "the confusion matrix is that of another evaluation"),
+        ([((*CONFUSION, 0, 1), "431"), ((*CONFUSION, 1, 2), "429")], "the confusion matrix is that of another"),
+        ([((*CONFUSION, 0, 0), "571"), ((*CONFUSION, 0, 1), "429")], "the confusion matrix is that of another"),
+        ([((*CONFUSION, 0, 0), "-1")], "Expected `int` >= 0"),
+        ([((*CONFUSION, 3, 9), None)], "length >= 10"),
+        ([((*CONFUSION, 9), None)], "length >= 10"),
+        ([((*MISTAKES, 0, "index"), "0")], "image 0 is no mistake"),
+        ([((*MISTAKES, 0, "index"), "10000")], "image 10000 is no mistake"),
+        ([((*MISTAKES, 0, "index"), "-1")], "Expected `int` >= 0"),
+        ([((*MISTAKES, 0, "predicted"), "10")], "Expected `int` <= 9"),
+        ([((*MISTAKES, 0, "label"), "1")], "is no mistake"),
+        ([((*MISTAKES, 0, "probability"), "1.5")], "Expected `float` <= 1.0"),
+        ([(MISTAKES, json.dumps([ANSWERED["answers"]["mistakes"][0]] * 101))], "length <= 100"),
+        ([(("answers",), "null")], "Expected `object`"),
+    ],
+    ids=lambda value: ascii(value)[:60] if isinstance(value, list) else None,
+)
+def test_answers_that_are_not_those_of_the_run_are_refused_in_words(put, edits, reason):
+    read_record(put(edited(ANSWERED)))
+    assert reason in refusal(put(edited(ANSWERED, *edits)))
+
+
+def test_bits_beyond_the_last_image_are_refused(put):
+    """Of eleven images there are two bytes, whose last five bits say nothing."""
+    record = deepcopy(ANSWERED)
+    record["metrics"]["test"] = {
+        "accuracy": 1 / 11,
+        "loss": 2.0,
+        "n": 11,
+        "correct": [1] + [0] * 9,
+        "count": [2] + [1] * 9,
+    }
+    matrix = [[1, 1] + [0] * 8] + [[1] + [0] * 9 for _ in range(9)]
+    record["answers"] = {"right": "gAA=", "confusion": matrix, "mistakes": []}
+    read_record(put(edited(record)))
+    assert "are marked as right" in refusal(put(edited(record, (RIGHT, '"ABA="'))))
 
 
 def test_the_record_of_another_run_is_refused(put, tmp_path):

@@ -241,3 +241,32 @@ def test_evaluation_counts_every_example(small_spec, invented, sequential, chose
     assert found["count"] == [int((labels == c).sum()) for c in range(10)]
     assert found["accuracy"] == right.sum().item() / len(labels)
     assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_the_answers_are_those_of_the_network(small_spec, invented, sequential):
+    spec = small_spec()
+    params, stats = model.init(spec, 0)
+    module = sequential(spec).eval()
+    module.load_state_dict({**params, **stats}, strict=True)
+    images, labels = invented.test_images[:99], invented.test_labels[:99]  # 99 bits do not fill their bytes
+    found = step.answers(params, stats, images, labels, spec, batch=13)
+    probabilities = module(augment.normalise(images)).detach().softmax(1)
+    torch.testing.assert_close(found.probabilities, probabilities.amax(1))
+    assert torch.equal(found.predicted, probabilities.argmax(1))
+    assert step.summary(found) == step.evaluate(params, stats, images, labels, spec, batch=13)
+
+    details, right = step.details(found), found.predicted == labels
+    assert len(details["right"]) == 13
+    bits = [bool(details["right"][i // 8] & 128 >> i % 8) for i in range(104)]
+    assert bits == [*right.tolist(), *[False] * 5]
+    assert details["confusion"] == [
+        [int(((labels == one) & (found.predicted == other)).sum()) for other in range(10)] for one in range(10)
+    ]
+    wrong = sorted(((-float(p), i) for i, p in enumerate(found.probabilities) if not right[i]))
+    assert [(m["index"], m["probability"]) for m in details["mistakes"]] == [(i, round(-p, 6)) for p, i in wrong[:12]]
+    assert all(
+        (m["label"], m["predicted"]) == (labels[m["index"]], found.predicted[m["index"]]) for m in details["mistakes"]
+    )
+    perfect = step.details(found._replace(predicted=labels))
+    assert perfect["mistakes"] == []
+    assert sum(map(int.bit_count, perfect["right"])) == 99

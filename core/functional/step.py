@@ -6,6 +6,7 @@ loss into a function that returns its gradient, and the update is arithmetic fro
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,17 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
     return train_step
 
 
-def evaluate(
+class Answers(NamedTuple):
+    """What a network answers to n images, each [n]: the true labels (int64), the cross-entropy of each (without label
+    smoothing), the class that it predicts, and the probability that it gives to that class."""
+
+    labels: Tensor
+    losses: Tensor
+    predicted: Tensor
+    probabilities: Tensor
+
+
+def answers(
     params: dict,
     stats: dict,
     images: Tensor,
@@ -105,33 +116,67 @@ def evaluate(
     spec: Spec,
     examples: Tensor | None = None,
     batch: int = 1000,
-) -> dict:
-    """Loss and accuracy in evaluation mode, over every one of the examples.
+) -> Answers:
+    """What a network answers in evaluation mode, to every one of the examples, in their order.
 
     Args:
         images: uint8 [n, 3072]. labels: int64 [n].
         examples: int64 indices into them; None for all.
-
-    Returns:
-        `loss`, the mean cross-entropy (without label smoothing); `accuracy`; `correct` and `count`, a number for each
-        class; `n`.
     """
     if examples is not None:
         labels = labels[examples]
-    n = len(labels)
     params = {**params, **model.copies(params, spec)}
-    predicted, losses = [], []
-    for start in range(0, n, batch):
+    losses, predicted, probabilities = [], [], []
+    for start in range(0, len(labels), batch):
         part = slice(start, start + batch)
         x = augment.normalise(images[part] if examples is None else images[examples[part]])
         logits, _ = model.forward(params, stats, x, spec)
-        losses.append(F.cross_entropy(logits, labels[part], reduction="none"))
+        log_probabilities = torch.log_softmax(logits, 1)
+        losses.append(F.nll_loss(log_probabilities, labels[part], reduction="none"))
         predicted.append(logits.argmax(1))
-    hit = torch.cat(predicted) == labels
+        probabilities.append(log_probabilities.amax(1).exp())
+    return Answers(labels, torch.cat(losses), torch.cat(predicted), torch.cat(probabilities))
+
+
+def summary(found: Answers) -> dict:
+    """`loss`, the mean cross-entropy; `accuracy`; `correct` and `count`, a number for each class; `n`."""
+    hit, n = found.predicted == found.labels, len(found.labels)
     return {
-        "loss": torch.cat(losses).cpu().double().sum().item() / n,  # MPS has no float64
+        "loss": found.losses.cpu().double().sum().item() / n,  # MPS has no float64
         "accuracy": hit.sum().item() / n,
-        "correct": labels[hit].bincount(minlength=10).tolist(),
-        "count": labels.bincount(minlength=10).tolist(),
+        "correct": found.labels[hit].bincount(minlength=10).tolist(),
+        "count": found.labels.bincount(minlength=10).tolist(),
         "n": n,
     }
+
+
+def details(found: Answers, mistakes: int = 12) -> dict:
+    """What two networks are compared by, and what pictures show.
+
+    Returns:
+        `right`, a bit for each image, the first in the highest bit of the first byte; `confusion`, how many images of
+        each class (a row) are taken for each class (a column); `mistakes`, the wrong answers with the highest
+        probabilities: index, label, predicted, probability.
+    """
+    labels, predicted, probabilities = found.labels.cpu(), found.predicted.cpu(), found.probabilities.cpu()
+    hit = predicted == labels
+    bits = F.pad(hit.long(), (0, -len(hit) % 8)).view(-1, 8)
+    order = probabilities.masked_fill(hit, -1).sort(descending=True, stable=True).indices
+    return {
+        "right": bytes((bits << torch.arange(7, -1, -1)).sum(1).tolist()),
+        "confusion": (10 * labels + predicted).bincount(minlength=100).view(10, 10).tolist(),
+        "mistakes": [
+            {
+                "index": i,
+                "label": int(labels[i]),
+                "predicted": int(predicted[i]),
+                "probability": round(float(probabilities[i]), 6),
+            }
+            for i in order[: min(mistakes, int((~hit).sum()))].tolist()
+        ],
+    }
+
+
+def evaluate(*arguments: Any, **options: Any) -> dict:
+    """Loss and accuracy in evaluation mode: the `summary` of `answers`, which takes the same arguments."""
+    return summary(answers(*arguments, **options))

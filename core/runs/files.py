@@ -56,7 +56,7 @@ def sweep_all(out: Path) -> None:
     with locked(out / "checkpoints" / "results.lock"):
         reserve(out / "results.md", 1, 1)
         sweep(out, "results.md")
-        sweep(out / "checkpoints", "learning-curves")
+        sweep(out / "checkpoints", "")  # the pictures and tables of the report
     left = (out / "checkpoints").glob("*/*.tmp")
     for folder, run_id in sorted({(path.parent, path.name.split(".")[0]) for path in left}):
         with contextlib.suppress(Held), locked(folder / f"{run_id}.lock", timeout=0):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from core.errors import UserError
 from core.runs.store import StoreError, atomic_write, read_file
@@ -32,6 +32,7 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Loss = Annotated[float, Meta(ge=0, le=1e300)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Class = Annotated[int, Meta(ge=0, le=9)]
 TenCounts = Annotated[list[Count], Meta(min_length=10, max_length=10)]
 
 
@@ -69,6 +70,43 @@ class Splits(Struct, frozen=True, gc=False):
     train: Metrics
     validation: Metrics
     test: Metrics
+
+
+class Mistake(Struct, frozen=True, gc=False):
+    """A wrong answer: the image `index` of the test split, what it shows, and what it was taken for."""
+
+    index: Count
+    label: Class
+    predicted: Class
+    probability: Share
+
+
+class Answers(Struct, frozen=True):
+    """What the network answered on the test split; see core.functional.step.details.
+
+    `right` is a bit for each image, in the order of the split; in JSON it is base64.
+    """
+
+    right: Annotated[bytes, Meta(max_length=1 << 16)]
+    confusion: Annotated[list[TenCounts], Meta(min_length=10, max_length=10)]
+    mistakes: Annotated[list[Mistake], Meta(max_length=100)]
+
+    def is_right(self, index: int) -> bool:
+        return bool(self.right[index // 8] & 128 >> index % 8)
+
+    def check(self, test: Metrics) -> None:
+        """Raise ValueError unless these can be the answers that have such metrics."""
+        if len(self.right) != (test.n + 7) // 8:
+            raise ValueError(f"{len(self.right)} bytes say which of {test.n} images are right")
+        bits = int.from_bytes(self.right)
+        if bits.bit_count() != sum(test.correct) or bits % (1 << -test.n % 8):
+            raise ValueError(f"other than {sum(test.correct)} of {test.n} images are marked as right")
+        diagonal = [row[i] for i, row in enumerate(self.confusion)]
+        if [sum(row) for row in self.confusion] != test.count or diagonal != test.correct:
+            raise ValueError("the confusion matrix is that of another evaluation")
+        for mistake in self.mistakes:
+            if mistake.index >= test.n or mistake.label == mistake.predicted or self.is_right(mistake.index):
+                raise ValueError(f"image {mistake.index} is no mistake")
 
 
 class Environment(Struct, frozen=True, gc=False):
@@ -121,6 +159,7 @@ class Finished(About, tag_field="status", tag="finished"):
         digest: sha256 of the weights; see core.runs.checkpoint.digest.
         bitwise: whether the bits are those of an uninterrupted run.
         first_step_seconds: from the start of the run to the end of its first step, which compiles.
+        answers: on the test split; older records have none.
     """
 
     parameters: Count
@@ -129,9 +168,12 @@ class Finished(About, tag_field="status", tag="finished"):
     metrics: Splits
     digest: Digest
     bitwise: bool
+    answers: Answers | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.answers is not UNSET:
+            self.answers.check(self.metrics.test)
         if [entry.epoch for entry in self.history] != list(range(1, self.spec["epochs"] + 1)):
             raise ValueError(f"the history is not that of {self.spec['epochs']} epochs")
 

@@ -77,10 +77,19 @@ def read(folder: Path) -> Cifar10:
     labels = torch.empty(60_000, dtype=torch.int64)
     verified(folder, "batches.meta")
     for i, name in enumerate(list(FILES)[:6]):
-        batch = pickle.loads(verified(folder, name), encoding="bytes")
+        batch = read_batch(folder, name)
         images[i * 10_000 : (i + 1) * 10_000] = torch.from_numpy(batch[b"data"])
         labels[i * 10_000 : (i + 1) * 10_000] = torch.tensor(batch[b"labels"])
     return Cifar10(images[:50_000], labels[:50_000], images[50_000:], labels[50_000:])
+
+
+def read_batch(folder: Path, name: str) -> dict[bytes, Any]:
+    """One of the six files of images: b"data" is a numpy array, uint8 [10000, 3072]; b"labels" a list.
+
+    Raises:
+        DataError: it is missing, or not the published one.
+    """
+    return pickle.loads(verified(folder, name), encoding="bytes")
 
 
 def verified(folder: Path, name: str) -> bytes:

@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     shown.set_defaults(func=list_command)
     report = commands.add_parser("report", parents=[shared], help="rebuild results.md from the records")
     report.set_defaults(func=report_command)
+    report.add_argument("--group-by", metavar="KEY", help="add a table of means by the values of a key of the spec")
     return top
 
 
@@ -177,7 +178,7 @@ def run_command(args: argparse.Namespace) -> int:
         for _ in read_records(args.out):  # so is a record that cannot be read
             pass
         status = train_and_tell(args, todo, display)
-    rebuild(args.out, sweep.experiments(SUITES))
+    rebuild(args.out, suites(), args.data)
     terminal.table(display.tally)
     return status
 
@@ -281,20 +282,25 @@ def verify_command(args: argparse.Namespace) -> int:
 
 def list_command(args: argparse.Namespace) -> int:
     """Show the suites, with what one seed of each experiment takes."""
-    catalog = sweep.catalog(SUITES)
-    suites = {suite: dict(sweep.runs(catalog[suite], {})) for suite in SUITES}
     known = measured(args.out)
-    for suite, specs in suites.items():
+    for suite, members in suites().items():
+        specs = dict(sweep.runs(members, {}))
         default = " (the default)" if suite == DEFAULT else ""
         say(f"{suite}{default}: {terminal.estimate(known.estimate(specs.values()))}")
         for name, spec in specs.items():
-            say(f"  {name}  {spec_id(spec)}  {terminal.estimate(known.estimate([spec]))}  {catalog[suite][name]}")
+            say(f"  {name}  {spec_id(spec)}  {terminal.estimate(known.estimate([spec]))}  {members[name]}")
     say(f"every other key: {resolve({})}")
     return 0
 
 
+def suites() -> dict[str, sweep.Experiments]:
+    """The suites, with their grids expanded."""
+    catalog = sweep.catalog(SUITES)
+    return {suite: catalog[suite] for suite in SUITES}
+
+
 def report_command(args: argparse.Namespace) -> int:
-    count = len(rebuild(args.out, sweep.experiments(SUITES), redraw=True))
+    count = len(rebuild(args.out, suites(), ROOT / "data", redraw=True, group_by=args.group_by))
     say(f"{args.out / 'results.md'} rebuilt from {count} records")
     return 0
 

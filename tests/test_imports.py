@@ -14,7 +14,7 @@ RULES = {
     "data": {"errors", "runs"},
     "runs": {"errors", "spec"},
     "compile": {"errors", "spec", "functional", "runs"},
-    "report": {"errors", "spec", "runs"},
+    "report": {"errors", "spec", "runs", "data"},  # data: the names of the classes, and the test images that it shows
     "train": {"errors", "spec", "functional", "data", "compile"},  # no files, so no runs; no terminal
     "predict": {"errors", "spec", "functional", "runs"},
     "verify": {"errors", "spec", "runs", "session"},

@@ -1,37 +1,108 @@
-"""results.md and its picture: a view of the records, rebuilt from them and from nothing else."""
+"""results.md, its pictures and its tables: a view of the records, rebuilt from them and from nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from core.report import markdown, plots, stats
+from core.data import cifar10
+from core.report import markdown, plots, sheet, stats
 from core.runs import store
+from core.runs.files import Run
 from core.runs.record import Finished, Record, read_records
-from core.spec import Spec
+from core.spec import FIELDS, SpecError, nearest
 
-MAX_BYTES = 16 << 20  # of a report or a picture on disk; what is larger is not ours, and is written anew
+MAX_BYTES = 64 << 20  # of a file of a report on disk; what is larger is not ours, and is written anew
+MAX_WEIGHTS = 256 << 20  # bytes of a file of weights to draw
+SUITES = 10  # pictures of suites, at most
 
 
-def rebuild(out: Path, experiments: Mapping[str, Spec], redraw: bool = False) -> list[Record]:
-    """Bring results.md and the learning curves under `out` up to date; a file that is right already is not touched.
+def rebuild(
+    out: Path,
+    suites: markdown.Suites,
+    data: Path | None = None,
+    redraw: bool = False,
+    group_by: str | None = None,
+) -> list[Record]:
+    """Bring results.md, results.csv and the pictures under `out` up to date; a file that is right already is not
+    touched.
+
+    A picture of test images or of weights is drawn where these are at hand. Elsewhere the one on disk stays, and
+    results.md shows it as long as it is the right one.
 
     Args:
-        experiments: what the names of experiments stand for now, to say how to run them again.
-        redraw: draw the picture even where the one on disk says that it shows these curves.
+        suites: what the names of experiments stand for now, in their suites.
+        data: the folder of CIFAR-10.
+        redraw: draw the pictures even where those on disk say that they are right.
+        group_by: a key of the spec; results.md then also has a table by its values.
 
     Returns:
-        All records, in the order of the table.
+        All records, sorted.
 
     Raises:
+        core.spec.SpecError: there is no such key.
         core.runs.store.StoreError: a record is damaged, or a file cannot be written; the old files are intact.
     """
+    if group_by is not None and group_by not in FIELDS:
+        raise SpecError(f"cannot group by {group_by!r}: it is no key of a spec{nearest(group_by, list(FIELDS))}")
     with store.locked(out / "checkpoints" / "results.lock"):
         records = sorted(read_records(out), key=markdown.order)
         groups = stats.groups(record for record in records if isinstance(record, Finished))
-        content, picture = plots.content(groups), out / plots.PICTURE
-        if redraw or plots.identifier(content).encode() not in _on_disk(picture):
-            _update(picture, plots.draw(content))
-        _update(out / "results.md", markdown.markdown(records, experiments).encode())
+        shown = {}
+        for picture in _pictures(out, groups, suites, data):
+            there = plots.identifier(picture) in _on_disk(out / picture.path)
+            if (redraw or not there) and (drawn := plots.draw(picture)):
+                _update(out / picture.path, drawn)
+                there = True
+            if there:
+                shown[picture.path] = picture
+            if isinstance(picture.content, plots.Curves):
+                _update(out / plots.CURVES_TABLE, plots.curves_as_table(picture.content).encode())
+        _update(out / sheet.RUNS, sheet.runs(records).encode())
+        _update(out / "results.md", markdown.markdown(records, suites, shown, group_by).encode())
     return records
+
+
+def _pictures(
+    out: Path, groups: list[stats.Group], suites: markdown.Suites, data: Path | None
+) -> Iterator[plots.Picture]:
+    """The pictures that a report of these groups has."""
+    if not groups:
+        return
+    best = stats.ranked(groups)[0]
+    run = max(best, key=lambda record: record.metrics.validation.accuracy)
+    # The first, as it takes the most memory: it is given back before matplotlib is loaded.
+    if mistakes := plots.mistakes(run, cifar10.CLASSES, lambda indices: _test_images(data, indices)):
+        yield mistakes
+    yield plots.filters(run, lambda: _first_layer(Run(out, run.name, run.spec_id).weights))
+    if confusion := plots.confusion(best, cifar10.CLASSES):
+        yield confusion
+    compared = {suite: [group for group in groups if group[0].name in names] for suite, names in suites.items()}
+    for suite, members in [item for item in compared.items() if len(item[1]) > 1][:SUITES]:
+        yield plots.intervals(suite, members)
+    yield plots.curves(groups)
+
+
+def _test_images(data: Path | None, indices: list[int]) -> Any:
+    """Images of the test split, uint8 [n, 3072]; None where the data is not there."""
+    if data is None or cifar10.missing(data):
+        return None
+    try:
+        return cifar10.read_batch(data, "test_batch")[b"data"][indices]
+    except cifar10.DataError:  # whoever trains on it or evaluates is told
+        return None
+
+
+def _first_layer(path: Path) -> Any:
+    """The weights of the first layer in a file of weights, float32 [units, 3072]; None where they cannot be had."""
+    import numpy as np
+    import safetensors.numpy
+    from safetensors import SafetensorError
+
+    try:
+        weights = safetensors.numpy.load(store.read_file(path, MAX_WEIGHTS))["1.weight"]
+    except (OSError, ValueError, KeyError, SafetensorError):  # `main.py evaluate` says what is wrong
+        return None
+    return weights if weights.ndim == 2 and weights.shape[1] == 3072 and np.isfinite(weights).all() else None
 
 
 def _on_disk(path: Path) -> bytes:

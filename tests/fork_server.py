@@ -66,7 +66,7 @@ def serve():
         f"train_{what}": getattr(everything, f"train_{what}")[:TRAIN_IMAGES].clone() for what in ("images", "labels")
     }
     data = {True: everything, False: everything._replace(**few)}
-    plots.draw(plots.content([]))  # matplotlib, too
+    plots.draw(plots.curves([]))  # matplotlib, too
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

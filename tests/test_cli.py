@@ -71,9 +71,9 @@ def record(out):
 @pytest.mark.slow
 def test_a_run_leaves_weights_record_and_report(official):
     done, out = official
-    assert sorted(contents(out)) == [
-        f"checkpoints/{name}" for name in ("learning-curves.svg", f"smoke/{SMOKE}.json", f"smoke/{SMOKE}.safetensors")
-    ] + ["results.md"]
+    pictures = ["best-confusion.svg", "best-first-layer.png", "best-mistakes.png", "learning-curves.svg"]
+    names = [*pictures, "learning-curves.csv", "results.csv", f"smoke/{SMOKE}.json", f"smoke/{SMOKE}.safetensors"]
+    assert contents(out).keys() == {"results.md", *(f"checkpoints/{name}" for name in names)}
     found = record(out)
     assert found["status"] == "finished"
     assert found["spec"] == resolve(EXPERIMENTS["smoke"])
@@ -137,7 +137,8 @@ def test_overrides_make_another_run_and_leave_the_official_one_alone(call, out):
     assert {key: found["spec"][key] for key in changed} == changed
     after = contents(out)
     assert all(after[name] == before[name] for name in before if SMOKE in name)
-    assert after.keys() - before.keys() == {f"checkpoints/smoke/{other}.{kind}" for kind in ("json", "safetensors")}
+    new = [f"smoke/{other}.json", f"smoke/{other}.safetensors", "suite-smoke.svg"]
+    assert after.keys() - before.keys() == {f"checkpoints/{name}" for name in new}
     table = [line for line in (out / "results.md").read_text().splitlines() if line.startswith("| smoke ")]
     assert len(table) == 2
 
@@ -145,12 +146,21 @@ def test_overrides_make_another_run_and_leave_the_official_one_alone(call, out):
 @pytest.mark.slow
 def test_report_gives_the_bytes_that_the_run_left(call, out):
     before = contents(out)
-    for path in (out / "results.md", out / "checkpoints" / "learning-curves.svg"):
+    for path in (out / "results.md", out / "checkpoints" / "learning-curves.svg", out / "checkpoints" / "results.csv"):
         path.unlink()
     done = call("report", "--out", out)
     assert done.returncode == 0
     assert "1 records" in done.stdout
     assert contents(out) == before
+    done = call("report", "--group-by", "lr", "--out", out)
+    assert done.returncode == 0
+    assert "\n## By lr\n" in (out / "results.md").read_text()
+
+
+def test_a_report_by_a_key_that_is_none(call, tmp_path):
+    done = call("report", "--group-by", "learning_rate", "--out", tmp_path)
+    assert_refused(done, "cannot group by 'learning_rate'", "did you mean 'lr'?")
+    assert contents(tmp_path) == {}
 
 
 def test_list_shows_every_suite_and_experiment(call):

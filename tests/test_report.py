@@ -202,7 +202,7 @@ def test_the_choice_is_by_validation_alone():
     assert "Of lr-1e-3, lr-5e-4 and lr-1e-4, which differ in the learning rate alone" in choice
     assert "chooses **lr-5e-4** (0.0005): 57.00% over 1 seed." in choice
     validation, test = choice.split("On test, which took no part in the choice, ")
-    assert "lr-5e-4 beats lr-1e-3 by 2.00 ± 1.95 points" in validation
+    assert "lr-5e-4 beats lr-1e-3 by 2.00 ± 1.95 points (sampling error)" in validation
     assert test.startswith("lr-5e-4 reaches 57.50%:")
     assert "lr-1e-3 beats lr-5e-4 by 1.50 ± 1.37 points" in test
     assert [row[0] for row in rows(text)] == ["lr-5e-4", "lr-1e-3", "lr-1e-4"]
@@ -265,7 +265,7 @@ def test_runs_that_differ_in_more_than_the_learning_rate_are_not_compared():
 
 def test_the_baseline_is_compared_with_the_best_by_validation():
     bought = section(markdown.markdown([*THREE, BASELINE], SUITES), "What the network bought over the baseline")
-    assert "lr-5e-4 beats baseline by 4.50 ± 1.38 points: it reaches 57.50%, not 53.00%" in bought
+    assert "lr-5e-4 beats baseline by 4.50 ± 1.38 points (sampling error): it reaches 57.50%, not 53.00%" in bought
     assert "from 27.0 to 12.5 points" in bought
     assert "What the network bought" not in markdown.markdown(THREE, SUITES)
     assert "What the network bought" not in markdown.markdown([BASELINE], SUITES)

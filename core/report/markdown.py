@@ -103,8 +103,8 @@ def _compared(a: str, b: str, difference: stats.Difference, more: bool = False) 
     """The sentence for a comparison, without its full stop; with `more`, also what it takes to tell two apart."""
     if difference.mean < 0:
         a, b, difference = b, a, difference._replace(mean=-difference.mean)
-    how = f" ({_seeds(difference.seeds)}, paired)" * difference.paired
-    points = f"{100 * difference.mean:.2f} ± {100 * difference.half:.2f} points{how}"
+    how = f"{_seeds(difference.seeds)}, paired" if difference.paired else "sampling error"
+    points = f"{100 * difference.mean:.2f} ± {100 * difference.half:.2f} points ({how})"
     if difference.told:
         return f"{a} beats {b} by {points}"
     return f"{a} and {b} cannot be told apart: {points}{_more_seeds(difference) * more}"
@@ -122,8 +122,8 @@ def _more_seeds(difference: stats.Difference) -> str:
 
 
 UNPAIRED = (
-    "Where there are fewer than two seeds of both, the range is the sampling error of two accuracies as if each had "
-    "been measured on other images; `--seeds 5` tells more."
+    "Fewer than two seeds of both cannot be paired: there the range is the sampling error of two accuracies as if each "
+    "had been measured on other images. `--seeds 5` tells more."
 )
 
 
@@ -132,11 +132,11 @@ def _images(a: Group, b: Group) -> str:
     found = stats.image_by_image(a, b)
     if found is None:
         return ""
-    odds = "less than 0.0001" if found.p < 1e-4 else f"{found.p:.2g}"
+    p = "p < 0.0001" if found.p < 1e-4 else f"p = {found.p:.2g}"
     return (
         f" Image by image, {a.label} alone is right on {found.first:,} of {found.n:,} and {b.label} alone on "
-        f"{found.second:,} (the networks of seed {found.seed}; exact McNemar test: p = {odds})."
-    ).replace("p = less than", "p <")
+        f"{found.second:,} (the networks of seed {found.seed}; exact McNemar test: {p})."
+    )
 
 
 def _choices(groups: list[Group]) -> list[str]:
@@ -214,6 +214,10 @@ class Worth(NamedTuple):
         """With the change, and without."""
         return (self.member, self.reference) if self.added else (self.reference, self.member)
 
+    @property
+    def how(self) -> str:
+        return f"{'added to' if self.added else 'removed from'} {self.reference.label}"
+
     def points(self, split: str) -> stats.Difference:
         return stats.compare(*self.both, split)
 
@@ -222,7 +226,7 @@ class Worth(NamedTuple):
         validation = self.points("validation")
         return [
             f"`{self.key}`: {has}, not {lacks}",
-            f"{'added to' if self.added else 'removed from'} {self.reference.label}",
+            self.how,
             _points(validation),
             _points(self.points("test")),
             str(validation.seeds),
@@ -242,13 +246,13 @@ def _worths(groups: list[Group], suites: Suites) -> list[Worth]:
 
 
 def _what_paid(groups: list[Group], suites: Suites) -> str:
+    """What each of these changes is worth, with a verdict by validation."""
     worths = _worths(groups, suites)
     if not worths:
         return ""
     verdicts: dict[str, dict[str, list[str]]] = {verdict: defaultdict(list) for verdict in VERDICTS}
     for worth in worths:
-        how = f"{'added to' if worth.added else 'removed from'} {worth.reference.label}"
-        verdicts[_verdict(worth.points("validation"))][worth.key].append(how)
+        verdicts[_verdict(worth.points("validation"))][worth.key].append(worth.how)
     lines = [
         f"- {VERDICTS[verdict]}: {_and([f'`{key}` ({_and(how)})' for key, how in keys.items()])}.\n"
         for verdict, keys in verdicts.items()
@@ -258,8 +262,7 @@ def _what_paid(groups: list[Group], suites: Suites) -> str:
     return (
         "\n## What paid\n\nEach comparison is of two networks that differ in one thing: the accuracy with it less the "
         "accuracy without it, in points, with its 95% interval, paired over the seeds that both have. A change paid, "
-        "or cost, where this interval on validation does not contain 0; test took no part in the verdict. By chance "
-        "alone, one verdict in twenty is wrong.\n\n"
+        "or cost, where this interval on validation does not contain 0; test took no part in the verdict.\n\n"
         + "".join(lines)
         + "\n"
         + _grid(("change", "", "validation", "test", "seeds", "verdict"), [worth.row() for worth in worths[:ROWS]])
@@ -308,7 +311,7 @@ def _commands(groups: list[Group], suites: Suites) -> list[str]:
     gone = []
     for group in groups:
         name, spec = group[0].name, group[0].spec
-        now = _resolved(known.get(name, {"": None}))  # nothing where the name is gone, or stands for what cannot be run
+        now = _resolved(known[name]) if name in known else {}
         changed = [key for key in spec if key != "seed" and spec[key] != now.get(key)]
         if set(changed) <= OPTIONS.keys():
             options = [f" {OPTIONS[key]} {spec[key]}" for key in changed]
@@ -372,6 +375,31 @@ def _best(best: Group, pictures: Mapping[str, plots.Picture]) -> Iterator[str]:
 
 # The whole
 
+INTRODUCTION = (
+    "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit. Accuracies are measured in "
+    "evaluation mode on all 45,000 train, 5,000 validation and 10,000 test images; the test split is read once, at the "
+    "end of a run. Every choice below is made by validation.\n\n"
+)
+
+
+def _legend(groups: list[Group]) -> str:
+    """How the table is read, as a list."""
+    lines = ["A row is an experiment, the best by validation first. Its n runs differ in the seed alone."]
+    if any(len(group) > 1 for group in groups):
+        lines.append(
+            "57.12 ± 0.31% (56.74–57.50): the mean over the seeds, the standard deviation of one seed, and the 95% "
+            "interval of the mean (Student's t), which says how far other seeds would move it."
+        )
+    if any(len(group) == 1 for group in groups):
+        lines.append(
+            "Where n is 1, the interval is that of one accuracy measured on so many images (Wilson); it says nothing "
+            "of other seeds."
+        )
+    lines.append("Every interval holds for itself: by chance alone, one comparison in twenty is wrong.")
+    lines.append("The gap is train minus test, in points. The time is that of all steps of a run, without compilation.")
+    lines.append(f"Every run, with its whole spec, is a row of [results.csv]({sheet.RUNS}).")
+    return "\n" + "".join(f"- {line}\n" for line in lines)
+
 
 def markdown(
     records: list[Record],
@@ -430,28 +458,3 @@ def markdown(
         commands = "\n".join(_commands(best, suites))
         parts.append(f"\n## Reproduce\n\n```sh\n{commands}\n```\n\nMade on:\n\n" + "\n".join(places) + "\n")
     return "".join(parts)
-
-
-INTRODUCTION = (
-    "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit. Accuracies are measured in "
-    "evaluation mode on all 45,000 train, 5,000 validation and 10,000 test images; the test split is read once, at the "
-    "end of a run. Every choice below is made by validation.\n\n"
-)
-
-
-def _legend(groups: list[Group]) -> str:
-    """How the table is read, as a list."""
-    lines = ["A row is an experiment, the best by validation first. Its n runs differ in the seed alone."]
-    if any(len(group) > 1 for group in groups):
-        lines.append(
-            "57.12 ± 0.31% (56.74–57.50): the mean over the seeds, the standard deviation of one seed, and the 95% "
-            "interval of the mean (Student's t), which says how far other seeds would move it."
-        )
-    if any(len(group) == 1 for group in groups):
-        lines.append(
-            "Where n is 1, the interval is that of one accuracy measured on so many images (Wilson); it says nothing "
-            "of other seeds."
-        )
-    lines.append("The gap is train minus test, in points. The time is that of all steps of a run, without compilation.")
-    lines.append(f"Every run, with its whole spec, is a row of [results.csv]({sheet.RUNS}).")
-    return "\n" + "".join(f"- {line}\n" for line in lines)

@@ -77,8 +77,9 @@ def _pictures(
     if confusion := plots.confusion(best, cifar10.CLASSES):
         yield confusion
     compared = {suite: [group for group in groups if group[0].name in names] for suite, names in suites.items()}
-    for suite, members in [item for item in compared.items() if len(item[1]) > 1][:SUITES]:
-        yield plots.intervals(suite, members)
+    several = [suite for suite, members in compared.items() if len({group[0].name for group in members}) > 1]
+    for suite in several[:SUITES]:
+        yield plots.intervals(suite, compared[suite])
     yield plots.curves(groups)
 
 

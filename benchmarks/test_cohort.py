@@ -1,4 +1,4 @@
-"""Cohorts of 1 to 64 members: model-samples a second, that is images times members, against the same runs one by one."""
+"""Cohorts of 1 to 64 members: model-samples a second (images times members), against the same runs one by one."""
 
 import pytest
 

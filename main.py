@@ -282,9 +282,9 @@ def verify_command(args: argparse.Namespace) -> int:
 
 def list_command(args: argparse.Namespace) -> int:
     """Show the suites, with what one seed of each experiment takes."""
+    found = [(suite, members, dict(sweep.runs(members, {}))) for suite, members in suites().items()]
     known = measured(args.out)
-    for suite, members in suites().items():
-        specs = dict(sweep.runs(members, {}))
+    for suite, members, specs in found:
         default = " (the default)" if suite == DEFAULT else ""
         say(f"{suite}{default}: {terminal.estimate(known.estimate(specs.values()))}")
         for name, spec in specs.items():

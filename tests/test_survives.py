@@ -272,7 +272,7 @@ def test_nohup_means_that_a_hangup_stops_nothing(start, smoke, tmp_path):
 def test_a_signal_before_the_first_step(start, smoke, tmp_path):
     patch = """
 import time, core.compile.fused
-core.compile.fused.fuse = lambda *_: (print('compiling', flush=True), time.sleep(60))
+core.compile.fused.fuse = lambda *_, **__: (print('compiling', flush=True), time.sleep(60))
 """
     process = start(*smoke, out=tmp_path, patch=patch)
     process.until("compiling")
@@ -449,13 +449,13 @@ def test_a_run_that_diverges_later_keeps_its_resume_points(start, smoke, tmp_pat
     patch = """
 import torch, core.compile.fused
 fuse = core.compile.fused.fuse
-def poisoned(spec, state, *rest):
-    advance = fuse(spec, state, *rest).advance
-    def step():
+def poisoned(spec, state, *rest, **options):
+    made = fuse(spec, state, *rest, **options)
+    def advance():
         if int(state["step"]) == 37:
             state["params"]["1.weight"].view(-1)[5] = torch.nan
-        advance()
-    return step
+        made.advance()
+    return made._replace(advance=advance)
 core.compile.fused.fuse = poisoned
 """
     process = start(*smoke, out=tmp_path, patch=patch)
@@ -487,11 +487,11 @@ def test_other_words_for_too_little_memory(start, others, tmp_path, error):
     """What a device or Python raises, which cannot be had at will."""
     patch = f"""
 import torch, core.session
-train = core.session.Session.train
+begin = core.session.Session.begin
 def exhausted(self, *rest):
     if self.name == "smoke":
         raise {error}
-    return train(self, *rest)
-core.session.Session.train = exhausted
+    return begin(self, *rest)
+core.session.Session.begin = exhausted
 """
     assert_failed_alone(start(*others, out=tmp_path, patch=patch), tmp_path, "out of memory on cpu")

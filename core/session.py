@@ -159,9 +159,9 @@ def run_cohort(
             for session in left:
                 step = session.begin(allow_inexact)
                 todo[step, session.environment.mode.split(",")[0]].append(session)
-        for together in todo.values():
-            with _failing(together):
-                _train(together, should_stop, checkpoint_every, allow_inexact)
+            for together in todo.values():
+                with _failing(together):
+                    _train(together, should_stop, checkpoint_every, allow_inexact)
         return [session.record for session in sessions if session.record]
 
 

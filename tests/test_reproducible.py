@@ -15,6 +15,7 @@ from core.compile import fused
 from core.errors import UserError
 from core.runs import checkpoint
 from core.runs.files import Run
+from core.runs.provenance import environment
 from core.runs.record import ResumePoint, read_record
 from core.runs.resume import KEEP, ResumeError
 from core.session import Interrupted, run_experiment
@@ -114,6 +115,53 @@ def test_the_default_network_compiled_stopped_killed_and_resumed(start, data_dir
         lost = {name: torch.zeros_like(t) if "exp_avg/" in name else t for name, t in tensors.items()}
         checkpoint.save(path, lost, about)
     assert finish("control")[0] != whole
+
+
+@pytest.mark.slow
+@pytest.mark.longest
+def test_bfloat16_compiled_stopped_and_with_another_number_of_threads(start, data_dir, tmp_path):
+    """On AMX, oneDNN shares the terms of a sum between threads, so there the number of threads is recorded as deciding
+    the bits; held to AVX-512 it does not."""
+    changes = {"epochs": 2, "batch_size": 500, "precision": "bfloat16"}
+    options = ("run", "baseline", "--precision", "bfloat16", "--epochs", 2, "--batch-size", 500, "--device", "cpu")
+    options = (*options, "--data", data_dir)
+
+    def finish(out, isa="AVX512_CORE_BF16", **how):
+        process = start(*options, out=tmp_path / out, env={"ONEDNN_MAX_CPU_ISA": isa}, **how)
+        assert process.wait() == 0, process.output()
+        return digest(tmp_path / out, "baseline", **changes)
+
+    whole = finish("whole")
+    assert finish("two threads", threads=2) == whole
+    own = finish("own", "ALL")
+    process = start(*options, out=tmp_path / "cut", env={"ONEDNN_MAX_CPU_ISA": "ALL"})
+    process.until("epoch 1")
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 130, process.output()
+    assert finish("cut", "ALL") == own
+
+
+def test_bfloat16_on_amx_records_the_threads(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_bf16": True})
+    cpu = torch.device("cpu")
+    assert environment(cpu, "compiled", "bfloat16").hardware.endswith(f" amx_bf16, {torch.get_num_threads()} threads")
+    assert environment(cpu, "compiled").hardware.endswith(" amx_bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "avx512_bf16": True})
+    assert environment(cpu, "compiled", "bfloat16").hardware.endswith(" avx512_bf16")
+
+
+def test_a_cpu_that_emulates_bfloat16_is_told_so(tmp_path, invented, small_spec, monkeypatch):
+    def reasons(precision):
+        events = []
+        spec = small_spec(epochs=1, precision=precision)
+        run_experiment("x", spec, tmp_path, invented, "cpu", events.append, compiled=False, force=True)
+        return [event.details["reason"] for event in events if event.kind == "notice"]
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
+    assert not reasons("float32")
+    assert "float32 is faster here" in "".join(reasons("bfloat16"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert not reasons("bfloat16")
 
 
 def test_the_number_of_threads_could_matter():

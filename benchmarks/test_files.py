@@ -39,7 +39,7 @@ def test_refuse(tensors, tmp_path, benchmark, board):
 
     def refuse():
         with pytest.raises(checkpoint.CheckpointError):
-            checkpoint.load(path, lambda _: shapes)
+            checkpoint.load(path, dict, lambda _: shapes)
 
     benchmark.pedantic(refuse, rounds=10, warmup_rounds=2)
     if benchmark.stats:
@@ -51,5 +51,5 @@ def test_refuse(tensors, tmp_path, benchmark, board):
 def test_read(tensors, tmp_path, benchmark):
     path, shapes = tmp_path / "state.safetensors", checkpoint.shapes_of(tensors)
     checkpoint.save(path, tensors, {})
-    benchmark.pedantic(checkpoint.load, args=(path, lambda _: shapes), rounds=10, warmup_rounds=2)
+    benchmark.pedantic(checkpoint.load, args=(path, dict, lambda _: shapes), rounds=10, warmup_rounds=2)
     speed(benchmark, tensors)

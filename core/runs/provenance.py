@@ -17,7 +17,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # The parts of core/ that cannot decide a bit of the weights: files, reports, the terminal, what is done with a trained
 # network. Everything else counts, so a file that is added counts from its first day.
-NOT_HASHED = ("runs", "report", "predict.py", "session.py", "terminal.py", "errors.py", "spec.py")
+NOT_HASHED = (
+    "runs",
+    "report",
+    "predict.py",
+    "session.py",
+    "sweep.py",
+    "terminal.py",
+    "verify.py",
+    "errors.py",
+    "spec.py",
+)
 
 # Environment variables that change the arithmetic of MKL, oneDNN, cuBLAS or ATen.
 SETTINGS = (

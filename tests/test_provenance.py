@@ -87,7 +87,8 @@ def test_what_decides_no_bit_does_not_count(core):
         (core / name / "new.py").write_text("x = 1\n")
         (core / name / "deeper").mkdir()
         (core / name / "deeper" / "new.py").write_text("x = 1\n")
-    for name in ("predict.py", "session.py", "sweep.py", "terminal.py", "verify.py", "errors.py", "spec.py", "runs/store.py"):
+    names = "predict session sweep terminal verify errors spec".split()
+    for name in (*(f"{name}.py" for name in names), "runs/store.py"):
         with open(core / name, "a") as file:
             file.write("x = 1\n")
     (core / "functional" / "notes.txt").write_text("x = 1\n")

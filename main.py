@@ -134,7 +134,7 @@ def train(
     stop = display.stop
     stop.install()
     with quick_imports():
-        from core.session import COHORT, Interrupted, prepare
+        from core.session import COHORT, Interrupted, TooLarge, prepare
     first = None if args.no_compile or (args.cohort or 1) > 1 else runs[0][1]
     data, device = prepare(args.device, lambda: load_data(args), first)
     groups = deque(sweep.cohorts(runs, args.cohort or COHORT.get(device.type, 1)))
@@ -144,11 +144,11 @@ def train(
         try:
             with display.run(labels) as listeners:
                 ended = do(group, args.out, data, device, listeners, stop, compiled=not args.no_compile, **options)
-        except Held as holder:
-            if len(group) > 1:
+        except (Held, TooLarge) as error:
+            if len(group) > 1:  # some of them, or all one by one, may do
                 groups.extendleft([run] for run in reversed(group))
             else:
-                warn(f"{labels[0]} is being trained by {holder}; taking the next one")
+                warn(f"{labels[0]} is being trained by {error}; taking the next one")
             continue
         except Interrupted as error:
             raise KeyboardInterrupt(str(error)) from None

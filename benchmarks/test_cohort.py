@@ -43,7 +43,7 @@ def test_cohort(network, device, data_on, benchmark, board):
     found = {size: harness.Result(seconds[str(size)], steps * images * size, None) for size in SIZES[network]}
     for size, result in found.items():
         # One by one, as many members would take that many times as long as one.
-        ratio = size / result.ratio(found[1]) ** -1
+        ratio = size * result.ratio(found[1])
         benchmark.extra_info[f"model_samples_per_second_{size}"] = round(result.samples_per_second)
         board.lines.append(
             f"Cohort of {size} ({network}, {device}): {result.samples_per_second:,.0f} model-samples/s, "

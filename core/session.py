@@ -48,6 +48,10 @@ COHORT = {"cuda": 16}
 OnEvent = Callable[[Event], None]
 
 
+class TooLarge(UserError):
+    """There is not enough memory for these runs together; one by one they may have it."""
+
+
 class Interrupted(UserError):
     """A run was asked to stop; everything is saved, and the message says after which step."""
 
@@ -133,6 +137,7 @@ def run_cohort(
         core.runs.store.Held: another process is at work on one of the runs.
         core.runs.store.StoreError: files cannot be written or read.
         core.runs.resume.ResumeError: a run cannot go on bit for bit.
+        TooLarge: memory does not suffice for more than one run.
         Interrupted: `should_stop` said so.
     """
     device = pick_device(device) if isinstance(device, str) else device
@@ -155,27 +160,37 @@ def run_cohort(
                 session.record = session.run.finished()
         todo: dict[tuple[int, str], list[Session]] = defaultdict(list)
         left = [session for session in sessions if session.record is None]
+        last = _last_common_step(left)
         with _failing(left):
             for session in left:
-                step = session.begin(allow_inexact)
+                step = session.begin(allow_inexact, last, len(left))
                 todo[step, session.environment.mode.split(",")[0]].append(session)
             for together in todo.values():
                 with _failing(together):
                     _train(together, should_stop, checkpoint_every, allow_inexact)
-        return [session.record for session in sessions if session.record]
+        return [session.record for session in sessions]
+
+
+def _last_common_step(sessions: list["Session"]) -> int | None:
+    """The last step of which all have a resume point, since in a cohort that was killed some are a point ahead of the
+    others: 0 where the ones ahead have their first, None where there is none and each goes on by itself."""
+    steps = [{resume.step_of(path) for path in session.run.resume_points()} for session in sessions]
+    common = set.intersection(*steps) if steps else set()
+    return max(common) if common else 0 if all(len(each) <= 1 for each in steps) else None
 
 
 @contextlib.contextmanager
 def _failing(sessions: list["Session"]) -> Iterator[None]:
-    """Where memory runs out, these runs have failed."""
+    """Where memory runs out, a run has failed, and a cohort is too large."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise  # a CPU allocator raises a RuntimeError, and says only in its message what it is
+        if len(sessions) > 1:
+            raise TooLarge(f"{len(sessions)} runs together are out of memory on {sessions[0].device}") from error
         for session in sessions:
-            if session.record is None:
-                session.fail(f"out of memory on {session.device}")
+            session.fail(f"out of memory on {session.device}")
 
 
 def _train(
@@ -200,7 +215,7 @@ def _train(
     except CompileError as error:
         raise ResumeError(f"{error}; {REMEDY}") from None
     if interrupted:
-        raise Interrupted("; ".join(interrupted))
+        raise Interrupted(interrupted[0] + f"; so did {len(interrupted) - 1} with it" * (len(interrupted) > 1))
     for session in sessions:
         if session.record is None:
             try:
@@ -215,7 +230,6 @@ class Session:
     def __init__(
         self, run: Run, name: str, spec: Spec, data: Cifar10, device: torch.device, on_event: OnEvent, mode: str
     ) -> None:
-        self.started = time.perf_counter()
         self.run, self.name, self.spec, self.on_event = run, name, spec, on_event
         self.data, self.device = data, device
         self.environment = environment(device, mode, spec["precision"])
@@ -235,17 +249,18 @@ class Session:
             "environment": self.environment,
         }
 
-    def begin(self, allow_inexact: bool) -> int:
-        """Prepare the training, from the newest good resume point if there is one; returns the step it stands at."""
+    def begin(self, allow_inexact: bool, last: int | None, count: int) -> int:
+        """Prepare the training, one of `count`, from the newest good resume point, if there is one, up to the step `last`;
+        returns the step it stands at."""
         self.training = training = Training(self.spec, self.data, self.device, self.environment.mode)
         if self.spec["precision"] == "bfloat16" and emulates_bfloat16(self.device):
             self.notice("this CPU has neither AVX512_BF16 nor AMX and emulates bfloat16: float32 is faster here")
         state = flatten(training.state)
         point = resume.newest(
-            self.run, About(**self.about()), state, training.steps_per_epoch, allow_inexact, self.notice
+            self.run, About(**self.about()), state, training.steps_per_epoch, allow_inexact, self.notice, last
         )
         size = sum(t.nbytes for t in state.values())
-        reserve(self.run.resume_point(training.total), size, max(1, KEEP + 1 - len(self.run.resume_points())))
+        reserve(self.run.resume_point(training.total), size, count * max(1, KEEP + 1 - len(self.run.resume_points())))
         if point is None:
             return 0
         for name, value in state.items():
@@ -261,9 +276,12 @@ class Session:
 
     def join(self, count: int) -> None:
         """Become one of a cohort of so many."""
+        self.started = time.perf_counter()
+        if self.training.step == self.training.total:  # nothing is left to be trained
+            return
         mode = self.training.mode.split(",")[0] + (f", cohort of {count}" if count > 1 else "")
         if self.saved and mode != self.training.mode:
-            self.notice(f"it goes on {mode}, was {self.training.mode}: not bitwise")
+            self.notice(f"{self.name} seed {self.spec['seed']} goes on {mode}, was {self.training.mode}: not bitwise")
             self.progress.bitwise = False
         self.set_mode(mode)
 

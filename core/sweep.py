@@ -141,8 +141,8 @@ def parse_cohort(text: str) -> int | None:
     """'off' is 1, 'auto' is None."""
     if text in ("auto", "off"):
         return None if text == "auto" else 1
-    if not re.fullmatch(r"[0-9]{1,4}", text) or int(text) < 1:
-        raise UserError(f"--cohort {text}, expected auto, off, or how many runs at once")
+    if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= 256:
+        raise UserError(f"--cohort {text}, expected auto, off, or how many runs at once, at most 256")
     return int(text)
 
 
@@ -202,8 +202,9 @@ class Measured:
 
     def _keys(self, spec: Spec, mode: str) -> Iterator[Any]:
         """What a run is compared with, the closest first: runs of the same shape and mode, else of its precision."""
+        mode = mode.split(",")[0]  # in a cohort, too, a run has taken its share of the time
         yield static_key(spec), mode
-        yield spec["precision"]
+        yield spec["precision"], mode
 
     def estimate(self, specs: Iterable[Spec], mode: str = "compiled") -> Estimate:
         seconds: float | None = 0.0

@@ -41,7 +41,8 @@ class Training:
     Attributes:
         state, data, hyper: what the train step takes; see core.functional.step.make_train_step.
         step: how many steps have been taken.
-        seconds, timed: the time of the steps of the epoch under way, and how many steps that are.
+        seconds, timed: the time of the steps of the epoch under way, in a cohort this one's share of it, and how many
+            steps that are.
         mode: of the step, as core.compile.fused.Step has it; until the step is made, what is asked for.
     """
 
@@ -154,9 +155,9 @@ def fit(
             lead.step += 1
             lead.timed += 1
             if lead.step % 16 == 0:
-                yield lead, Event("step", {"step": lead.step})
+                yield live[0], Event("step", {"step": lead.step})
         bad_steps = trees[0]["metrics"]["bad_step"].view(-1).tolist()  # the one wait for the device of an epoch
-        lead.seconds += time.perf_counter() - since
+        lead.seconds += (time.perf_counter() - since) / len(trainings)  # each one's share
         seconds, timed = lead.seconds, lead.timed
         for t, bad in zip(trainings, bad_steps, strict=True):
             t.step, t.seconds, t.timed = lead.step, seconds, timed
@@ -194,7 +195,7 @@ def _make_step(lead: Training, trees: tuple[dict, dict, dict], may_change_mode: 
     eager = lead.mode.startswith("eager")
     try:
         made = fused.fuse(lead.spec, *trees, compiled=not eager)
-        reason = f"compiled without the patches of core/compile/inductor.py: {made.problem}"
+        reason = f"compiled without the patches of core/compile/inductor.py, until .cache is deleted: {made.problem}"
         if made.mode != lead.mode and not may_change_mode:
             raise fused.CompileError(f"the step would be {made.mode}, and was {lead.mode}")
     except fused.CompileError as error:

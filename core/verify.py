@@ -8,7 +8,7 @@ from core.errors import UserError
 from core.runs.files import Run
 from core.runs.provenance import difference
 from core.runs.record import Finished, Record, read_record
-from core.session import run_experiment
+from core.session import Interrupted, run_experiment
 from core.spec import Spec, resolve, spec_id
 
 
@@ -34,24 +34,29 @@ def verify(name: str, spec: Spec, out: str | Path, *arguments: Any, compiled: bo
         arguments: data, device, on_event and should_stop, as `run_experiment` takes them.
 
     Raises:
-        core.errors.UserError: there is no finished run. Whatever `run_experiment` raises.
+        core.errors.UserError: there is no finished run, or it was trained in a cohort. Whatever `run_experiment` raises.
     """
     recorded = read_finished(name, spec, out)
     with tempfile.TemporaryDirectory() as elsewhere:
         compiled = compiled and not recorded.environment.mode.startswith("eager")
-        again = run_experiment(name, spec, elsewhere, *arguments, compiled=compiled, checkpoint_every=10**9)
+        try:
+            again = run_experiment(name, spec, elsewhere, *arguments, compiled=compiled, checkpoint_every=10**9)
+        except Interrupted:
+            raise Interrupted(f"the verification of {name} was stopped and has kept nothing") from None
     if not isinstance(again, Finished):
         return Verification(recorded, again, False, None)
     reason = difference(recorded.environment, again.environment)
-    reason = reason if recorded.bitwise else "been resumed with --resume-anyway"
+    reason = reason if recorded.bitwise else "gone on from a resume point with other bits"
     return Verification(recorded, again, recorded.digest == again.digest, reason)
 
 
 def read_finished(name: str, spec: Spec, out: str | Path) -> Finished:
-    """The record of a finished run; UserError where there is none."""
+    """The record of a finished run that can be made again alone; UserError where there is none."""
     path = Run(Path(out), name, spec_id(resolve(spec))).record
     record = read_record(path) if path.exists() else None
     if not isinstance(record, Finished):
         train = f"`uv run main.py run {name}`, with the same options, trains it"
         raise UserError(f"{name} has no finished run under {out}; {train}")
+    if "cohort" in record.environment.mode:
+        raise UserError(f"{name} was trained in a cohort, whose bits are not those of a run alone: it cannot be verified")
     return record

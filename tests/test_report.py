@@ -305,14 +305,14 @@ def test_what_paid_follows_from_the_specs():
     ]
     # 2.9 ± 0.25: 3.0, 2.8 and 2.9 have the deviation 0.1, and 4.3027 * 0.1 / sqrt(3) is 0.248
     assert table[2:] == [
-        ["`widths`: 1024-512-256, not 512", "added to baseline", "+0.17 ± 4.36", "+0.17 ± 4.36", "3", "cannot be told"],
-        ["`norm`: batch, not none", "added to baseline", "+2.90 ± 0.25", "+2.90 ± 0.25", "3", "paid"],
-        ["`norm`: batch, not none", "removed from lr-1e-3", "+2.93 ± 0.14", "+2.93 ± 0.14", "3", "paid"],
-        ["`dropout`: 0.2, not 0", "removed from lr-1e-3", "-1.05 ± 0.13", "-1.05 ± 0.13", "3", "cost"],
+        ["`widths`: 1024-512-256, not 512", "in baseline", "+0.17 ± 4.36", "+0.17 ± 4.36", "3", "cannot be told"],
+        ["`norm`: batch, not none", "in baseline", "+2.90 ± 0.25", "+2.90 ± 0.25", "3", "paid"],
+        ["`norm`: batch, not none", "in lr-1e-3", "+2.93 ± 0.14", "+2.93 ± 0.14", "3", "paid"],
+        ["`dropout`: 0.2, not 0", "in lr-1e-3", "-1.05 ± 0.13", "-1.05 ± 0.13", "3", "cost"],
     ]
-    assert "- Paid: `norm` (added to baseline and removed from lr-1e-3).\n" in paid
-    assert "- Cost accuracy: `dropout` (removed from lr-1e-3).\n" in paid
-    assert "- Cannot be told apart from chance: `widths` (added to baseline).\n" in paid
+    assert "- Paid: `norm` (in baseline and in lr-1e-3).\n" in paid
+    assert "- Cost accuracy: `dropout` (in lr-1e-3).\n" in paid
+    assert "- Cannot be told apart from chance: `widths` (in baseline).\n" in paid
     assert "--seeds" not in paid
     single = section(markdown.markdown([r for r in records if r.seed == 0], ABLATION), "What paid")
     assert "`--seeds 5` tells more" in single

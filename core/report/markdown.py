@@ -159,7 +159,8 @@ def _choice(ranking: list[Group]) -> str:
     best, others = ranking[0], ranking[1:]
     shown = others[:LINES]
     validation = [stats.compare(best, other, "validation") for other in shown]
-    close = [other.label for other, found in zip(shown, validation, strict=True) if not found.told]
+    ahead = [found.told and found.mean > 0 for found in validation]
+    close = [other.label for other, is_behind in zip(shown, ahead, strict=True) if not is_behind]
     if close:
         sure = f"It is not sure: {_and(close)} may be as good."
     else:
@@ -196,7 +197,7 @@ def _one_change(a: Spec, b: Spec) -> str | None:
 
 
 def _verdict(worth: stats.Difference) -> str:
-    if not worth.told:
+    if not (worth.told and worth.paired):  # one seed says nothing of others
         return "cannot be told"
     return "paid" if worth.mean > 0 else "cost"
 
@@ -216,7 +217,8 @@ class Worth(NamedTuple):
 
     @property
     def how(self) -> str:
-        return f"{'added to' if self.added else 'removed from'} {self.reference.label}"
+        """Where the comparison was made: with all else as in the baseline, or as in the full network."""
+        return f"in {self.reference.label}"
 
     def points(self, split: str) -> stats.Difference:
         return stats.compare(*self.both, split)
@@ -262,7 +264,8 @@ def _what_paid(groups: list[Group], suites: Suites) -> str:
     return (
         "\n## What paid\n\nEach comparison is of two networks that differ in one thing: the accuracy with it less the "
         "accuracy without it, in points, with its 95% interval, paired over the seeds that both have. A change paid, "
-        "or cost, where this interval on validation does not contain 0; test took no part in the verdict.\n\n"
+        "or cost, where this interval on validation does not contain 0, over two seeds at least; test took no part in "
+        "the verdict.\n\n"
         + "".join(lines)
         + "\n"
         + _grid(("change", "", "validation", "test", "seeds", "verdict"), [worth.row() for worth in worths[:ROWS]])
@@ -279,7 +282,7 @@ def _resolved(spec: Spec) -> Spec:
 
 
 def _baseline(groups: list[Group]) -> str:
-    """What batch norm, dropout, activation and depth bought together, where there is a baseline."""
+    """What the best network with batch norm has over the baseline, where there is one."""
     base = next((group for group in groups if group[0].name == BASELINE), None)
     if base is None:
         return ""
@@ -292,16 +295,16 @@ def _baseline(groups: list[Group]) -> str:
     return (
         "\n## What the network bought over the baseline\n\n"
         f"`baseline` has the hidden widths {spec['widths']} and {spec['activation']}, without batch norm or dropout. "
-        f"Of the others, {best.label} is the best by validation. On test, "
-        f"{_compared(best.label, base.label, stats.compare(best, base, 'test'))}: it reaches "
-        f"{stats.percent(stats.accuracy(best, 'test'))}, not {stats.percent(stats.accuracy(base, 'test'))}, and the "
-        f"gap between train and test goes from {base_gap:.1f} to {gap:.1f} points.{_images(best, base)}\n"
+        f"Of the networks with batch norm, {best.label} is the best by validation. On test, "
+        f"{_compared(best.label, base.label, stats.compare(best, base, 'test'))}: {best.label} reaches "
+        f"{stats.percent(stats.accuracy(best, 'test'))}, {base.label} {stats.percent(stats.accuracy(base, 'test'))}, "
+        f"and the gap between train and test goes from {base_gap:.1f} to {gap:.1f} points.{_images(best, base)}\n"
     )
 
 
 # How to run it again
 
-OPTIONS = {"epochs": "--epochs", "batch_size": "--batch-size", "lr": "--lr"}
+OPTIONS = {"epochs": "--epochs", "batch_size": "--batch-size", "lr": "--lr", "precision": "--precision"}
 
 
 def _commands(groups: list[Group], suites: Suites) -> list[str]:
@@ -427,8 +430,8 @@ def markdown(
     failures = [f"\n{r.name}, seed {r.seed}, failed: {r.error}.\n" for r in records if not isinstance(r, Finished)]
     parts += _first(failures, "\n{} more runs failed.\n")
     inexact = [
-        f"\n{r.name}, seed {r.seed}, is not bitwise: it was resumed with --resume-anyway where its bits are not those "
-        "of an uninterrupted run.\n"
+        f"\n{r.name}, seed {r.seed}, is not bitwise: it went on from a resume point where its bits are not those of "
+        "an uninterrupted run (--resume-anyway, or in another cohort).\n"
         for r in finished
         if not r.bitwise
     ]

@@ -127,7 +127,7 @@ class Difference(NamedTuple):
         deviation: the standard deviation of the differences of single seeds; 0 where there are less than two.
         seeds: how many seeds both have. With two or more, the difference is the mean over these seeds, paired.
             Otherwise it is that of the means, and the interval is the sampling error of two accuracies as if each were
-            measured on images of its own: it is too wide, as both see the same images.
+            measured on images of its own. It says nothing of other seeds.
     """
 
     mean: float
@@ -157,7 +157,9 @@ def compare(a: Group, b: Group, split: str) -> Difference:
     if len(pairs) > 1:
         ours, theirs = (accuracies(runs, split) for runs in zip(*pairs, strict=True))
         differences = [one - other for one, other in zip(ours, theirs, strict=True)]
-        return Difference(fmean(differences), half_width(differences), stdev(differences), len(pairs))
+        # Equal differences of few seeds are chance: less than an image cannot be told.
+        half = max(half_width(differences), 1 / getattr(a[0].metrics, split).n)
+        return Difference(fmean(differences), half, stdev(differences), len(pairs))
     variance = 0.0
     for group in (a, b):
         p = accuracy(group, split)

@@ -113,7 +113,7 @@ def environment(device: torch.device, mode: str, precision: str = "float32") -> 
 def difference(then: Environment, now: Environment) -> str | None:
     """What decides the bits and has changed, in words; None where a run would repeat."""
     # Unpatched, inductor shares the terms of a sum between threads.
-    keys = (*DECIDE_BITS, "threads") if then.mode == "unpatched" else DECIDE_BITS
+    keys = (*DECIDE_BITS, "threads") if then.mode.startswith("unpatched") else DECIDE_BITS
     pairs = [(key, getattr(then, key), getattr(now, key)) for key in keys]
     return ", ".join(f"{key} {old or 'unknown'} (now {new})" for key, old, new in pairs if old != new) or None
 

@@ -60,10 +60,12 @@ def newest(
     steps_per_epoch: int,
     allow_inexact: bool,
     on_damage: Callable[[str], None],
+    last: int | None = None,
 ) -> Restored | None:
     """The newest good resume point; None if there are none.
 
     Args:
+        last: leave out those after this step.
         about, state: those of the run that wants to go on; `state` is flat.
         allow_inexact: go on even where the bits will differ.
         on_damage: called with a sentence for each damaged one.
@@ -74,6 +76,8 @@ def newest(
     """
     bad = []
     for path in run.resume_points():
+        if last is not None and step_of(path) > last:
+            continue
         try:
             found = _load(path, about, state, steps_per_epoch)
         except CheckpointError as error:
@@ -89,9 +93,14 @@ def newest(
     return None
 
 
-def _load(path: Path, about: About, state: dict[str, Tensor], steps_per_epoch: int) -> Restored:
+def step_of(path: Path) -> int:
+    """The step in the name of a resume point; -1 if it has none."""
     digits = path.name.split(".step-")[1].split(".")[0]
-    step = int(digits) if digits.isdecimal() and len(digits) <= 10 else -1
+    return int(digits) if digits.isdecimal() and len(digits) <= 10 else -1
+
+
+def _load(path: Path, about: About, state: dict[str, Tensor], steps_per_epoch: int) -> Restored:
+    step = step_of(path)
     rows = step // steps_per_epoch, len(COLUMNS)
     shapes = {**checkpoint.shapes_of(state), "history": (rows, torch.float64)}
     tensors, found = checkpoint.load(path, ResumePoint, lambda _: shapes)

@@ -250,8 +250,8 @@ class Session:
         }
 
     def begin(self, allow_inexact: bool, last: int | None, count: int) -> int:
-        """Prepare the training, one of `count`, from the newest good resume point, if there is one, up to the step `last`;
-        returns the step it stands at."""
+        """Prepare the training, one of `count`, from the newest good resume point up to the step `last`, if there is one;
+        returns the step at which it stands."""
         self.training = training = Training(self.spec, self.data, self.device, self.environment.mode)
         if self.spec["precision"] == "bfloat16" and emulates_bfloat16(self.device):
             self.notice("this CPU has neither AVX512_BF16 nor AMX and emulates bfloat16: float32 is faster here")

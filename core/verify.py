@@ -34,7 +34,7 @@ def verify(name: str, spec: Spec, out: str | Path, *arguments: Any, compiled: bo
         arguments: data, device, on_event and should_stop, as `run_experiment` takes them.
 
     Raises:
-        core.errors.UserError: there is no finished run, or it was trained in a cohort. Whatever `run_experiment` raises.
+        core.errors.UserError: there is no finished run, or it was in a cohort. Whatever `run_experiment` raises.
     """
     recorded = read_finished(name, spec, out)
     with tempfile.TemporaryDirectory() as elsewhere:
@@ -58,5 +58,5 @@ def read_finished(name: str, spec: Spec, out: str | Path) -> Finished:
         train = f"`uv run main.py run {name}`, with the same options, trains it"
         raise UserError(f"{name} has no finished run under {out}; {train}")
     if "cohort" in record.environment.mode:
-        raise UserError(f"{name} was trained in a cohort, whose bits are not those of a run alone: it cannot be verified")
+        raise UserError(f"{name} was trained in a cohort, whose bits no run alone has: it cannot be verified")
     return record

@@ -341,7 +341,7 @@ def test_no_runs_make_a_report(tmp_path):
 
 def test_a_run_that_is_not_bitwise_says_so():
     text = markdown.markdown([replace(make("a"), bitwise=False)], SUITES)
-    assert "\na, seed 0, is not bitwise: it was resumed with --resume-anyway" in text
+    assert "\na, seed 0, is not bitwise: it went on from a resume point" in text
     assert "not bitwise" not in markdown.markdown([make("a")], SUITES)
 
 

@@ -5,7 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import torch
@@ -168,7 +168,7 @@ def run_cohort(
             for together in todo.values():
                 with _failing(together):
                     _train(together, should_stop, checkpoint_every, allow_inexact)
-        return [session.record for session in sessions]
+        return cast(list[Record], [session.record for session in sessions])
 
 
 def _last_common_step(sessions: list["Session"]) -> int | None:
@@ -250,8 +250,8 @@ class Session:
         }
 
     def begin(self, allow_inexact: bool, last: int | None, count: int) -> int:
-        """Prepare the training, one of `count`, from the newest good resume point up to the step `last`, if there is one;
-        returns the step at which it stands."""
+        """Prepare the training, one of `count`, from the newest good resume point up to the step `last`, if there is
+        one; returns the step at which it stands."""
         self.training = training = Training(self.spec, self.data, self.device, self.environment.mode)
         if self.spec["precision"] == "bfloat16" and emulates_bfloat16(self.device):
             self.notice("this CPU has neither AVX512_BF16 nor AMX and emulates bfloat16: float32 is faster here")

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from core import session
 from core.compile import fused
 from core.data.loader import epoch_order
-from core import session
 from core.functional.tree import flatten
-from core.runs.files import Run
 from core.runs import resume
+from core.runs.files import Run
 from core.runs.record import Failed, Finished, write_record
 from core.session import Interrupted, run_cohort, run_experiment
 from core.spec import SpecError, resolve, spec_id

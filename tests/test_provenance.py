@@ -87,7 +87,7 @@ def test_what_decides_no_bit_does_not_count(core):
         (core / name / "new.py").write_text("x = 1\n")
         (core / name / "deeper").mkdir()
         (core / name / "deeper" / "new.py").write_text("x = 1\n")
-    names = "predict session sweep terminal verify errors spec".split()
+    names = ["predict", "session", "sweep", "terminal", "verify", "errors", "spec"]
     for name in (*(f"{name}.py" for name in names), "runs/store.py"):
         with open(core / name, "a") as file:
             file.write("x = 1\n")

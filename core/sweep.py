@@ -201,10 +201,12 @@ class Measured:
                     self.work[key] += work(record.spec)
 
     def _keys(self, spec: Spec, mode: str) -> Iterator[Any]:
-        """What a run is compared with, the closest first: runs of the same shape and mode, else of its precision."""
+        """What a run is compared with, the closest first: runs of the same shape and mode, else of its
+        precision."""
         mode = mode.split(",")[0]  # in a cohort, too, a run has taken its share of the time
         yield static_key(spec), mode
         yield spec["precision"], mode
+        yield spec["precision"]
 
     def estimate(self, specs: Iterable[Spec], mode: str = "compiled") -> Estimate:
         seconds: float | None = 0.0

@@ -217,7 +217,7 @@ def test_the_default_network_compiled_diverges(start, data_dir, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(start, smoke, whole, tmp_path, number):
-    process = start(*smoke, out=tmp_path)
+    process = start(*smoke, out=tmp_path, patch=SLOW_SAVE.format(seconds=0.1))  # else it may end before the signal
     process.until("epoch 3")
     process.signal(number)
     assert process.wait() == 130

@@ -29,6 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 REMOTE = ROOT.parent / "shared" / "dvc-remote"
 EXPERIMENTS = sweep.experiments(SUITES)
 
+# Autograd starts its threads, if there is a device for them, with the first gradient; afterwards no process can be forked
+# to compile. Without a GPU there is none yet. Once a test has traced with fake tensors, torch pretends that there is.
+torch.zeros((), requires_grad=True).backward()
+
 # The same examples every time: a failure in CI is a failure at home.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")

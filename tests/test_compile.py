@@ -654,6 +654,32 @@ def test_a_failing_compiler_is_quiet(places, compiler, capfd, small_spec, step_i
     assert capfd.readouterr() == ("", ""), "the C++ compiler has written to the terminal"
 
 
+AFTER_A_GRADIENT = """
+import torch
+from core.compile import fused
+from core.functional import optim, step
+from core.spec import resolve
+
+torch._C._ensureCUDADeviceGuardSet()  # as if there were a GPU, for which autograd starts a thread
+torch.zeros((), requires_grad=True).backward()
+spec = resolve({"widths": [8], "batch_size": 4, "dropout": 0.0})
+images, labels = torch.zeros(8, 3072, dtype=torch.uint8), torch.arange(8)
+data = {"images": images, "labels": labels, "order": torch.arange(8).view(2, 4)}
+inputs = spec, step.init_state(spec), data, optim.hyper_tensors(spec, 2, torch.device("cpu"))
+fused.compile_ahead(*inputs)
+print(fused.fuse(*inputs).mode)
+"""
+
+
+@forks
+@pytest.mark.slow
+def test_a_step_compiles_after_autograd_has_started_its_threads(tmp_path):
+    """A fork of such a process cannot differentiate, so it compiles by itself."""
+    command, env = (sys.executable, "-c", AFTER_A_GRADIENT), os.environ | {cache.VARIABLE: str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["compiled"], done.stderr
+
+
 HANGING = """
 import os, signal, sys, time
 from pathlib import Path

@@ -16,10 +16,15 @@ from typing import NamedTuple, NoReturn
 import torch
 
 CAN_FORK = sys.platform == "linux"
+CANNOT_DIFFERENTIATE = 2  # the exit status of a builder
 
 
 class BuildError(Exception):
     """A library could not be built; the message is one line."""
+
+
+class ForkError(BuildError):
+    """Forks of this process cannot build."""
 
 
 class Builder(NamedTuple):
@@ -50,7 +55,7 @@ def wait(name: str) -> None:
     """Wait until a builder has finished; end it if this process is to stop.
 
     Raises:
-        BuildError: it has failed.
+        ForkError: it has to be done in this process. BuildError: it has failed.
     """
     _wait(_builders.pop(name))
 
@@ -77,12 +82,25 @@ def _run(work: Callable[[], None], channel: socket.socket) -> NoReturn:
     status = 1
     try:
         _isolate(channel)
-        work()
-        status = 0
+        if _can_differentiate():
+            work()
+            status = 0
+        else:
+            status = CANNOT_DIFFERENTIATE
     except BaseException as error:
         channel.send(first_line(error).encode())
     finally:
         os._exit(status)
+
+
+def _can_differentiate() -> bool:
+    """Whether autograd works in this process. It does not in a fork of a process where it has started its threads: one a
+    GPU, with the first gradient (https://github.com/pytorch/pytorch/wiki/Autograd-and-Fork)."""
+    try:
+        torch.zeros((), requires_grad=True).backward()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _isolate(channel: socket.socket) -> None:
@@ -122,6 +140,8 @@ def _wait(builder: Builder) -> None:
             raise
         if os.WIFSIGNALED(status):
             raise BuildError(f"the compiling process was ended by signal {os.WTERMSIG(status)}")
+        if os.waitstatus_to_exitcode(status) == CANNOT_DIFFERENTIATE:
+            raise ForkError("autograd does not work in forks of this process")
         reason = b""
         with contextlib.suppress(OSError):  # There is none.
             reason = builder.channel.recv(1000, socket.MSG_DONTWAIT)

@@ -252,15 +252,22 @@ def get_or_build(recipe: Recipe) -> Library:
     if builder.CAN_FORK:
         if not builder.is_at_work(recipe.name):
             _start(recipe)
-        builder.wait(recipe.name)
-    else:
         try:
-            _build_and_keep(recipe, folder() / f"{recipe.name}.so")
-        except Exception as error:  # Dynamo, inductor and the C++ compiler each raise their own.
-            raise BuildError(first_line(error)) from error
+            builder.wait(recipe.name)
+        except builder.ForkError:
+            _build_here(recipe)
+    else:
+        _build_here(recipe)
     if library := find(recipe):
         return library
     raise BuildError(f"the library that was built in {folder()} cannot be read")
+
+
+def _build_here(recipe: Recipe) -> None:
+    try:
+        _build_and_keep(recipe, folder() / f"{recipe.name}.so")
+    except Exception as error:  # Dynamo, inductor and the C++ compiler each raise their own.
+        raise BuildError(first_line(error)) from error
 
 
 def _start(recipe: Recipe) -> None:

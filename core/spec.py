@@ -80,6 +80,7 @@ FIELDS: dict[str, Field] = {
 # The keys that reach the compiled step as tensors, so that one compilation serves all their values. Every other key is
 # part of the compilation's identity: a key that is forgotten here compiles once more, and never uses the wrong step.
 TENSORS = frozenset({"dropout", "epochs", "label_smoothing", "lr", "seed", "warmup_epochs", "weight_decay"})
+SWITCHES = frozenset({"dropout"})  # those of them that add something to the step where they are above 0
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -131,7 +132,7 @@ def spec_id(resolved: Spec) -> str:
 
 
 def static_key(resolved: Spec) -> str:
-    """Equal for two specs that one compilation serves: those that agree on all but TENSORS, and on whether anything is
-    dropped at all."""
+    """Equal for two specs that one compilation serves: those that agree on all but TENSORS, and on which SWITCHES are
+    on."""
     static = {key: value for key, value in resolved.items() if key not in TENSORS}
-    return canonical({**static, "drops": resolved["dropout"] > 0})
+    return canonical(static | {key: resolved[key] > 0 for key in SWITCHES})

@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 REMOTE = ROOT.parent / "shared" / "dvc-remote"
 EXPERIMENTS = sweep.experiments(SUITES)
 
-# Autograd starts its threads, if there is a device for them, with the first gradient; afterwards no process can be forked
-# to compile. Without a GPU there is none yet. Once a test has traced with fake tensors, torch pretends that there is.
+# With the first gradient autograd starts a thread for each GPU; afterwards no process can be forked to compile. Here it
+# finds none. Once a test has traced with fake tensors, torch pretends that there is one.
 torch.zeros((), requires_grad=True).backward()
 
 # The same examples every time: a failure in CI is a failure at home.

@@ -94,8 +94,8 @@ def _run(work: Callable[[], None], channel: socket.socket) -> NoReturn:
 
 
 def _can_differentiate() -> bool:
-    """Whether autograd works in this process. It does not in a fork of a process where it has started its threads: one a
-    GPU, with the first gradient (https://github.com/pytorch/pytorch/wiki/Autograd-and-Fork)."""
+    """Whether autograd works in this process. It does not in a fork of a process where it has started its threads, one
+    for each GPU, with the first gradient (https://github.com/pytorch/pytorch/wiki/Autograd-and-Fork)."""
     try:
         torch.zeros((), requires_grad=True).backward()
     except RuntimeError:

@@ -24,7 +24,8 @@ class Network(NamedTuple):
 
     @property
     def spec(self) -> Spec:
-        return self.about.spec
+        """Of the network in the checkpoint, into which a whitening is folded."""
+        return model.folded(self.about.spec)
 
     def to(self, device: str | torch.device) -> "Network":
         """The same network on a device."""
@@ -39,14 +40,14 @@ class Network(NamedTuple):
         """The sha256 of the weights; see core.runs.checkpoint.digest."""
         return checkpoint.digest({**self.params, **self.stats})
 
-    def evaluate(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
-        """Loss and accuracy over all the images; see core.functional.step.evaluate."""
-        return step.evaluate(self.params, self.stats, images, labels, self.spec)
+    def evaluate(self, images: Tensor, labels: Tensor, flip: bool = False) -> dict[str, Any]:
+        """Loss and accuracy over all the images; see core.functional.step.answers."""
+        return step.evaluate(self.params, self.stats, images, labels, self.spec, flip=flip)
 
 
 def template(about: Weights) -> Shapes:
     """The tensors that a file of weights must hold, by the spec in its metadata."""
-    params, stats = model.shapes(about.spec)
+    params, stats = model.shapes(model.folded(about.spec))
     return {
         name: (shape, torch.int64 if name.endswith("num_batches_tracked") else torch.float32)
         for name, shape in (params | stats).items()
@@ -60,7 +61,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
         core.runs.checkpoint.CheckpointError: the file is missing, damaged or does not hold such a network.
     """
     tensors, about = checkpoint.load(Path(path), Weights, template)
-    params, stats = ({name: tensors[name] for name in names} for names in model.shapes(about.spec))
+    shapes = model.shapes(model.folded(about.spec))
+    params, stats = ({name: tensors[name] for name in names} for names in shapes)
     return Network(params, stats, about).to(device)
 
 
@@ -97,7 +99,8 @@ def evaluate(path: Path, network: Network, images: Tensor, labels: Tensor) -> Ev
 
 
 def as_module(spec: Spec) -> nn.Sequential:
-    """The network of a resolved spec in torch.nn, with the same names: a checkpoint's tensors are its state dict.
+    """The network of a resolved spec in torch.nn, with the same names: a checkpoint's tensors are its state dict, if
+    it is the spec of a `Network`.
 
     Its input is normalised; see core.functional.augment.normalise.
     """

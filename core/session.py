@@ -22,11 +22,13 @@ from core.runs import checkpoint, resume
 from core.runs.files import Run
 from core.runs.provenance import environment
 from core.runs.record import (
+    UNSET,
     About,
     Answers,
     Epoch,
     Failed,
     Finished,
+    Flipped,
     Metrics,
     Progress,
     Record,
@@ -341,9 +343,11 @@ class Session:
         training = self.training
         # All in evaluation mode, unlike the train numbers of the history. Here the test split is read, once.
         answers = {split: training.answers(split) for split in training.splits}
-        metrics = {split: step.summary(found) for split, found in answers.items()}
-        training.check_finite({f"{split} loss": torch.tensor(m["loss"]) for split, m in metrics.items()})
-        splits = Splits(**{split: Metrics(**found) for split, found in metrics.items()})
+        metrics = {split: Metrics(**step.summary(found)) for split, found in answers.items()}
+        flipped = {s: Metrics(**step.summary(training.answers(s, flip=True))) for s in answers if s != "train"}
+        losses = [(split, found.loss) for each in (metrics, flipped) for split, found in each.items()]
+        training.check_finite({f"{split} loss": torch.tensor(loss) for split, loss in losses})
+        splits = Splits(metrics["train"], metrics.get("validation"), metrics["test"])
         digest = checkpoint.digest(training.weights)
         weights = Weights(**self.about(), digest=digest, test=splits.test)
         checkpoint.save(self.run.weights, training.weights, weights)
@@ -356,6 +360,8 @@ class Session:
             digest=digest,
             bitwise=self.progress.bitwise,
             answers=msgspec.convert(step.details(answers["test"]), Answers),
+            flipped=Flipped(flipped.get("validation"), flipped["test"]),
+            whitening=checkpoint.digest(training.whitening) if training.whitening else UNSET,
         )
         write_record(self.run.record, self.record)
         delete(*self.run.resume_points())

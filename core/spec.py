@@ -62,6 +62,9 @@ FIELDS: dict[str, Field] = {
     "activation": Field("leaky_relu", *_choice("leaky_relu", "relu", "gelu", "tanh")),
     "dropout": Field(0.2, *_number(0, 1)),
     # The data
+    "train_on": Field("train", *_choice("train", "all")),
+    "whiten": Field(0, *_integer(0, 3072)),
+    "whiten_eps": Field(0.01, *_number(0, float("inf"), above=True)),
     "augment": Field("none", *_choice("none", "flip", "flip+shift")),
     "batch_size": Field(256, *_integer(2, 45_000)),
     "epochs": Field(20, *_integer(1, 100_000)),
@@ -72,6 +75,7 @@ FIELDS: dict[str, Field] = {
     "warmup_epochs": Field(0.0, *_number(0, 100_000)),
     "weight_decay": Field(0.0, *_number(0, float("inf"))),
     "label_smoothing": Field(0.0, *_number(0, 1)),
+    "ema": Field(0.0, *_number(0, 1)),
     # The run
     "precision": Field("float32", *_choice("float32", "tf32", "bfloat16")),
     "seed": Field(0, *_integer(0, 2**31 - 1)),
@@ -79,8 +83,8 @@ FIELDS: dict[str, Field] = {
 
 # The keys that reach the compiled step as tensors, so that one compilation serves all their values. Every other key is
 # part of the compilation's identity: a key that is forgotten here compiles once more, and never uses the wrong step.
-TENSORS = frozenset({"dropout", "epochs", "label_smoothing", "lr", "seed", "warmup_epochs", "weight_decay"})
-SWITCHES = frozenset({"dropout"})  # those of them that add something to the step where they are above 0
+TENSORS = frozenset({"dropout", "ema", "epochs", "label_smoothing", "lr", "seed", "warmup_epochs", "weight_decay"})
+SWITCHES = frozenset({"dropout", "ema"})  # those of them that add something to the step where they are above 0
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -164,8 +164,9 @@ def cohorts(runs: Iterable[Run], size: int) -> list[list[Run]]:
 
 
 def parameters(spec: Spec) -> int:
-    """How many parameters the network has (as core.functional.model.shapes gives them)."""
-    products = sum((inputs + 1) * outputs for inputs, outputs in itertools.pairwise([3072, *spec["widths"], 10]))
+    """How many parameters are trained (as core.functional.model.shapes gives them)."""
+    widths = [spec["whiten"] or 3072, *spec["widths"], 10]
+    products = sum((inputs + 1) * outputs for inputs, outputs in itertools.pairwise(widths))
     return products + (2 * sum(spec["widths"]) if spec["norm"] == "batch" else 0)
 
 
@@ -217,9 +218,9 @@ class Measured:
                 seconds = None
             else:
                 seconds += self.seconds[key] * work(spec) / self.work[key]
-            weights = 4 * parameters(spec)
-            kept += weights + 4_000 + 220 * spec["epochs"]  # the record
-            meanwhile = max(meanwhile, RESUME_POINTS * 3 * weights)  # the weights and Adam's two moments
+            kept += 4 * parameters({**spec, "whiten": 0}) + 4_000 + 220 * spec["epochs"]  # the weights, the record
+            copies = 3 + (spec["ema"] > 0)  # the weights, Adam's two moments, the average
+            meanwhile = max(meanwhile, RESUME_POINTS * copies * 4 * parameters(spec))
         return Estimate(seconds, kept, meanwhile)
 
 
@@ -230,7 +231,7 @@ class Result(NamedTuple):
     """What is kept in memory of a finished run: the accuracies, the number of test images, samples a second."""
 
     train: float
-    validation: float
+    validation: float | None  # None where all images were trained on
     test: float
     images: int
     speed: int
@@ -264,18 +265,24 @@ class Tally:
         self._seconds += seconds
         if isinstance(record, Finished):
             splits = record.metrics
-            accuracies = splits.train.accuracy, splits.validation.accuracy, splits.test.accuracy
-            result = Result(*accuracies, images=splits.test.n, speed=stats.speed(record))
+            result = Result(
+                train=splits.train.accuracy,
+                validation=splits.validation.accuracy if splits.validation else None,
+                test=splits.test.accuracy,
+                images=splits.test.n,
+                speed=stats.speed(record),
+            )
             self.results.setdefault(record.name, []).append(result)
 
     def seconds_left(self) -> float | None:
         """As fast as the runs of this call so far; None before the first has ended."""
         return self._seconds * self._left / self._worked if self._worked else None
 
-    def validation(self, name: str) -> float:
-        """The mean validation accuracy of an experiment over its runs so far."""
-        return fmean(result.validation for result in self.results[name])
+    def validation(self, name: str) -> float | None:
+        """The mean validation accuracy of an experiment over its runs so far, if it has one."""
+        found = [result.validation for result in self.results[name] if result.validation is not None]
+        return fmean(found) if found else None
 
     def ranked(self) -> list[str]:
-        """The experiments with a finished run, the best mean validation accuracy first."""
-        return sorted(self.results, key=self.validation, reverse=True)
+        """The experiments with a finished run, the best mean validation accuracy first, those that have none last."""
+        return sorted(self.results, key=lambda name: -(self.validation(name) or 0))

@@ -153,7 +153,10 @@ class Display:
                     bits = f", not bitwise: {details['different']}" if details["different"] else ""
                     say(f"{label}: resumed after step {details['step']} (epoch {details['epoch']}){bits}")
                 elif kind == "epoch":
-                    note = f"validation {stats.percent(details['val_accuracy'])}"
+                    accuracy = details["val_accuracy"]
+                    note = f"train {stats.percent(details['train_accuracy'])}"
+                    if accuracy is not None:
+                        note = f"validation {stats.percent(accuracy)}"
                     bars.update(task, note=note)
                     if self.epochs:
                         say(
@@ -178,11 +181,10 @@ class Display:
         if not isinstance(record, Finished):
             warn(f"{label} failed: {record.error}")
         elif tally.total > 1:
-            validation, test = record.metrics.validation.accuracy, record.metrics.test.accuracy
+            validation, test = record.metrics.validation, record.metrics.test.accuracy
+            on_validation = f"validation {stats.percent(validation.accuracy)}, " if validation else ""
             how = f"in {duration(self.seconds)}" if self.seconds else "by another process"
-            say(
-                f"{label}: validation {stats.percent(validation)}, test {stats.percent(test)} {how} ({progress(tally)})"
-            )
+            say(f"{label}: {on_validation}test {stats.percent(test)} {how} ({progress(tally)})")
 
 
 def progress(tally: Tally) -> str:
@@ -190,10 +192,10 @@ def progress(tally: Tally) -> str:
     left = tally.seconds_left()
     left_too = f", about {duration(left)} left" if left and tally.done < tally.total else ""
     best = tally.ranked()[0]
-    seeds = len(tally.results[best])
+    seeds, accuracy = len(tally.results[best]), tally.validation(best)
     mean = f"mean validation of {seeds} seeds" if seeds > 1 else "validation"
-    accuracy = stats.percent(tally.validation(best))
-    return f"{tally.done:,} of {tally.total:,} done{left_too}; best so far {best}, {mean} {accuracy}"
+    best_too = "" if accuracy is None else f"; best so far {best}, {mean} {stats.percent(accuracy)}"
+    return f"{tally.done:,} of {tally.total:,} done{left_too}{best_too}"
 
 
 def duration(seconds: float) -> str:
@@ -245,7 +247,7 @@ def table(tally: Tally) -> None:
             "epochs": str(spec["epochs"]),
             "seeds": str(len(results)),
             "train": spread(train),
-            "validation": spread(validation),
+            "validation": "none" if None in validation else spread(validation),
             "test": spread(test),
             "95%": f"{100 * low:.1f}-{100 * high:.1f}",
             "samples/s": f"{median_high(speeds):,}",

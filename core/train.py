@@ -11,12 +11,11 @@ from core.compile import fused
 from core.compile.device import synchronize, to_device
 from core.data import loader
 from core.data.cifar10 import Cifar10
-from core.functional import optim
+from core.data.whitening import Whitening, whitening
+from core.functional import model, optim
 from core.functional import step as steps
 from core.functional.tree import flatten, tree_map
 from core.spec import Spec
-
-EXAMPLES = 50_000 - 10 * loader.VALIDATION_PER_CLASS  # of CIFAR-10, to train on
 
 
 class Diverged(Exception):
@@ -49,32 +48,45 @@ class Training:
     def __init__(self, spec: Spec, data: Cifar10, device: torch.device, mode: str = "compiled") -> None:
         """Prepare the first step of a resolved spec, over data that is on `device`."""
         self.spec, self.device, self.mode = spec, device, mode
-        self.examples, validation = loader.split(data.train_labels.cpu())
+        self.examples, validation = loader.to_train_on(data.train_labels.cpu(), spec["train_on"])
         self.steps_per_epoch = len(self.examples) // spec["batch_size"]
         self.total = spec["epochs"] * self.steps_per_epoch
         self.step, self.seconds, self.timed = 0, 0.0, 0
         self.splits = {
             "train": (data.train_images, data.train_labels, self.examples.to(device)),
-            "validation": (data.train_images, data.train_labels, validation.to(device)),
             "test": (data.test_images, data.test_labels, None),
         }
+        if validation is not None:
+            self.splits["validation"] = data.train_images, data.train_labels, validation.to(device)
+        self.whitening: Whitening = {}
+        if spec["whiten"]:
+            found = whitening(data.train_images, self.examples, spec["whiten"], spec["whiten_eps"])
+            self.whitening = to_device(found, device)
         self.state, self.data, self.hyper = step_inputs(
-            spec, data.train_images, data.train_labels, self.steps_per_epoch
+            spec, data.train_images, data.train_labels, self.whitening, self.steps_per_epoch
         )
 
     @property
+    def network(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters and batch-norm statistics of the network that is evaluated and saved: those of their moving
+        average, if there is one, and for normalised images, with the whitening folded in."""
+        params, stats = steps.trained(self.state)
+        return model.fold(params, self.whitening) if self.whitening else params, stats
+
+    @property
     def weights(self) -> dict[str, Tensor]:
-        """Parameters and batch-norm statistics: the state dict of the equivalent torch.nn.Sequential."""
-        return {**self.state["params"], **self.state["stats"]}
+        """The same as the state dict of the equivalent torch.nn.Sequential."""
+        params, stats = self.network
+        return {**params, **stats}
 
     def evaluate(self, split: str) -> dict[str, Any]:
         """Loss and accuracy on train, validation or test, in evaluation mode; see core.functional.step.summary."""
         return steps.summary(self.answers(split))
 
-    def answers(self, split: str) -> steps.Answers:
-        """What the network answers to every image of train, validation or test, in evaluation mode."""
+    def answers(self, split: str, flip: bool = False) -> steps.Answers:
+        """What the network answers to every image of train, validation or test; see core.functional.step.answers."""
         images, labels, examples = self.splits[split]
-        return steps.answers(self.state["params"], self.state["stats"], images, labels, self.spec, examples)
+        return steps.answers(*self.network, images, labels, model.folded(self.spec), examples, flip=flip)
 
     def check_finite(self, tensors: dict[str, Tensor] | None = None) -> None:
         """Raise Diverged where the state, or other tensors, are NaN or infinite. The flag of the step itself sees the
@@ -91,20 +103,24 @@ class Training:
 
 
 def step_inputs(
-    spec: Spec, images: Tensor, labels: Tensor, steps_per_epoch: int
+    spec: Spec, images: Tensor, labels: Tensor, whitening: Whitening, steps_per_epoch: int
 ) -> tuple[steps.State, dict[str, Any], dict[str, Any]]:
     """State, data and hyper-parameters as they are before the first step, on the device of the images."""
     device = images.device
     order = torch.zeros(steps_per_epoch, spec["batch_size"], dtype=torch.int64, device=device)
     state = to_device(steps.init_state(spec), device)
-    data = {"images": images, "labels": labels, "order": order}
+    data: dict[str, Any] = {"images": images, "labels": labels, "order": order}
+    if whitening:
+        data["whitening"] = {**whitening, "weight": model.operand(whitening["weight"], spec["precision"])}
     return state, data, optim.hyper_tensors(spec, steps_per_epoch, device)
 
 
 def compile_ahead(spec: Spec) -> None:
     """Start to compile the step of a spec for a CPU, while the data is still being read."""
-    images, labels = torch.empty(50_000, 3072, dtype=torch.uint8), torch.empty(50_000, dtype=torch.int64)
-    fused.compile_ahead(spec, *step_inputs(spec, images, labels, EXAMPLES // spec["batch_size"]))
+    images, labels = torch.empty(50_000, 3072, dtype=torch.uint8), torch.arange(50_000) % 10
+    examples, k = loader.to_train_on(labels, spec["train_on"])[0], spec["whiten"]
+    like = {"weight": torch.empty(k, 3072), "bias": torch.empty(k)} if k else {}
+    fused.compile_ahead(spec, *step_inputs(spec, images, labels, like, len(examples) // spec["batch_size"]))
 
 
 def fit(
@@ -221,8 +237,10 @@ def _end_epoch(training: Training) -> dict[str, Any]:
     sums, batch_size = training.state["metrics"], training.spec["batch_size"]
     examples = training.steps_per_epoch * batch_size
     training.check_finite()
-    validation = training.evaluate("validation")
-    training.check_finite({"validation loss": torch.tensor(validation["loss"])})
+    validation: dict[str, Any] = {"loss": None, "accuracy": None}
+    if "validation" in training.splits:
+        validation = training.evaluate("validation")
+        training.check_finite({"validation loss": torch.tensor(validation["loss"])})
     entry = {
         "epoch": training.step // training.steps_per_epoch,
         "train_loss": sums["loss"].item() / examples,

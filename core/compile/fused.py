@@ -59,12 +59,12 @@ def _compiler() -> str | None:
     return next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
 
 
-def make_step(spec: Spec, state: State) -> Callable[[State, dict, dict], None]:
+def make_step(spec: Spec, state: State, data: dict) -> Callable[[State, dict, dict], None]:
     """The train step of a resolved spec, in place. A state with a leading axis is that of a cohort: its members, which
-    share the images, take the step independently of each other."""
+    share all data but the order, take the step independently of each other."""
     step = make_train_step(spec)
     if state["step"].ndim:
-        step = torch.func.vmap(step, in_dims=(0, {"images": None, "labels": None, "order": 0}, 0))
+        step = torch.func.vmap(step, in_dims=(0, {key: 0 if key == "order" else None for key in data}, 0))
     return in_place(step)
 
 
@@ -91,7 +91,7 @@ def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = Tru
     torch.set_float32_matmul_precision("high" if spec["precision"] == "tf32" else "highest")
     if not compiled:
         cache.repair_environment()
-        step = make_step(spec, state)
+        step = make_step(spec, state, data)
         return Step(lambda: step(state, data, hyper), "eager" + _cohort(state))
     try:
         return (_ahead_of_time if device.type == "cpu" else _cuda_graph)(spec, (state, data, hyper))
@@ -153,7 +153,7 @@ def _recipe(spec: Spec, trees: Trees) -> cache.Recipe:
         # Inductor itself would try only $CXX or g++.
         with config.patch({"cpp.cxx": (None, _compiler())}), inductor.without_collection():
             torch.compiler.allow_in_graph(prng.bits)  # 160 operations that Dynamo need not follow one by one
-            step = make_step(spec, trees[0])
+            step = make_step(spec, *trees[:2])
             torch.compile(step, fullgraph=True, dynamic=False, backend=capture)(*trees)
             library = inductor.aot_compile(graphs[0], [tensors[i] for i in order], options).read_bytes()
         return cache.Built(library, order, problem)
@@ -167,11 +167,11 @@ def _cuda_graph(spec: Spec, trees: Trees) -> Step:
     Before the recording come warm-up steps, of which the first compiles; the state is put back afterwards.
     https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
-    state = trees[0]
+    state, data, _ = trees
     if problem := compiler_problem(state["step"].device):
         raise CompileError(problem)
     cache.export_folder()
-    step = make_step(spec, state)
+    step = make_step(spec, state, data)
     compiled = _compiled.setdefault(
         static_key(spec) + _cohort(state), torch.compile(step, fullgraph=True, dynamic=False)
     )

@@ -32,6 +32,12 @@ def split(labels: Tensor) -> tuple[Tensor, Tensor]:
     return (rank >= VALIDATION_PER_CLASS).nonzero()[:, 0], (rank < VALIDATION_PER_CLASS).nonzero()[:, 0]
 
 
+def to_train_on(labels: Tensor, which: str) -> tuple[Tensor, Tensor | None]:
+    """Indices of the examples to train on and of those to validate with: of the `split`, or of "all", which leaves
+    none to validate with."""
+    return (torch.arange(len(labels)), None) if which == "all" else split(labels)
+
+
 def epoch_order(examples: Tensor, batch_size: int, seed: int, epoch: int) -> Tensor:
     """The shuffled examples of one epoch, a function of (seed, epoch); what does not fill a batch is left out.
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.functional import prng
+from core.functional import model, prng
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training images, a channel, in 0..1
 MAX_SHIFT = 2  # pixels
@@ -20,6 +20,21 @@ def normalise(images: Tensor) -> Tensor:
         scale = torch.where(channel == c, 1 / (255 * STD[c]), scale)
         shift = torch.where(channel == c, -MEAN[c] / STD[c], shift)
     return torch.addcmul(shift, images.float(), scale)
+
+
+def mirror(images: Tensor) -> Tensor:
+    """Mirror images, left for right, of [batch, 3072]."""
+    return images.view(-1, 96, 32).flip(2).view(-1, 3072)
+
+
+def whiten(x: Tensor, whitening: dict[str, Tensor], precision: str) -> Tensor:
+    """The components [batch, k] of normalised images [batch, 3072] that a projection keeps.
+
+    Args:
+        whitening: `weight` [k, 3072], which may be in the precision of the product already, and `bias` float32 [k].
+    """
+    product = model.matmul(whitening["weight"], model.operand(x, precision).t(), precision)
+    return (product + whitening["bias"][:, None]).t()
 
 
 def augment(images: Tensor, kind: str, seed: Tensor, step: Tensor) -> Tensor:

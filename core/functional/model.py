@@ -148,7 +148,8 @@ LAYERS: dict[str, Layer] = {
 
 def layers(spec: Spec) -> list[tuple[str, int, int]]:
     """(kind, inputs, outputs) of each layer; its place in the list is its index in the Sequential."""
-    stack, inputs = [("flatten", INPUTS, INPUTS)], INPUTS
+    inputs = spec["whiten"] or INPUTS
+    stack = [("flatten", inputs, inputs)]
     for width in spec["widths"]:
         stack.append(("linear", inputs, width))
         if spec["norm"] == "batch":
@@ -181,6 +182,19 @@ def init(spec: Spec, seed: int) -> tuple[Tensors, Tensors]:
     return params, stats
 
 
+def fold(params: Tensors, whitening: Tensors) -> Tensors:
+    """The parameters of the network that takes normalised images, from those of one that takes what a whitening, as
+    core.functional.augment.whiten has it, makes of them: two linear maps in a row are one."""
+    weight = params["1.weight"]
+    projection, offset = (whitening[name].to(weight.dtype) for name in ("weight", "bias"))
+    return {**params, "1.weight": weight @ projection, "1.bias": params["1.bias"] + weight @ offset}
+
+
+def folded(spec: Spec) -> Spec:
+    """The spec of that network."""
+    return {**spec, "whiten": 0}
+
+
 def forward(
     params: Tensors, stats: Tensors, x: Tensor, spec: Spec, masks: Sequence[Tensor] = (), train: bool = False
 ) -> tuple[Tensor, Tensors]:
@@ -189,7 +203,7 @@ def forward(
     Logits are unnormalised log-probabilities: softmax(logits) are the probabilities of the ten classes.
 
     Args:
-        x: float32 [batch, 3072] (or [batch, 3, 32, 32]), normalised.
+        x: float32 [batch, 3072] (or [batch, 3, 32, 32]), normalised; with spec["whiten"], whitened.
         masks: with `train`, the dropout mask of each hidden layer, float32 [width, batch]; without them nothing drops.
         train: normalise with the statistics of the batch and drop, rather than with the running statistics.
 

@@ -111,6 +111,7 @@ def hyper_tensors(spec: dict[str, Any], steps_per_epoch: int, device: torch.devi
         "total_steps": (spec["epochs"] * steps_per_epoch, wide),
         "dropout": (spec["dropout"], torch.float32),
         "label_smoothing": (spec["label_smoothing"], torch.float32),
+        "ema": (spec["ema"], wide),
         "seed": (spec["seed"], torch.int32),
     }
     return {name: torch.tensor(value, dtype=dtype, device=device) for name, (value, dtype) in values.items()}

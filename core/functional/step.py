@@ -5,6 +5,7 @@ A backward pass and an optimizer that mutates are what a functional core has not
 loss into a function that returns its gradient, and the update is arithmetic from old parameters to new ones.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,14 +16,15 @@ from torch import Tensor
 from core.functional import augment, model, optim, prng
 from core.spec import Spec
 
-State = dict  # {"params", "copies", "stats", "opt", "step", "metrics"}: nested dicts of tensors
+State = dict  # {"params", "copies", "stats", "average", "opt", "step", "metrics"}: nested dicts of tensors
 NEVER = 2**31 - 1  # `bad_step` of an epoch in which everything was finite
 
 
 def init_state(spec: Spec) -> State:
     """The state before the first step, on the CPU: a function of the spec and its seed alone.
 
-    `copies` are those of core.functional.model.copies. `step` counts steps, int32. `metrics` are sums since the start
+    `copies` are those of core.functional.model.copies. `average` is the moving average of `params` and `stats`, with
+    spec["ema"]; else it is empty. `step` counts steps, int32. `metrics` are sums since the start
     of the epoch: the `loss` of every example (float64), `correct` predictions (int64), and the first `bad_step`
     (int32), in which the loss or a gradient was not finite.
     """
@@ -37,10 +39,30 @@ def init_state(spec: Spec) -> State:
         "params": params,
         "copies": model.copies(params, spec),
         "stats": stats,
+        "average": {name: t.clone() for name, t in _averaged(params, stats).items()} if spec["ema"] > 0 else {},
         "opt": opt,
         "step": torch.tensor(0, dtype=torch.int32),
         "metrics": metrics,
     }
+
+
+def _averaged(params: dict, stats: dict) -> dict:
+    """What an average of the weights is over: all but the counters."""
+    return {name: t for name, t in {**params, **stats}.items() if t.is_floating_point()}
+
+
+def moving_average(average: dict, new: dict, decay: Tensor, step: Tensor) -> dict:
+    """The exponential moving average after a step (Polyak and Juditsky 1992 average evenly; see Tarvainen and Valpola
+    2017 for this one). Its first steps count for more, so that it forgets where the network began."""
+    t = step.to(decay.dtype)
+    kept = torch.minimum(decay, (1 + t) / (10 + t))
+    return {name: torch.lerp(new[name], old, kept.to(old.dtype)) for name, old in average.items()}
+
+
+def trained(state: State) -> tuple[dict, dict]:
+    """The parameters and batch-norm statistics that a run has come to: their average, where it keeps one."""
+    params, stats = ({name: state["average"].get(name, t) for name, t in state[k].items()} for k in ("params", "stats"))
+    return params, stats
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
@@ -57,6 +79,7 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
     The returned function takes
         state: as init_state makes it;
         data: `images` uint8 [n, 3072], `labels` int64 [n], `order` int64 [steps, batch], the examples of this epoch;
+            with spec["whiten"] also `whitening`, as core.functional.augment.whiten takes it;
         hyper: 0-d tensors, as optim.hyper_tensors makes them;
     and returns the state after one step.
     """
@@ -70,6 +93,8 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
         x = augment.normalise(data["images"].index_select(0, examples))
         if spec["augment"] != "none":
             x = augment.augment(x, spec["augment"], hyper["seed"], step)
+        if spec["whiten"]:
+            x = augment.whiten(x, data["whitening"], spec["precision"])
         masks: list[Tensor] = []
         if spec["dropout"] > 0:
             masks = prng.dropout_masks(hyper["seed"], step, hyper["dropout"], spec["widths"], batch)
@@ -92,8 +117,18 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
             "correct": state["metrics"]["correct"] + (logits.argmax(1) == labels).sum(),
             "bad_step": torch.minimum(state["metrics"]["bad_step"], torch.where(finite, NEVER, step)),
         }
-        copies = model.copies(params, spec)  # written by the loop that has each new weight at hand
-        return {"params": params, "copies": copies, "stats": stats, "opt": opt, "step": step + 1, "metrics": metrics}
+        average = state["average"]
+        if spec["ema"] > 0:
+            average = moving_average(average, {**params, **stats}, hyper["ema"], step)
+        return {
+            "params": params,
+            "copies": model.copies(params, spec),  # written by the loop that has each new weight at hand
+            "stats": stats,
+            "average": average,
+            "opt": opt,
+            "step": step + 1,
+            "metrics": metrics,
+        }
 
     return train_step
 
@@ -116,12 +151,14 @@ def answers(
     spec: Spec,
     examples: Tensor | None = None,
     batch: int = 1000,
+    flip: bool = False,
 ) -> Answers:
     """What a network answers in evaluation mode, to every one of the examples, in their order.
 
     Args:
         images: uint8 [n, 3072]. labels: int64 [n].
         examples: int64 indices into them; None for all.
+        flip: average the probabilities over each image and its mirror image.
     """
     if examples is not None:
         labels = labels[examples]
@@ -132,8 +169,11 @@ def answers(
         x = augment.normalise(images[part] if examples is None else images[examples[part]])
         logits, _ = model.forward(params, stats, x, spec)
         log_probabilities = torch.log_softmax(logits, 1)
+        if flip:
+            other, _ = model.forward(params, stats, augment.mirror(x), spec)
+            log_probabilities = torch.logaddexp(log_probabilities, torch.log_softmax(other, 1)) - math.log(2)
         losses.append(F.nll_loss(log_probabilities, labels[part], reduction="none"))
-        predicted.append(logits.argmax(1))
+        predicted.append((log_probabilities if flip else logits).argmax(1))
         probabilities.append(log_probabilities.amax(1).exp())
     return Answers(labels, torch.cat(losses), torch.cat(predicted), torch.cat(probabilities))
 

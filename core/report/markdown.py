@@ -416,7 +416,7 @@ def markdown(
         records: sorted by `order`. pictures: by path, those that are on disk. Others as core.report.rebuild.rebuild has
             them.
     """
-    finished = [r for r in records if isinstance(r, Finished)]
+    finished = stats.validated(r for r in records if isinstance(r, Finished))
     groups = stats.ranked(stats.groups(finished))
     best = groups[:ROWS]
     parts = [INTRODUCTION, _table(COLUMNS, best)]

@@ -46,7 +46,7 @@ def rebuild(
         raise SpecError(f"cannot group by {group_by!r}: it is no key of a spec{nearest(group_by, list(FIELDS))}")
     with store.locked(out / "checkpoints" / "results.lock"):
         records = sorted(read_records(out), key=markdown.order)
-        groups = stats.groups(record for record in records if isinstance(record, Finished))
+        groups = stats.groups(stats.validated(record for record in records if isinstance(record, Finished)))
         shown = {}
         for picture in _pictures(out, groups, suites, data):
             there = plots.identifier(picture) in _on_disk(out / picture.path)
@@ -69,7 +69,7 @@ def _pictures(
     if not groups:
         return
     best = stats.ranked(groups)[0]
-    run = max(best, key=lambda record: record.metrics.validation.accuracy)
+    run = best[stats.accuracies(best, "validation").index(max(stats.accuracies(best, "validation")))]
     # The first, as it takes the most memory: it is given back before matplotlib is loaded.
     if mistakes := plots.mistakes(run, cifar10.CLASSES, lambda indices: _test_images(data, indices)):
         yield mistakes

@@ -31,7 +31,7 @@ def _row(record: Record) -> list[Any]:
     if isinstance(record, Finished):
         for split in SPLITS:
             metrics = getattr(record.metrics, split)
-            row += [metrics.accuracy, metrics.loss]
+            row += [metrics.accuracy, metrics.loss] if metrics else ["", ""]
         row += [record.parameters, round(stats.seconds(record), 3), record.first_step_seconds, stats.speed(record)]
         row += [record.digest, record.bitwise]
     else:

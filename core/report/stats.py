@@ -42,6 +42,11 @@ def groups(finished: Iterable[Finished]) -> list[Group]:
     return made
 
 
+def validated(finished: Iterable[Finished]) -> list[Finished]:
+    """The runs that have a validation split, and so take part in choices."""
+    return [record for record in finished if record.metrics.validation]
+
+
 def grouped_by(finished: Iterable[Finished], key: str) -> list[Group]:
     """The runs, grouped by their value of one key of the spec, in the order of the values."""
     found: dict[str, list[Finished]] = defaultdict(list)

@@ -53,22 +53,30 @@ class Metrics(Struct, frozen=True, gc=False):
 
 
 class Epoch(Struct, frozen=True, gc=False):
-    """One epoch: means of loss and accuracy over its examples while training, then over the validation split."""
+    """One epoch: means of loss and accuracy over its examples while training, then over the validation split, where
+    the run has one."""
 
     epoch: Annotated[int, Meta(ge=1, le=100_000)]
     train_loss: Loss
     train_accuracy: Share
-    val_loss: Loss
-    val_accuracy: Share
+    val_loss: Loss | None
+    val_accuracy: Share | None
     seconds: Seconds  # of the steps, without the one that compiles
     samples_per_second: Count
 
 
 class Splits(Struct, frozen=True, gc=False):
-    """Evaluation on each split, in evaluation mode."""
+    """Evaluation on each split, in evaluation mode. A run that trains on all images has no validation."""
 
     train: Metrics
-    validation: Metrics
+    validation: Metrics | None
+    test: Metrics
+
+
+class Flipped(Struct, frozen=True, gc=False):
+    """Evaluation with the probabilities of each image and its mirror image averaged."""
+
+    validation: Metrics | None
     test: Metrics
 
 
@@ -160,6 +168,8 @@ class Finished(About, tag_field="status", tag="finished"):
         bitwise: whether the bits are those of an uninterrupted run.
         first_step_seconds: from the start of the run to the end of its first step, which compiles.
         answers: on the test split; older records have none.
+        flipped: older records have none.
+        whitening: sha256 of the whitening, with spec["whiten"].
     """
 
     parameters: Count
@@ -169,11 +179,15 @@ class Finished(About, tag_field="status", tag="finished"):
     digest: Digest
     bitwise: bool
     answers: Answers | UnsetType = UNSET
+    flipped: Flipped | UnsetType = UNSET
+    whitening: Digest | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.answers is not UNSET:
             self.answers.check(self.metrics.test)
+        if (self.metrics.validation is None) != (self.spec["train_on"] == "all"):
+            raise ValueError(f"validation is {self.metrics.validation}, but it trained on {self.spec['train_on']}")
         if [entry.epoch for entry in self.history] != list(range(1, self.spec["epochs"] + 1)):
             raise ValueError(f"the history is not that of {self.spec['epochs']} epochs")
 

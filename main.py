@@ -85,6 +85,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", parents=[shared, machine], help="evaluate checkpoints on the test split")
     evaluate.set_defaults(func=evaluate_command)
     evaluate.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="all under --out if none")
+    evaluate.add_argument(
+        "--tta", choices=("none", "flip"), default="none", help="average over each image and its mirror image"
+    )
     evaluate.add_argument("--json", action="store_true", help="one JSON object a line")
 
     verify = commands.add_parser(
@@ -245,7 +248,8 @@ def evaluate_command(args: argparse.Namespace) -> int:
     data, device = prepare(args.device, lambda: load_data(args))
     status = 0
     for path, network in zip(paths, networks, strict=True):
-        found = predict.evaluate(path, network.to(device), data.test_images, data.test_labels)
+        flip = args.tta == "flip"
+        found = predict.evaluate(path, network.to(device), data.test_images, data.test_labels, flip)
         status = max(status, 0 if found.same else 1)
         (terminal.evaluation_as_json if args.json else terminal.evaluation)(path, network.about, found)
     return status

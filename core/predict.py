@@ -71,18 +71,20 @@ class Evaluation(NamedTuple):
 
     Attributes:
         found: as core.functional.step.evaluate returns it.
-        recorded, digest: the test metrics and the digest of the weights in the record beside the checkpoint, or in the
-            checkpoint itself where there is no record.
+        flip: whether the probabilities were averaged over each image and its mirror image.
+        recorded, digest: the test metrics, evaluated in the same way, and the digest of the weights in the record beside
+            the checkpoint, or in the checkpoint itself where there is no record. None where neither has such metrics.
         same: whether the weights and the right answers are those recorded, and the loss within 1e-4.
     """
 
     found: dict[str, Any]
-    recorded: Metrics
+    flip: bool
+    recorded: Metrics | None
     digest: str
     same: bool
 
 
-def evaluate(path: Path, network: Network, images: Tensor, labels: Tensor) -> Evaluation:
+def evaluate(path: Path, network: Network, images: Tensor, labels: Tensor, flip: bool = False) -> Evaluation:
     """Evaluate the network of a checkpoint, and compare with its record.
 
     Raises:
@@ -90,12 +92,13 @@ def evaluate(path: Path, network: Network, images: Tensor, labels: Tensor) -> Ev
     """
     beside = path.with_suffix(".json")
     record = read_record(beside) if beside.exists() else None
-    test, digest = network.about.test, network.about.digest
+    test, digest = None if flip else network.about.test, network.about.digest
     if isinstance(record, Finished):
-        test, digest = record.metrics.test, record.digest
-    found = network.evaluate(images, labels)
-    same = digest == network.digest() and found["correct"] == test.correct and abs(found["loss"] - test.loss) < 1e-4
-    return Evaluation(found, test, digest, same)
+        digest = record.digest
+        test = (record.flipped.test if record.flipped else None) if flip else record.metrics.test
+    found = network.evaluate(images, labels, flip)
+    as_recorded = test is None or (found["correct"] == test.correct and abs(found["loss"] - test.loss) < 1e-4)
+    return Evaluation(found, flip, test, digest, as_recorded and digest == network.digest())
 
 
 def as_module(spec: Spec) -> nn.Sequential:

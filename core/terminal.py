@@ -270,15 +270,14 @@ def evaluation(path: Path, about: Any, evaluated: Any) -> None:
     """Print what a checkpoint reaches: core.runs.record.Weights, and a core.predict.Evaluation."""
     found, recorded = evaluated.found, evaluated.recorded
     low, high = stats.interval(found["accuracy"], found["n"])
-    verdict = (
-        "as recorded"
-        if evaluated.same
-        else (
-            f"the run recorded {stats.percent(recorded.accuracy)}, {recorded.loss:.4f}, weights {evaluated.digest[:12]}"
-        )
-    )
+    numbers = f"{stats.percent(recorded.accuracy)}, {recorded.loss:.4f}" if recorded else "no such evaluation"
+    if evaluated.same:
+        verdict = "as recorded" if recorded else "the run did not evaluate in this way"
+    else:
+        verdict = f"the run recorded {numbers}, weights {evaluated.digest[:12]}"
+    mirrored = ", mirror images averaged in" * evaluated.flip
     say(
-        f"{about.name} ({path}): {stats.percent(found['accuracy'])} of {found['n']:,} test images "
+        f"{about.name} ({path}): {stats.percent(found['accuracy'])} of {found['n']:,} test images{mirrored} "
         f"(95% interval {100 * low:.2f}-{100 * high:.2f}%), loss {found['loss']:.4f}; {verdict}"
     )
     classes = zip(CLASSES, found["correct"], found["count"], strict=True)
@@ -294,6 +293,7 @@ def evaluation_as_json(path: Path, about: Any, evaluated: Any) -> None:
         "test_accuracy": evaluated.found["accuracy"],
         "test_loss": evaluated.found["loss"],
         "n": evaluated.found["n"],
-        "recorded_test_accuracy": evaluated.recorded.accuracy,
+        "tta": "flip" if evaluated.flip else "none",
+        "recorded_test_accuracy": evaluated.recorded.accuracy if evaluated.recorded else None,
     }
     print(json.dumps(line))

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from core import sweep
 from core.data import cifar10 as dataset
-from core.functional import optim, step
+from core.data.whitening import whitening
+from core.functional import model, optim, step
 from core.predict import as_module
 from core.spec import Spec, resolve
 from experiments import SUITES
@@ -111,6 +112,9 @@ def step_inputs(invented: dataset.Cifar10) -> Callable[[Spec], tuple[dict, dict,
         generator = torch.Generator().manual_seed(spec["seed"] + 1)
         order = torch.randperm(6000, generator=generator)[: 8 * spec["batch_size"]].view(8, -1)
         data = {"images": invented.train_images, "labels": invented.train_labels, "order": order}
+        if spec["whiten"]:
+            fixed = whitening(invented.train_images, torch.arange(1000), spec["whiten"], spec["whiten_eps"])
+            data["whitening"] = {**fixed, "weight": model.operand(fixed["weight"], spec["precision"])}
         return step.init_state(spec), data, optim.hyper_tensors(spec, 8, torch.device("cpu"))
 
     return make

@@ -325,6 +325,7 @@ def test_evaluate_as_json_and_a_record_that_differs(call, out):
         "test_accuracy": test.accuracy,
         "test_loss": pytest.approx(test.loss, rel=1e-6),
         "n": 10_000,
+        "tta": "none",
         "recorded_test_accuracy": test.accuracy,
     }
     assert lines == [

@@ -10,7 +10,7 @@ from core.functional import model, step
 from core.runs import checkpoint
 from core.runs.checkpoint import CheckpointError
 from core.runs.files import Run
-from core.runs.record import Metrics, Weights, write_record
+from core.runs.record import Flipped, Metrics, Weights, write_record
 from core.runs.store import StoreError
 from core.spec import spec_id
 from tests.test_checkpoint import signed
@@ -94,7 +94,9 @@ def record_beside(path, **changes):
     record = make("x", **about.spec)
     test = replace(about.test, **{key: changes.pop(key) for key in ("loss", "accuracy", "correct") if key in changes})
     digest = changes.get("digest", about.digest)
-    write_record(path.with_suffix(".json"), replace(record, metrics=replace(record.metrics, test=test), digest=digest))
+    metrics = replace(record.metrics, test=test)
+    changes |= {"metrics": metrics, "digest": digest}
+    write_record(path.with_suffix(".json"), replace(record, **changes))
 
 
 def test_a_checkpoint_alone_is_compared_with_what_it_says_itself(saved, invented):
@@ -113,6 +115,20 @@ def test_a_checkpoint_is_compared_with_the_record_beside_it(saved, invented):
     found = evaluate(path, invented)
     assert found.same
     assert found.recorded.loss == test.loss + 5e-5
+
+
+def test_mirror_images_are_compared_with_mirror_images(saved, invented):
+    path, spec, params, stats = saved
+    images, labels = invented.test_images, invented.test_labels
+    alone = predict.evaluate(path, predict.load(path), images, labels, flip=True)
+    assert (alone.recorded, alone.same, alone.flip) == (None, True, True)
+    expected = Metrics(**step.evaluate(params, stats, images, labels, spec, flip=True))
+    for loss, same in ((expected.loss, True), (expected.loss + 1, False)):
+        record_beside(path, flipped=Flipped(None, replace(expected, loss=loss)))
+        found = predict.evaluate(path, predict.load(path), images, labels, flip=True)
+        assert (found.recorded.loss, found.same) == (loss, same)
+    assert found.found["correct"] == expected.correct
+    assert predict.evaluate(path, predict.load(path), images, labels).same
 
 
 def test_a_checkpoint_that_is_not_as_recorded(saved, invented):

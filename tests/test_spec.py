@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from core.compile import fused
 from core.functional import optim
-from core.spec import FIELDS, TENSORS, Field, SpecError, canonical, nearest, resolve, spec_id, static_key
+from core.spec import FIELDS, SWITCHES, TENSORS, Field, SpecError, canonical, nearest, resolve, spec_id, static_key
 from tests.conftest import EXPERIMENTS
 
 VALID = {
@@ -18,6 +18,9 @@ VALID = {
     "norm": st.sampled_from(["batch", "none"]),
     "activation": st.sampled_from(["leaky_relu", "relu", "gelu", "tanh"]),
     "dropout": st.floats(0, 1, exclude_max=True) | st.just(0),
+    "train_on": st.sampled_from(["train", "all"]),
+    "whiten": st.integers(0, 3072),
+    "whiten_eps": st.floats(0, 1e300, exclude_min=True) | st.just(1),
     "augment": st.sampled_from(["none", "flip", "flip+shift"]),
     "batch_size": st.integers(2, 45_000),
     "epochs": st.integers(1, 100_000),
@@ -27,6 +30,7 @@ VALID = {
     "warmup_epochs": st.floats(0, 1) | st.integers(0, 1),
     "weight_decay": st.floats(0, 1e300) | st.integers(0, 10),
     "label_smoothing": st.floats(0, 1, exclude_max=True),
+    "ema": st.floats(0, 1, exclude_max=True),
     "precision": st.sampled_from(["float32", "tf32", "bfloat16"]),
     "seed": st.integers(0, 2**31 - 1),
 }
@@ -48,6 +52,9 @@ MAY_BE = {
     "norm": lambda v: v in ("batch", "none"),
     "activation": lambda v: v in ("leaky_relu", "relu", "gelu", "tanh"),
     "dropout": lambda v: number(v) and 0 <= v < 1,
+    "train_on": lambda v: v in ("train", "all"),
+    "whiten": lambda v: type(v) is int and 0 <= v <= 3072,
+    "whiten_eps": lambda v: number(v) and v > 0,
     "augment": lambda v: v in ("none", "flip", "flip+shift"),
     "batch_size": lambda v: type(v) is int and 1 < v <= 45_000,
     "epochs": lambda v: type(v) is int and 0 < v <= 100_000,
@@ -57,6 +64,7 @@ MAY_BE = {
     "warmup_epochs": lambda v: number(v) and 0 <= v <= 20,  # the epochs of the default
     "weight_decay": lambda v: number(v) and v >= 0,
     "label_smoothing": lambda v: number(v) and 0 <= v < 1,
+    "ema": lambda v: number(v) and 0 <= v < 1,
     "precision": lambda v: v in ("float32", "tf32", "bfloat16"),
     "seed": lambda v: type(v) is int and 0 <= v < 2**31,
 }
@@ -66,6 +74,9 @@ DEFAULTS = {
     "norm": "batch",
     "activation": "leaky_relu",
     "dropout": 0.2,
+    "train_on": "train",
+    "whiten": 0,
+    "whiten_eps": 0.01,
     "augment": "none",
     "batch_size": 256,
     "epochs": 20,
@@ -75,6 +86,7 @@ DEFAULTS = {
     "warmup_epochs": 0.0,
     "weight_decay": 0.0,
     "label_smoothing": 0.0,
+    "ema": 0.0,
     "precision": "float32",
     "seed": 0,
 }
@@ -84,6 +96,9 @@ ANOTHER = {
     "norm": "none",
     "activation": "relu",
     "dropout": 0.5,
+    "train_on": "all",
+    "whiten": 400,
+    "whiten_eps": 0.1,
     "augment": "flip",
     "batch_size": 128,
     "epochs": 21,
@@ -93,6 +108,7 @@ ANOTHER = {
     "warmup_epochs": 1.0,
     "weight_decay": 0.1,
     "label_smoothing": 0.1,
+    "ema": 0.998,
     "precision": "bfloat16",
     "seed": 1,
 }
@@ -262,11 +278,14 @@ def test_a_spec_is_a_dict(spec):
 def test_a_key_reaches_the_step_as_a_tensor_or_is_part_of_the_compilation(key):
     """Never neither: such a key would do nothing, or reuse a step that was compiled for another value."""
     one, other = resolve({}), resolve({key: ANOTHER[key]})
+    switched = key in SWITCHES and not FIELDS[key].default
+    one, other = (spec | {key: spec[key] or 0.5} if switched else spec for spec in (one, other))
     same_step = static_key(one) == static_key(other)
     one, other = (optim.hyper_tensors(spec, 10, torch.device("cpu")) for spec in (one, other))
     same_tensors = all(torch.equal(one[name], other[name]) for name in one)
     assert (same_step, same_tensors) == ((True, False) if key in TENSORS else (False, True))
 
 
-def test_a_step_without_dropout_is_compiled_by_itself():
-    assert static_key(resolve({"dropout": 0.0})) != static_key(resolve({"dropout": 0.1}))
+@pytest.mark.parametrize("key", sorted(SWITCHES))
+def test_a_step_without_dropout_or_another_switch_is_compiled_by_itself(key):
+    assert static_key(resolve({key: 0})) != static_key(resolve({key: 0.1}))

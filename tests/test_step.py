@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from core.data import loader
 from core.functional import augment, model, optim, step
 from core.functional.tree import flatten, leaves, tree_map
-from core.spec import TENSORS
+from core.spec import SWITCHES, TENSORS
 
 
 def close(one, other, rtol, atol, but=()):
@@ -22,6 +22,7 @@ VARIANTS = [
     {},
     {"norm": "none", "optimizer": "sgd", "schedule": "cosine"},
     {"augment": "flip+shift", "optimizer": "adamw", "weight_decay": 0.1, "label_smoothing": 0.1},
+    {"whiten": 20, "ema": 0.9, "precision": "bfloat16"},
 ]
 
 
@@ -158,11 +159,58 @@ def test_every_hyper_parameter_reaches_the_step(small_spec, step_inputs, name):
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_the_step_takes_from_the_spec_nothing_that_is_a_tensor(small_spec, step_inputs, changes):
-    """Else one compilation could not serve all values. Of the rate of dropout it may know whether it is zero."""
+    """Else one compilation could not serve all values. Of what can be switched on it may know whether it is."""
     spec = small_spec(**changes)
     inputs = step_inputs(spec)
-    static = {key: value for key, value in spec.items() if key not in TENSORS} | {"dropout": 0.9}
+    static = {key: value for key, value in spec.items() if key not in TENSORS}
+    static |= {key: 0.95 * (spec[key] > 0) for key in SWITCHES}
     close(step.make_train_step(static)(*inputs), step.make_train_step(spec)(*inputs), 0, 0)
+
+
+def test_the_moving_average_is_over_parameters_and_statistics(small_spec, step_inputs):
+    """Against the recursion written out, where half of the steps use a smaller decay than they are given."""
+    spec = small_spec(ema=0.5)
+    state, data, hyper = step_inputs(spec)
+    train_step = step.make_train_step(spec)
+    expected = {name: t.double() for name, t in {**state["params"], **state["stats"]}.items()}
+    for n in range(16):
+        state = train_step(state, data, hyper)
+        decay = min(0.5, (1 + n) / (10 + n))
+        new = {**state["params"], **state["stats"]}
+        expected = {name: decay * old + (1 - decay) * new[name].double() for name, old in expected.items()}
+    assert {name for name in expected if name not in state["average"]} == {
+        "2.num_batches_tracked",
+        "6.num_batches_tracked",
+    }
+    for name, t in state["average"].items():
+        torch.testing.assert_close(t.double(), expected[name], rtol=1e-5, atol=1e-6)
+    params, stats = step.trained(state)
+    assert all({**params, **stats}[name] is t for name, t in state["average"].items())
+    assert stats["2.num_batches_tracked"].item() == 16
+
+
+def test_without_an_average_the_trained_network_is_the_last(small_spec, step_inputs):
+    state, *_ = step_inputs(small_spec())
+    assert step.trained(state) == (state["params"], state["stats"])
+
+
+def test_answers_over_mirror_images_average_the_probabilities(small_spec, invented):
+    spec = small_spec()
+    params, stats = model.init(spec, 1)
+    images, labels = invented.test_images, invented.test_labels
+
+    def probabilities(images):
+        return model.forward(params, stats, augment.normalise(images), spec)[0].softmax(1)
+
+    flipped = torch.from_numpy(images.view(-1, 3, 32, 32).numpy()[..., ::-1].copy()).flatten(1)
+    mean = (probabilities(images) + probabilities(flipped)) / 2
+    found = step.answers(params, stats, images, labels, spec, flip=True)
+    assert torch.equal(found.predicted, mean.argmax(1))
+    torch.testing.assert_close(found.probabilities, mean.amax(1))
+    torch.testing.assert_close(found.losses, -mean.log()[torch.arange(100), labels])
+    other = step.answers(params, stats, flipped, labels, spec, flip=True)
+    torch.testing.assert_close(found.losses, other.losses)
+    assert not torch.equal(found.losses, step.answers(params, stats, images, labels, spec).losses)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])

@@ -10,7 +10,7 @@ changes its meaning.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -186,10 +186,20 @@ class Finished(About, tag_field="status", tag="finished"):
         super().__post_init__()
         if self.answers is not UNSET:
             self.answers.check(self.metrics.test)
-        if (self.metrics.validation is None) != (self.spec["train_on"] == "all"):
-            raise ValueError(f"validation is {self.metrics.validation}, but it trained on {self.spec['train_on']}")
+        check_validation(self.spec, [self.metrics.validation, *validation(self.history)])
         if [entry.epoch for entry in self.history] != list(range(1, self.spec["epochs"] + 1)):
             raise ValueError(f"the history is not that of {self.spec['epochs']} epochs")
+
+
+def validation(history: list[Epoch]) -> list[float | None]:
+    """What the epochs say of the validation split."""
+    return [value for entry in history for value in (entry.val_loss, entry.val_accuracy)]
+
+
+def check_validation(spec: Spec, found: list[Any]) -> None:
+    """Raise ValueError unless what is said of the validation split is None where it was trained on, and only there."""
+    if any((each is None) != (spec["train_on"] == "all") for each in found):
+        raise ValueError(f"numbers of the validation split are there or not, but train_on is {spec['train_on']}")
 
 
 class Weights(About):

@@ -16,12 +16,13 @@ from core.runs import checkpoint
 from core.runs.checkpoint import CheckpointError
 from core.runs.files import Run
 from core.runs.provenance import difference
-from core.runs.record import About, Epoch, Progress, ResumePoint
+from core.runs.record import About, Epoch, Progress, ResumePoint, check_validation, validation
 from core.runs.store import delete
 from core.spec import canonical
 
 KEEP = 2
 REMEDY = "the rest would not be the same bits; --resume-anyway goes on all the same, --force starts anew"
+NONE = -1.0  # for None in the history, which has no negative numbers
 COLUMNS = Epoch.__struct_fields__  # the history is kept as a tensor: in the header, that of a long run has no room
 
 
@@ -47,7 +48,8 @@ class Restored(NamedTuple):
 
 def save(run: Run, state: dict[str, Tensor], history: list[Epoch], about: ResumePoint) -> None:
     """Write the resume point of a flat state, and delete all but the newest two; raises core.runs.store.StoreError."""
-    rows = torch.tensor([msgspec.structs.astuple(entry) for entry in history], dtype=torch.float64)
+    values = [[NONE if v is None else v for v in msgspec.structs.astuple(entry)] for entry in history]
+    rows = torch.tensor(values, dtype=torch.float64)
     tensors = {**state, "history": rows.view(-1, len(COLUMNS))}
     checkpoint.save(run.resume_point(int(state["step"])), tensors, about)
     delete(*run.resume_points()[KEEP:])
@@ -109,6 +111,7 @@ def _load(path: Path, about: About, state: dict[str, Tensor], steps_per_epoch: i
             raise ValueError(f"it holds step {int(tensors['step'])}")
         _check_sums(tensors, found.progress, (step - 1) % steps_per_epoch + 1, about.spec["batch_size"])
         history = _history(tensors.pop("history").tolist())
+        check_validation(about.spec, validation(history))
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     now = about.environment
@@ -133,7 +136,8 @@ def _check_sums(tensors: dict[str, Tensor], progress: Progress, steps: int, batc
 
 def _history(rows: list[list[float]]) -> list[Epoch]:
     """Epochs from rows of floats, in which integers are whole numbers."""
-    history = [msgspec.convert(dict(zip(COLUMNS, row, strict=True)), Epoch, strict=False) for row in rows]
+    named = [{k: None if v == NONE else v for k, v in zip(COLUMNS, row, strict=True)} for row in rows]
+    history = [msgspec.convert(entry, Epoch, strict=False) for entry in named]
     if [entry.epoch for entry in history] != list(range(1, len(rows) + 1)):
         raise ValueError("its history is not that of epochs 1, 2, ...")
     return history

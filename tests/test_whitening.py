@@ -1,0 +1,103 @@
+"""The whitening of images: right against NumPy, the same bits always, and folded into the network that is saved."""
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from core import predict
+from core.data.whitening import _principal_components, whitening
+from core.functional import augment, model
+from core.runs import checkpoint
+from core.session import run_experiment
+from core.spec import resolve
+from core.train import Training
+
+MEAN, STD = (np.array(values)[:, None, None] for values in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
+EPS = 0.01
+
+
+def normalised(images):
+    """With their mirror images, in float64, by NumPy."""
+    x = (images.view(-1, 3, 32, 32).numpy() / 255 - MEAN) / STD
+    return np.concatenate([x, x[..., ::-1]]).reshape(-1, 3072)
+
+
+def test_it_is_the_principal_component_analysis_of_numpy(cifar10_slice):
+    images, _ = cifar10_slice
+    found = whitening(images, torch.arange(100, 1000), 40, EPS)
+    x = normalised(images[100:1000])
+    variances, vectors = np.linalg.eigh(np.cov(x.T, bias=True))
+    variances, vectors = variances[::-1][:40], vectors[:, ::-1][:, :40]
+    # Components of the same variance may be turned; what they do together is the same however that is.
+    expected = vectors / (variances + EPS) @ vectors.T
+    weight = found["weight"].double().numpy()
+    np.testing.assert_allclose(weight.T @ weight, expected, atol=1e-6 * np.abs(expected).max())
+    z = x @ weight.T + found["bias"].numpy()
+    np.testing.assert_allclose(z.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(np.cov(z.T, bias=True), np.diag(variances / (variances + EPS)), atol=1e-4)
+
+
+def test_the_bits_do_not_depend_on_the_threads_or_on_the_order(cifar10_slice):
+    images, _ = cifar10_slice
+    found, threads = [], torch.get_num_threads()
+    for number, examples in ((1, torch.arange(1000)), (2, torch.arange(1000)), (2, torch.arange(1000).flip(0))):
+        _principal_components.cache_clear()
+        torch.set_num_threads(number)
+        try:
+            found.append(checkpoint.digest(whitening(images, examples, 400, EPS)))
+            assert torch.get_num_threads() == number
+        finally:
+            torch.set_num_threads(threads)
+    assert len(set(found)) == 1
+    assert checkpoint.digest(whitening(images, torch.arange(999), 400, EPS)) != found[0]
+
+
+def test_a_whitening_of_the_training_images_never_sees_the_others(invented):
+    """The mean of the network's input would be another."""
+    cpu = torch.device("cpu")
+    one, other = (Training(resolve({"whiten": 20, "train_on": on}), invented, cpu).whitening for on in ("train", "all"))
+    changed = invented._replace(train_images=invented.train_images.clone())
+    chosen = Training(resolve({}), invented, cpu).splits["validation"][2]
+    changed.train_images[chosen] = 0
+    again = Training(resolve({"whiten": 20}), changed, cpu).whitening
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["bias"], other["bias"])
+
+
+def test_it_takes_the_product_in_the_precision_of_the_spec(invented):
+    found = whitening(invented.train_images, torch.arange(1000), 30, EPS)
+    x = augment.normalise(invented.test_images)
+    exact = x.double() @ found["weight"].double().t() + found["bias"].double()
+    for precision, tolerance in (("float32", 1e-4), ("bfloat16", 0.05)):
+        z = augment.whiten(x, found, precision)
+        assert (z.dtype, z.shape) == (torch.float32, (100, 30))
+        torch.testing.assert_close(z.double(), exact, rtol=0, atol=tolerance)
+    assert (z - exact).abs().max() > 1e-4, "it was not bfloat16"
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm": "none", "widths": []}, {"ema": 0.9, "train_on": "all"}], ids=str)
+def test_it_is_folded_into_the_checkpoint(invented, tmp_path, small_spec, changes):
+    """The network that is saved takes images, as any other; it is the one that was trained."""
+    spec = small_spec(whiten=25, epochs=1, **changes)
+    record = run_experiment("x", spec, tmp_path, invented, "cpu", compiled=False)
+    path = tmp_path / "checkpoints" / "x" / f"{record.spec_id}.safetensors"
+    found = predict.load(path)
+    assert found.digest() == record.digest
+    training = Training(spec, invented, torch.device("cpu"))
+    assert record.whitening == checkpoint.digest(training.whitening)
+    x = augment.normalise(invented.test_images)
+    expected, _ = model.forward(*model.init(spec, 5), augment.whiten(x, training.whitening, "float32"), spec)
+    params, stats = model.init(spec, 5)
+    folded = model.fold(params, training.whitening)
+    logits, _ = model.forward(folded, stats, x, model.folded(spec))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    module = predict.as_module(found.spec)
+    module.load_state_dict(safetensors.torch.load_file(path), strict=True)
+    torch.testing.assert_close(module.eval()(x), found(invented.test_images), rtol=1e-4, atol=1e-4)
+    assert module[1].in_features == 3072
+
+
+def test_a_record_without_whitening_has_none(invented, tmp_path, small_spec):
+    record = run_experiment("x", small_spec(epochs=1), tmp_path, invented, "cpu", compiled=False)
+    assert not record.whitening

@@ -72,8 +72,9 @@ class Evaluation(NamedTuple):
     Attributes:
         found: as core.functional.step.evaluate returns it.
         flip: whether the probabilities were averaged over each image and its mirror image.
-        recorded, digest: the test metrics, evaluated in the same way, and the digest of the weights in the record beside
-            the checkpoint, or in the checkpoint itself where there is no record. None where neither has such metrics.
+        recorded, digest: the test metrics, evaluated in the same way, and the digest of the weights in the record
+            beside the checkpoint, or in the checkpoint itself where there is no record. None where neither has such
+            metrics.
         same: whether the weights and the right answers are those recorded, and the loss within 1e-4.
     """
 

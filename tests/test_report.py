@@ -277,13 +277,13 @@ ABLATION = {
     "learning-rate": {"lr-1e-3": {}},
     "ablation": {
         "baseline": PLAIN,
-        "lr-1e-3": {},
         "plus": {**PLAIN, "norm": "batch"},
         "minus": {"norm": "none"},
         "deep": {**PLAIN, "widths": [1024, 512, 256]},
         "dropped": {"dropout": 0.0},
         "both": {**PLAIN, "norm": "batch", "dropout": 0.2},
         "mistyped": {"dropuot": 0.0},
+        "lr-1e-3": {},
     },
 }
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from statistics import fmean, median_high, stdev
 from typing import NamedTuple
 
-from core.report import plots, sheet, stats
+from core.report import plots, published, sheet, stats
 from core.report.stats import Group
 from core.runs.record import Finished, Record
 from core.spec import FIELDS, Spec, SpecError, canonical, resolve
@@ -16,7 +16,7 @@ ROWS = 30  # of a table, at most
 LINES = 10  # of a list, at most
 SETS = 5  # of experiments that are compared, at most
 VERDICTS = {"paid": "Paid", "cost": "Cost accuracy", "cannot be told": "Cannot be told apart from chance"}
-ABLATION, BASELINE = "ablation", "baseline"  # a suite, and the experiment that the full network is compared with
+ABLATION, BASELINE = "ablation", "baseline"  # suites, and the experiment that the full network is compared with
 
 
 def order(record: Record) -> tuple:
@@ -237,13 +237,14 @@ class Worth(NamedTuple):
 
 
 def _worths(groups: list[Group], suites: Suites) -> list[Worth]:
-    """The changes of the suite `ablation`: what its experiments have other than the baseline, or the full network,
-    which has every default. Their names do not matter."""
-    full = {name for suite in suites.values() for name, spec in suite.items() if _resolved(spec) == resolve({})}
-    references = [g for g in groups if g[0].name in full | {BASELINE}]
-    members = [g for g in groups if g[0].name in suites.get(ABLATION, {}).keys() - full - {BASELINE}]
-    pairs = [(r, m, _one_change(r[0].spec, m[0].spec)) for r in references for m in members]
-    worths = [Worth(key, r[0].name == BASELINE, r, m) for r, m, key in pairs if key]
+    """The changes of the suites that are called ablation, or end so: what their experiments have other than the first,
+    the plain network, or other than the last, which has it all."""
+    worths = []
+    for suite in (list(suites[name]) for name in suites if name.endswith(ABLATION) and suites[name]):
+        references = [(g, g[0].name == suite[0]) for g in groups if g[0].name in (suite[0], suite[-1])]
+        members = [g for g in groups if g[0].name in suite[1:-1]]
+        pairs = [(r, m, _one_change(r[0].spec, m[0].spec), added) for r, added in references for m in members]
+        worths += [Worth(key, added, r, m) for r, m, key, added in pairs if key]
     return sorted(worths, key=lambda worth: (list(FIELDS).index(worth.key), not worth.added))
 
 
@@ -299,6 +300,24 @@ def _baseline(groups: list[Group]) -> str:
         f"{_compared(best.label, base.label, stats.compare(best, base, 'test'))}: {best.label} reaches "
         f"{stats.percent(stats.accuracy(best, 'test'))}, {base.label} {stats.percent(stats.accuracy(base, 'test'))}, "
         f"and the gap between train and test goes from {base_gap:.1f} to {gap:.1f} points.{_images(best, base)}\n"
+    )
+
+
+def _records(groups: list[Group], pictures: Mapping[str, plots.Picture]) -> str:
+    """The runs that were trained on all images, beside what is published."""
+    if not groups:
+        return ""
+    shown = f"\n{_picture(pictures[published.PICTURE])}" * (published.PICTURE in pictures)
+    return (
+        "\n## Records\n\nTrained on all 50,000 images, as the published networks are: these runs have no validation "
+        "accuracy and take part in no choice. Their specs were chosen by the validation split of other runs. Means "
+        "over n seeds ± the standard deviation of one. Training is the time of all steps; with compilation, that of the "
+        "first step too. PetaFLOP are 6 operations a parameter and example, and the whitening of each image.\n\n"
+        + _grid(published.HEADINGS, map(published.row, groups[:ROWS]))
+        + f"\n{len(groups) - ROWS:,} more are left out.\n" * (len(groups) > ROWS)
+        + "\nPublished results without convolution; no time is known for any of them:\n\n"
+        + _grid(("network", "test", "parameters", "epochs", "petaFLOP", "source"), published.rows())
+        + shown
     )
 
 
@@ -416,8 +435,8 @@ def markdown(
         records: sorted by `order`. pictures: by path, those that are on disk. Others as core.report.rebuild.rebuild has
             them.
     """
-    finished = stats.validated(r for r in records if isinstance(r, Finished))
-    groups = stats.ranked(stats.groups(finished))
+    finished, whole = stats.by_validation(records)
+    groups, recipes = stats.ranked(stats.groups(finished)), stats.groups(whole)
     best = groups[:ROWS]
     parts = [INTRODUCTION, _table(COLUMNS, best)]
     if len(best) < len(groups):
@@ -432,7 +451,7 @@ def markdown(
     inexact = [
         f"\n{r.name}, seed {r.seed}, is not bitwise: it went on from a resume point where its bits are not those of "
         "an uninterrupted run (--resume-anyway, or in another cohort).\n"
-        for r in finished
+        for r in finished + whole
         if not r.bitwise
     ]
     parts += _first(inexact, "\n{} more runs were resumed in this way.\n")
@@ -446,7 +465,7 @@ def markdown(
         parts.append(f"\n{len(values) - ROWS:,} more values are left out.\n" * (len(values) > ROWS))
     if choices := _choices(groups):
         parts += ["\n## Choice of the learning rate\n\n", "\n".join(choices)]
-    parts += [_what_paid(groups, suites), _baseline(groups)]
+    parts += [_what_paid(groups, suites), _baseline(groups), _records(recipes, pictures)]
     compared = [picture for picture in pictures.values() if isinstance(picture.content, plots.Intervals)]
     if compared:
         parts.append("\n## The suites\n")
@@ -456,8 +475,8 @@ def markdown(
     if plots.CURVES in pictures:
         parts.append(f"\n## Learning curves\n\n{_picture(pictures[plots.CURVES])}\n")
         parts.append(f"The numbers are in [learning-curves.csv]({plots.CURVES_TABLE}).\n")
-    if finished:
-        places = _first(sorted({_place(r) for r in finished}), "- and {} more")
-        commands = "\n".join(_commands(best, suites))
+    if finished or whole:
+        places = _first(sorted({_place(r) for r in finished + whole}), "- and {} more")
+        commands = "\n".join(_commands(best + recipes[:ROWS], suites))
         parts.append(f"\n## Reproduce\n\n```sh\n{commands}\n```\n\nMade on:\n\n" + "\n".join(places) + "\n")
     return "".join(parts)

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from core.data import cifar10
-from core.report import markdown, plots, sheet, stats
+from core.report import markdown, plots, published, sheet, stats
 from core.runs import store
 from core.runs.files import Run
-from core.runs.record import Finished, Record, read_records
+from core.runs.record import Record, read_records
 from core.spec import FIELDS, SpecError, nearest
 
 MAX_BYTES = 64 << 20  # of a file of a report on disk; what is larger is not ours, and is written anew
@@ -46,9 +46,9 @@ def rebuild(
         raise SpecError(f"cannot group by {group_by!r}: it is no key of a spec{nearest(group_by, list(FIELDS))}")
     with store.locked(out / "checkpoints" / "results.lock"):
         records = sorted(read_records(out), key=markdown.order)
-        groups = stats.groups(stats.validated(record for record in records if isinstance(record, Finished)))
+        groups, whole = map(stats.groups, stats.by_validation(records))
         shown = {}
-        for picture in _pictures(out, groups, suites, data):
+        for picture in _pictures(out, groups, whole, suites, data):
             there = plots.identifier(picture) in _on_disk(out / picture.path)
             if (redraw or not there) and (drawn := plots.draw(picture)):
                 _update(out / picture.path, drawn)
@@ -63,9 +63,11 @@ def rebuild(
 
 
 def _pictures(
-    out: Path, groups: list[stats.Group], suites: markdown.Suites, data: Path | None
+    out: Path, groups: list[stats.Group], whole: list[stats.Group], suites: markdown.Suites, data: Path | None
 ) -> Iterator[plots.Picture]:
-    """The pictures that a report of these groups has."""
+    """The pictures that a report of these groups has, of which `whole` were trained on all images."""
+    if whole:
+        yield published.picture(whole)
     if not groups:
         return
     best = stats.ranked(groups)[0]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from statistics import fmean, median_high, stdev
 from typing import Any, NamedTuple
 
-from core.runs.record import UNSET, Finished
+from core.runs.record import UNSET, Finished, Record
 from core.spec import canonical
 
 
@@ -42,9 +42,10 @@ def groups(finished: Iterable[Finished]) -> list[Group]:
     return made
 
 
-def validated(finished: Iterable[Finished]) -> list[Finished]:
-    """The runs that have a validation split, and so take part in choices."""
-    return [record for record in finished if record.metrics.validation]
+def by_validation(records: Iterable[Record]) -> tuple[list[Finished], list[Finished]]:
+    """The finished runs that have a validation split, and so take part in choices; and those that have none."""
+    finished = [record for record in records if isinstance(record, Finished)]
+    return [r for r in finished if r.metrics.validation], [r for r in finished if not r.metrics.validation]
 
 
 def grouped_by(finished: Iterable[Finished], key: str) -> list[Group]:

@@ -1,0 +1,170 @@
+"""The runs that train on all images, beside published fully connected networks: accuracy, time and arithmetic."""
+
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from core.report import plots, stats
+from core.report.plots import Picture
+from core.report.stats import Group
+from core.runs.record import Finished
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PICTURE = "checkpoints/records.svg"
+
+
+class Published(NamedTuple):
+    """What a paper reports of a fully connected network on CIFAR-10.
+
+    Attributes:
+        accuracy: on test, in percent.
+        parameters, epochs: None where the paper does not say, or pre-trains too.
+    """
+
+    network: str
+    accuracy: float
+    parameters: int | None
+    epochs: int | None
+    source: str
+
+
+LIN = "[Lin, Memisevic and Konda 2015](https://arxiv.org/abs/1511.02580)"
+NEYSHABUR = "[Neyshabur 2020](https://arxiv.org/abs/2007.13657)"
+PUBLISHED = [
+    Published("linear bottlenecks, no augmentation", 69.62, None, None, LIN),
+    Published("3-FC, SGD", 75.12, None, 4000, NEYSHABUR),
+    Published("linear bottlenecks, pre-trained, deformations", 78.62, None, None, LIN),
+    Published("S-FC, SGD", 78.63, 256_000_000, 4000, NEYSHABUR),
+    Published("S-FC, beta-lasso", 85.19, 256_000_000, 4000, NEYSHABUR),
+]
+
+
+def petaflop(parameters: int, examples: float, whitened: int = 0) -> float:
+    """10**15 operations of training: for each example and parameter two forward and four backward (Kaplan et al. 2020),
+    and the projection of each image on `whitened` components."""
+    return (6 * parameters + 2 * 3072 * whitened) * examples / 1e15
+
+
+def work(record: Finished) -> float:
+    """The petaFLOP of a run."""
+    return petaflop(record.parameters, record.spec["epochs"] * record.metrics.train.n, record.spec["whiten"])
+
+
+def flipped(group: Group) -> list[float]:
+    """The test accuracies with mirror images averaged in, of the runs that have been evaluated so."""
+    return [record.flipped.test.accuracy for record in group if record.flipped]
+
+
+def with_compilation(record: Finished) -> float:
+    """Seconds from the start of the run to its last step, without the evaluations."""
+    return record.first_step_seconds + stats.seconds(record)
+
+
+def spread(values: list[float]) -> str:
+    """'70.12 ± 0.21%'; '70.12%' of one value."""
+    deviation = f" ± {100 * stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{100 * fmean(values):.2f}{deviation}%" if values else ""
+
+
+HEADINGS = (
+    "recipe",
+    "n",
+    "test",
+    "test, with mirror images",
+    "parameters",
+    "epochs",
+    "training",
+    "with compilation",
+    "petaFLOP",
+    "on",
+)
+
+
+def row(group: Group) -> list[str]:
+    """The cells under HEADINGS."""
+    record = group[0]
+    mirrored = spread(flipped(group))
+    return [
+        group.label,
+        str(len(group)),
+        spread(stats.accuracies(group, "test")),
+        f"**{mirrored}**" if mirrored else "not evaluated",
+        f"{record.parameters:,}",
+        str(record.spec["epochs"]),
+        f"{fmean(map(stats.seconds, group)):.0f} s",
+        f"{fmean(map(with_compilation, group)):.0f} s",
+        f"{work(record):.3g}",
+        f"{record.environment.device_name}, {record.environment.threads} threads",
+    ]
+
+
+def rows() -> list[list[str]]:
+    """network, test, parameters, epochs, petaFLOP, source."""
+    return [
+        [
+            p.network,
+            f"{p.accuracy:.2f}%",
+            f"{p.parameters:,}" if p.parameters else "",
+            f"{p.epochs:,}" if p.epochs else "",
+            f"{petaflop(p.parameters, 50_000 * p.epochs):.3g}" if p.parameters and p.epochs else "",
+            p.source,
+        ]
+        for p in PUBLISHED
+    ]
+
+
+# The picture
+
+
+class Point(NamedTuple):
+    """A network: its accuracy in percent."""
+
+    label: str
+    petaflop: float
+    accuracy: float
+
+
+class Points(NamedTuple):
+    """`lines` are published accuracies, in percent, for which no arithmetic is known."""
+
+    ours: list[Point]
+    published: list[Point]
+    lines: list[tuple[str, float]]
+
+
+def picture(groups: list[Group]) -> Picture:
+    """Accuracy against arithmetic, with published results."""
+    ours = [
+        Point(group.label, round(work(group[0]), 6), round(100 * fmean(flipped(group)), 3))
+        for group in groups
+        if flipped(group)
+    ]
+    published = [
+        Point(p.network, petaflop(p.parameters, 50_000 * p.epochs), p.accuracy)
+        for p in PUBLISHED
+        if p.parameters and p.epochs
+    ]
+    lines = [(p.network, p.accuracy) for p in PUBLISHED if not p.parameters]
+    told = ", ".join(f"{p.label} {p.accuracy:.1f}% for {p.petaflop:.3g} petaFLOP" for p in ours)
+    alt = f"Test accuracy against petaFLOP of training, with published fully connected networks: {told}"
+    return Picture(PICTURE, alt, Points(ours, published, lines), _paint, 6)
+
+
+def _paint(figure: "Figure", content: Points, _: Any) -> None:
+    ax = figure.subplots()
+    for points, marker, color, label in (
+        (content.ours, "o", "C0", "here, with mirror images"),
+        (content.published, "D", "C1", "published"),
+    ):
+        ax.plot([p.petaflop for p in points], [p.accuracy for p in points], marker, color=color, label=label)
+        for p in points:
+            ax.annotate(plots.short(p.label), (p.petaflop, p.accuracy), (-6, 6), textcoords="offset points", ha="right")
+    for label, accuracy in content.lines:
+        ax.axhline(accuracy, color="C1", linestyle=":")
+        ax.annotate(label, (0.01, accuracy), (0, 3), ax.get_yaxis_transform(), "offset points")
+    ax.set_xscale("log")
+    ax.set(xlabel="petaFLOP of training", ylabel="test accuracy (%)")
+    ax.grid(alpha=0.3)
+    ax.set_title("accuracy against arithmetic; dotted: without FLOP")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)

@@ -153,17 +153,20 @@ def picture(groups: list[Group]) -> Picture:
 
 def _paint(figure: "Figure", content: Points, _: Any) -> None:
     ax = figure.subplots()
-    for points, marker, color, label in (
-        (content.ours, "o", "C0", "here, with mirror images"),
-        (content.published, "D", "C1", "published"),
+    for points, marker, color, label, side in (
+        (content.ours, "o", "C0", "here, with mirror images", "left"),
+        (content.published, "D", "C1", "published", "right"),
     ):
         ax.plot([p.petaflop for p in points], [p.accuracy for p in points], marker, color=color, label=label)
         for p in points:
-            ax.annotate(plots.short(p.label), (p.petaflop, p.accuracy), (-6, 6), textcoords="offset points", ha="right")
+            place = (p.petaflop, p.accuracy)
+            ax.annotate(plots.short(p.label), place, (0, -16), textcoords="offset points", ha=side)
     for label, accuracy in content.lines:
         ax.axhline(accuracy, color="C1", linestyle=":")
         ax.annotate(label, (0.01, accuracy), (0, 3), ax.get_yaxis_transform(), "offset points")
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.margins(x=0.1)
     ax.set(xlabel="petaFLOP of training", ylabel="test accuracy (%)")
     ax.grid(alpha=0.3)
     ax.set_title("accuracy against arithmetic; dotted: without FLOP")

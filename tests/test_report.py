@@ -15,8 +15,8 @@ import safetensors.numpy
 from msgspec.structs import replace
 
 from core.data import cifar10 as dataset
-from core.report import markdown, plots, rebuild, sheet, stats
-from core.runs.record import Answers, Failed, Finished, Mistake, encode
+from core.report import markdown, plots, published, rebuild, sheet, stats
+from core.runs.record import UNSET, Answers, Failed, Finished, Flipped, Mistake, decode, encode
 from core.runs.store import StoreError
 from core.spec import FIELDS, SpecError, resolve, spec_id
 
@@ -318,6 +318,74 @@ def test_what_paid_follows_from_the_specs():
     single = section(markdown.markdown([r for r in records if r.seed == 0], ABLATION), "What paid")
     assert "`--seeds 5` tells more" in single
     assert "## What paid" not in markdown.markdown(records, SUITES)
+
+
+# Runs on all images
+
+
+def on_all(name, test, mirrored=None, **changes):
+    """The record of a run that has trained on all 50,000 images."""
+    spec = resolve({"epochs": 2, "train_on": "all", **changes})
+    train = make(name, train=0.9).metrics.train
+    train = replace(train, n=50_000, count=[5_000] * 10, correct=[4_500] * 10)
+    record = make(name, test, **changes)
+    return replace(
+        record,
+        spec=spec,
+        spec_id=spec_id(spec),
+        metrics=replace(record.metrics, train=train, validation=None),
+        history=[replace(entry, val_loss=None, val_accuracy=None) for entry in record.history],
+        flipped=Flipped(None, make(name, mirrored).metrics.test) if mirrored else UNSET,
+    )
+
+
+def test_runs_on_all_images_are_records_and_take_part_in_no_choice():
+    minute = [on_all("minute", *accuracies, seed=i) for i, accuracies in enumerate([(0.70, 0.71), (0.71, 0.73)])]
+    text = markdown.markdown([*THREE, *minute], SUITES)
+    assert text.replace(section(text, "Records"), "").count("minute") == 1, "but for the command that trains it"
+    table = [line.strip("| ").split(" | ") for line in section(text, "Records").splitlines() if line.startswith("|")]
+    named = dict(zip(table[0], table[2], strict=True))
+    assert (named["recipe"], named["n"]) == ("minute", "2")
+    assert (named["test"], named["test, with mirror images"]) == ("70.50 ± 0.71%", "**72.00 ± 1.41%**")
+    assert (named["training"], named["with compilation"]) == ("6 s", "14 s")
+    assert named["petaFLOP"] == f"{6 * 3809034 * 2 * 50_000 / 1e15:.3g}"
+    assert "| S-FC, beta-lasso | 85.19% | 256,000,000 | 4,000 | 307 | [Neyshabur 2020]" in text
+    alone = markdown.markdown(minute, SUITES)
+    assert "## Records" in alone
+    assert "## Choice" not in alone
+    assert "## Records" not in markdown.markdown(THREE, SUITES)
+
+
+def test_whitening_is_part_of_the_arithmetic():
+    plain, whitened = on_all("x", 0.7), on_all("x", 0.7, whiten=400)
+    assert published.work(whitened) - published.work(plain) == pytest.approx(2 * 3072 * 400 * 100_000 / 1e15)
+
+
+def test_a_record_that_was_not_evaluated_with_mirror_images_says_so():
+    groups = stats.groups([on_all("x", 0.7)])
+    assert published.row(groups[0])[3] == "not evaluated"
+    assert not published.picture(groups).content.ours
+
+
+def test_the_picture_of_the_records(tmp_path):
+    write(tmp_path, [on_all("minute", 0.7, 0.71), on_all("hour", 0.78, 0.79, epochs=9)])
+    rebuild.rebuild(tmp_path, SUITES)
+    text = (tmp_path / "results.md").read_text()
+    assert f"({published.PICTURE})" in text
+    svg = (tmp_path / published.PICTURE).read_bytes()
+    assert b"svg" in svg[:300]
+    assert len(svg) < 300_000
+    rebuild.rebuild(tmp_path, SUITES, redraw=True)
+    assert (tmp_path / published.PICTURE).read_bytes() == svg
+
+
+@pytest.mark.parametrize("changes", [{"train_on": "all"}, {}], ids=str)
+def test_a_record_has_validation_unless_it_trained_on_all(changes):
+    good = on_all("x", 0.7) if changes else make("x")
+    other = make("x") if changes else on_all("x", 0.7)
+    for field in ("metrics", "history"):
+        with pytest.raises(ValueError, match="validation split are there or not"):
+            decode(encode(replace(good, **{field: getattr(other, field)})))
 
 
 def test_a_failed_run_claims_no_number():

@@ -307,7 +307,7 @@ def _records(groups: list[Group], pictures: Mapping[str, plots.Picture]) -> str:
     """The runs that were trained on all images, beside what is published."""
     if not groups:
         return ""
-    shown = f"\n{_picture(pictures[published.PICTURE])}" * (published.PICTURE in pictures)
+    picture = pictures.get(published.PICTURE)
     return (
         "\n## Records\n\nTrained on all 50,000 images, as the published networks are: these runs have no validation "
         "accuracy and take part in no choice. Their specs were chosen by the validation split of other runs. Means "
@@ -317,7 +317,7 @@ def _records(groups: list[Group], pictures: Mapping[str, plots.Picture]) -> str:
         + f"\n{len(groups) - ROWS:,} more are left out.\n" * (len(groups) > ROWS)
         + "\nPublished results without convolution; no time is known for any of them:\n\n"
         + _grid(("network", "test", "parameters", "epochs", "petaFLOP", "source"), published.rows())
-        + shown
+        + (f"\n{_picture(picture)}" if picture else "")
     )
 
 

@@ -154,19 +154,19 @@ def picture(groups: list[Group]) -> Picture:
 def _paint(figure: "Figure", content: Points, _: Any) -> None:
     ax = figure.subplots()
     for points, marker, color, label, side in (
-        (content.ours, "o", "C0", "here, with mirror images", "left"),
+        (content.ours, "o", "C0", "here, with mirror images", "center"),
         (content.published, "D", "C1", "published", "right"),
     ):
         ax.plot([p.petaflop for p in points], [p.accuracy for p in points], marker, color=color, label=label)
         for p in points:
             place = (p.petaflop, p.accuracy)
-            ax.annotate(plots.short(p.label), place, (0, -16), textcoords="offset points", ha=side)
+            ax.annotate(plots.short(p.label), place, (0, 7), textcoords="offset points", ha=side)
     for label, accuracy in content.lines:
         ax.axhline(accuracy, color="C1", linestyle=":")
-        ax.annotate(label, (0.01, accuracy), (0, 3), ax.get_yaxis_transform(), "offset points")
+        ax.annotate(label, (0.01, accuracy), (0, -14), ax.get_yaxis_transform(), "offset points")
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.margins(x=0.1)
+    ax.margins(0.1)
     ax.set(xlabel="petaFLOP of training", ylabel="test accuracy (%)")
     ax.grid(alpha=0.3)
     ax.set_title("accuracy against arithmetic; dotted: without FLOP")

@@ -66,6 +66,8 @@ FIELDS: dict[str, Field] = {
     "whiten": Field(0, *_integer(0, 3072)),
     "whiten_eps": Field(0.01, *_number(0, float("inf"), above=True)),
     "augment": Field("none", *_choice("none", "flip", "flip+shift")),
+    "shift": Field(2, *_integer(1, 8)),
+    "shift_fill": Field("zeros", *_choice("zeros", "reflect")),
     "batch_size": Field(256, *_integer(2, 45_000)),
     "epochs": Field(20, *_integer(1, 100_000)),
     # The optimization

@@ -60,6 +60,25 @@ def test_the_ablation_changes_one_thing_at_a_time():
         assert specs[f"full-{change}"] == {**full, key: baseline[key]}
 
 
+def test_the_records_train_on_all_images_and_their_ablation_does_not():
+    for name, spec in SUITES["records"].items():
+        assert resolve(spec)["train_on"] == "all", name
+    for name, spec in SUITES["minute-ablation"].items():
+        assert resolve(spec)["train_on"] == "train", name
+    assert SUITES["records"]["minute"] == {**SUITES["minute-ablation"]["minute-full"], "train_on": "all"}
+
+
+def test_the_ablation_of_the_minute_takes_one_ingredient_away_at_a_time():
+    """All of those that the recipe has: between the plain network and the full recipe nothing else differs."""
+    specs = {name: resolve(spec) for name, spec in SUITES["minute-ablation"].items()}
+    names, full, plain = list(specs), specs["minute-full"], specs["minute-plain"]
+    assert (names[0], names[-1]) == ("minute-plain", "minute-full")
+    ingredients = {key for key in full if full[key] != plain[key]}
+    assert set(names[1:-1]) == {f"minute-{key}" for key in ingredients}
+    for key in ingredients:
+        assert specs[f"minute-{key}"] == {**full, key: resolve({})[key]}
+
+
 def test_names_are_fit_for_folders():
     assert all(re.fullmatch(r"[a-z0-9][a-z0-9_.+=-]*", name) for name in [*EXPERIMENTS, *SUITES])
 

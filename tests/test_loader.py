@@ -6,6 +6,7 @@ import torch
 
 from core.data import loader
 from core.functional import augment, prng
+from core.spec import resolve
 
 
 @pytest.fixture(scope="module")
@@ -97,24 +98,31 @@ def test_normalise_constants_are_the_statistics_of_the_training_images(cifar10):
         assert abs(std - augment.STD[channel]) < 1e-4
 
 
-def naive_augment(image, draws, shift):
+MOVED = resolve({"augment": "flip+shift"})
+
+
+def naive_augment(image, draws, shift, mode):
     """One image [3, 32, 32] as a reader would move and mirror it."""
-    if shift:
-        down, right = (((int(d) >> 16) + 32768) * 5 // 65536 for d in draws[1:])
-        image = np.pad(image, ((0, 0), (2, 2), (2, 2)))[:, down : down + 32, right : right + 32]
+    down, right = (((int(d) >> 16) + 32768) * (2 * shift + 1) // 65536 for d in draws[1:])
+    padded = np.pad(image, ((0, 0), (shift, shift), (shift, shift)), mode=mode)
+    image = padded[:, down : down + 32, right : right + 32]
     return image[:, :, ::-1] if draws[0] >= 0 else image
 
 
-@pytest.mark.parametrize("kind", ["flip", "flip+shift"])
-def test_augment_against_a_loop_over_images(invented, kind):
+@pytest.mark.parametrize(
+    "changes", [{}, {"shift": 4}, {"shift": 3, "shift_fill": "reflect"}, {"augment": "flip"}], ids=str
+)
+def test_augment_against_a_loop_over_images(invented, changes):
     seed, step = torch.tensor(3, dtype=torch.int32), torch.tensor(17, dtype=torch.int32)
     x = augment.normalise(invented.train_images[:33])
     before = x.clone()
     draws = prng.bits(seed, prng.AUGMENT, step, 99).view(3, 33).numpy()
-    expected = [
-        naive_augment(image, draws[:, i], kind == "flip+shift") for i, image in enumerate(x.view(-1, 3, 32, 32).numpy())
-    ]
-    assert np.array_equal(augment.augment(x, kind, seed, step).view(-1, 3, 32, 32).numpy(), np.stack(expected))
+    spec = resolve({"augment": "flip+shift", **changes})
+    shift = spec["shift"] if spec["augment"] == "flip+shift" else 0
+    mode = {"zeros": "constant", "reflect": "reflect"}[spec["shift_fill"]]
+    images = x.view(-1, 3, 32, 32).numpy()
+    expected = np.stack([naive_augment(image, draws[:, i], shift, mode) for i, image in enumerate(images)])
+    assert np.array_equal(augment.augment(x, spec, seed, step).view(-1, 3, 32, 32).numpy(), expected)
     assert torch.equal(x, before)
 
 
@@ -124,7 +132,7 @@ def test_augment_reaches_every_mirror_and_move_about_equally():
     x = torch.zeros(n, 3, 32, 32)
     x[:, :, 16, 10] = 1
     zero = torch.tensor(0, dtype=torch.int32)
-    place = augment.augment(x.view(n, -1), "flip+shift", zero, zero).view(n, 3, 1024)[:, 0].argmax(1)
+    place = augment.augment(x.view(n, -1), MOVED, zero, zero).view(n, 3, 1024)[:, 0].argmax(1)
     row, column = place // 32, place % 32
     mirrored = column > 15
     assert abs(mirrored.double().mean() - 0.5) < 6 * 0.5 / n**0.5
@@ -138,7 +146,7 @@ def test_augment_changes_with_seed_and_step(invented):
     x = augment.normalise(invented.train_images[:64])
 
     def draw(seed, step):
-        return augment.augment(x, "flip+shift", *torch.tensor([seed, step], dtype=torch.int32))
+        return augment.augment(x, MOVED, *torch.tensor([seed, step], dtype=torch.int32))
 
     assert torch.equal(draw(0, 0), draw(0, 0))
     assert not torch.equal(draw(0, 0), draw(0, 1))

@@ -22,7 +22,7 @@ VARIANTS = [
     {},
     {"norm": "none", "optimizer": "sgd", "schedule": "cosine"},
     {"augment": "flip+shift", "optimizer": "adamw", "weight_decay": 0.1, "label_smoothing": 0.1},
-    {"whiten": 20, "ema": 0.9, "precision": "bfloat16"},
+    {"whiten": 20, "ema": 0.9, "precision": "bfloat16", "augment": "flip+shift", "shift_fill": "reflect"},
 ]
 
 

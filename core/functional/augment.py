@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.functional import model, prng
+from core.spec import Spec
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training images, a channel, in 0..1
-MAX_SHIFT = 2  # pixels
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -37,11 +37,12 @@ def whiten(x: Tensor, whitening: dict[str, Tensor], precision: str) -> Tensor:
     return (product + whitening["bias"][:, None]).t()
 
 
-def augment(images: Tensor, kind: str, seed: Tensor, step: Tensor) -> Tensor:
-    """Random mirror images ("flip") and, for "flip+shift", also moves by up to 2 pixels with zeros moving in.
+def augment(images: Tensor, spec: Spec, seed: Tensor, step: Tensor) -> Tensor:
+    """Random mirror images, and random moves by up to spec["shift"] pixels in each direction.
 
     Args:
         images: float32 [batch, 3072], normalised.
+        spec: `augment` is "flip" or "flip+shift"; by `shift_fill`, zeros or the reflected image move in.
         seed, step: int32 scalars that, with the place in the batch, decide what is drawn.
     """
     batch, device = len(images), images.device
@@ -50,9 +51,10 @@ def augment(images: Tensor, kind: str, seed: Tensor, step: Tensor) -> Tensor:
     columns = torch.where(draws[0, :, None] < 0, column, 31 - column)  # [batch, 32], to read from
     images = images.view(batch, 3, 32, 32)
     rows = column.expand(batch, 32)
-    if kind == "flip+shift":
-        images = F.pad(images, (MAX_SHIFT,) * 4)
-        moves = ((draws[1:] >> 16) + 32768) * (2 * MAX_SHIFT + 1) >> 16  # [2, batch], 0..4
+    if spec["augment"] == "flip+shift":
+        shift = spec["shift"]
+        images = F.pad(images, (shift,) * 4, mode="reflect" if spec["shift_fill"] == "reflect" else "constant")
+        moves = ((draws[1:] >> 16) + 32768) * (2 * shift + 1) >> 16  # [2, batch], 0..2 * shift
         rows, columns = rows + moves[0, :, None], columns + moves[1, :, None]
     width = images.shape[-1]
     index = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, 1024).expand(batch, 3, 1024)

@@ -92,7 +92,7 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
         labels = data["labels"].index_select(0, examples)
         x = augment.normalise(data["images"].index_select(0, examples))
         if spec["augment"] != "none":
-            x = augment.augment(x, spec["augment"], hyper["seed"], step)
+            x = augment.augment(x, spec, hyper["seed"], step)
         if spec["whiten"]:
             x = augment.whiten(x, data["whitening"], spec["precision"])
         masks: list[Tensor] = []

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from core.data import loader
-from core.functional import augment, prng
+from core.functional import augment, optim, prng
 from core.spec import resolve
+from tests.test_prng import chi_square, within_chance
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,7 @@ def test_normalise_against_a_naive_computation(invented):
     found = augment.normalise(images)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.view(5, 3, 32, 32).numpy(), expected, rtol=1e-5, atol=2e-6)
+    assert torch.equal(augment.normalise(images.view(5, 3, 32, 32)), found.view(5, 3, 32, 32))
 
 
 def test_normalise_constants_are_the_statistics_of_the_training_images(cifar10):
@@ -98,55 +100,61 @@ def test_normalise_constants_are_the_statistics_of_the_training_images(cifar10):
         assert abs(std - augment.STD[channel]) < 1e-4
 
 
-MOVED = resolve({"augment": "flip+shift"})
+def augmented(images, seed=0, step=0, **changes):
+    """What a train step makes of uint8 images [batch, 3072]: float32 [batch, 3, 32, 32]."""
+    spec = resolve({"seed": seed, **changes})
+    hyper = optim.hyper_tensors(spec, 10, torch.device("cpu"))
+    return augment.augment(images, spec, hyper, torch.tensor(step, dtype=torch.int32)).view(-1, 3, 32, 32)
+
+
+def draws_of(stream, seed, step, each, batch):
+    """The draws of a step as NumPy reads them, int32 [each, batch]."""
+    scalars = torch.tensor([seed, step], dtype=torch.int32)
+    return prng.bits(scalars[0], stream, scalars[1], each * batch).view(each, batch).numpy()
 
 
 def naive_augment(image, draws, shift, mode):
     """One image [3, 32, 32] as a reader would move and mirror it."""
-    down, right = (((int(d) >> 16) + 32768) * (2 * shift + 1) // 65536 for d in draws[1:])
-    padded = np.pad(image, ((0, 0), (shift, shift), (shift, shift)), mode=mode)
-    image = padded[:, down : down + 32, right : right + 32]
+    if shift:
+        down, right = (((int(d) >> 16) + 32768) * (2 * shift + 1) // 65536 for d in draws[1:])
+        padded = np.pad(image, ((0, 0), (shift, shift), (shift, shift)), mode)
+        image = padded[:, down : down + 32, right : right + 32]
     return image[:, :, ::-1] if draws[0] >= 0 else image
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"shift": 4}, {"shift": 3, "shift_fill": "reflect"}, {"augment": "flip"}], ids=str
-)
-def test_augment_against_a_loop_over_images(invented, changes):
-    seed, step = torch.tensor(3, dtype=torch.int32), torch.tensor(17, dtype=torch.int32)
-    x = augment.normalise(invented.train_images[:33])
-    before = x.clone()
-    draws = prng.bits(seed, prng.AUGMENT, step, 99).view(3, 33).numpy()
-    spec = resolve({"augment": "flip+shift", **changes})
-    shift = spec["shift"] if spec["augment"] == "flip+shift" else 0
-    mode = {"zeros": "constant", "reflect": "reflect"}[spec["shift_fill"]]
-    images = x.view(-1, 3, 32, 32).numpy()
-    expected = np.stack([naive_augment(image, draws[:, i], shift, mode) for i, image in enumerate(images)])
-    assert np.array_equal(augment.augment(x, spec, seed, step).view(-1, 3, 32, 32).numpy(), expected)
-    assert torch.equal(x, before)
+@pytest.mark.parametrize(("fill", "mode"), [("zeros", "constant"), ("reflect", "reflect")])
+@pytest.mark.parametrize("shift", [0, 1, 2, 3, 8])
+def test_augment_against_a_loop_over_images(invented, shift, fill, mode):
+    """To the bit; without a shift it is "flip"."""
+    images, n = invented.train_images[:133], 133
+    before = images.clone()
+    draws = draws_of(prng.AUGMENT, 3, 17, 3, n)
+    x = augment.normalise(images).view(n, 3, 32, 32).numpy()
+    expected = np.stack([naive_augment(image, draws[:, i], shift, mode) for i, image in enumerate(x)])
+    kind = {"augment": "flip+shift", "shift": shift, "shift_fill": fill} if shift else {"augment": "flip"}
+    found = augmented(images, 3, 17, **kind).numpy()
+    assert np.array_equal(found.view(np.int32), expected.view(np.int32))
+    assert torch.equal(images, before)
 
 
-def test_augment_reaches_every_mirror_and_move_about_equally():
-    """One bright pixel in the middle says what became of each image."""
-    n = 20_000
-    x = torch.zeros(n, 3, 32, 32)
-    x[:, :, 16, 10] = 1
-    zero = torch.tensor(0, dtype=torch.int32)
-    place = augment.augment(x.view(n, -1), MOVED, zero, zero).view(n, 3, 1024)[:, 0].argmax(1)
+@pytest.mark.parametrize("shift", [2, 8])
+def test_augment_reaches_every_mirror_and_move_about_equally(shift):
+    """Two bright pixels near the middle say what became of each image."""
+    n, moves = 20_000, 2 * shift + 1
+    images = torch.zeros(n, 3, 32, 32, dtype=torch.uint8)
+    images[:, :, 16, 15], images[:, :, 16, 17] = 255, 200
+    x = augmented(images.view(n, -1), augment="flip+shift", shift=shift)[:, 0]
+    place = x.flatten(1).argmax(1)
     row, column = place // 32, place % 32
-    mirrored = column > 15
+    mirrored = x[torch.arange(n), row, column - 2] > 1
     assert abs(mirrored.double().mean() - 0.5) < 6 * 0.5 / n**0.5
-    down, right = row - 16 + 2, torch.where(mirrored, 31 - column, column) - 10 + 2
-    counts = (down * 5 + right).bincount(minlength=25)
-    assert len(counts) == 25
-    assert (counts - n / 25).abs().max() < 6 * (n / 25) ** 0.5
+    down, right = row - 16 + shift, torch.where(mirrored, 31 - column, column) - 15 + shift
+    assert within_chance(chi_square(down * moves + right, moves**2), moves**2 - 1)
 
 
 def test_augment_changes_with_seed_and_step(invented):
-    x = augment.normalise(invented.train_images[:64])
-
     def draw(seed, step):
-        return augment.augment(x, MOVED, *torch.tensor([seed, step], dtype=torch.int32))
+        return augmented(invented.train_images[:64], seed, step, augment="flip+shift")
 
     assert torch.equal(draw(0, 0), draw(0, 0))
     assert not torch.equal(draw(0, 0), draw(0, 1))

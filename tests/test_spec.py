@@ -58,7 +58,7 @@ MAY_BE = {
     "whiten": lambda v: type(v) is int and 0 <= v <= 3072,
     "whiten_eps": lambda v: number(v) and v > 0,
     "augment": lambda v: v in ("none", "flip", "flip+shift"),
-    "shift": lambda v: type(v) is int and 1 <= v <= 8,
+    "shift": lambda v: type(v) is int and 0 < v < 9,
     "shift_fill": lambda v: v in ("zeros", "reflect"),
     "batch_size": lambda v: type(v) is int and 1 < v <= 45_000,
     "epochs": lambda v: type(v) is int and 0 < v <= 100_000,

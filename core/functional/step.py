@@ -90,9 +90,7 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
         batch = order.shape[1]
         examples = order.index_select(0, (step % order.shape[0]).view(1))[0]
         labels = data["labels"].index_select(0, examples)
-        x = augment.normalise(data["images"].index_select(0, examples))
-        if spec["augment"] != "none":
-            x = augment.augment(x, spec, hyper["seed"], step)
+        x = augment.augment(data["images"].index_select(0, examples), spec, hyper, step)
         if spec["whiten"]:
             x = augment.whiten(x, data["whitening"], spec["precision"])
         masks: list[Tensor] = []

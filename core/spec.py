@@ -68,6 +68,10 @@ FIELDS: dict[str, Field] = {
     "augment": Field("none", *_choice("none", "flip", "flip+shift")),
     "shift": Field(2, *_integer(1, 8)),
     "shift_fill": Field("zeros", *_choice("zeros", "reflect")),
+    "rotate": Field(0.0, *_number(0, 180)),
+    "zoom": Field(0.0, *_number(0, 1)),
+    "cutout": Field(0, *_integer(0, 32)),
+    "mixup": Field(0.0, *_number(0, 10)),
     "batch_size": Field(256, *_integer(2, 45_000)),
     "epochs": Field(20, *_integer(1, 100_000)),
     # The optimization
@@ -85,8 +89,8 @@ FIELDS: dict[str, Field] = {
 
 # The keys that reach the compiled step as tensors, so that one compilation serves all their values. Every other key is
 # part of the compilation's identity: a key that is forgotten here compiles once more, and never uses the wrong step.
-TENSORS = frozenset({"dropout", "ema", "epochs", "label_smoothing", "lr", "seed", "warmup_epochs", "weight_decay"})
-SWITCHES = frozenset({"dropout", "ema"})  # those of them that add something to the step where they are above 0
+SWITCHES = frozenset({"cutout", "dropout", "ema", "mixup", "rotate", "zoom"})  # above 0 they add something to the step
+TENSORS = SWITCHES | {"epochs", "label_smoothing", "lr", "seed", "warmup_epochs", "weight_decay"}
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -69,7 +69,10 @@ def test_imports_point_down(path):
 def test_the_functional_part_is_torch_and_nothing_else():
     for path in (ROOT / "core" / "functional").glob("*.py"):
         outside = {name.split(".")[0] for name in imported(path)} - {"core"}
-        assert outside <= {"torch", "math", "collections", "typing"}, path
+        # scipy: the quantiles of a distribution, once a run
+        assert outside <= {"torch", "math", "collections", "typing"} | (
+            {"scipy"} if path.name == "prng.py" else set()
+        ), path
 
 
 def test_only_compile_names_the_compiler():

@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import affine
 
 from core.data import loader
 from core.functional import augment, optim, prng
@@ -159,3 +162,92 @@ def test_augment_changes_with_seed_and_step(invented):
     assert torch.equal(draw(0, 0), draw(0, 0))
     assert not torch.equal(draw(0, 0), draw(0, 1))
     assert not torch.equal(draw(0, 0), draw(1, 0))
+
+
+@pytest.mark.parametrize("side", [1, 2, 7, 16, 32])
+@pytest.mark.parametrize("kind", ["none", "flip", "flip+shift"])
+def test_cutout_against_a_loop_over_images(invented, side, kind):
+    """To the bit: zeros in the square, and elsewhere what there is without it."""
+    images, n = invented.train_images[:65], 65
+    expected = augmented(images, 3, 17, augment=kind)
+    (draws,) = draws_of(prng.CUTOUT, 3, 17, 1, n)
+    for i, draw in enumerate(draws):
+        top, left = ((int(draw) >> bits) % 32 - side // 2 for bits in (0, 5))
+        expected[i, :, max(top, 0) : top + side, max(left, 0) : left + side] = 0
+    assert torch.equal(augmented(images, 3, 17, augment=kind, cutout=side), expected)
+
+
+def test_cutout_is_centred_on_every_pixel_equally_often():
+    n = 50_000
+    x = augmented(torch.full((n, 3072), 255, dtype=torch.uint8), cutout=1)[:, 0].flatten(1)
+    assert ((x == 0).sum(1) == 1).all()
+    assert within_chance(chi_square((x == 0).int().argmax(1), 1024), 1023)
+
+
+def angle_and_scale(seed, step, n, rotate, zoom):
+    """In degrees, as NumPy makes them of the draws, float64 [n]."""
+    draws = draws_of(prng.AFFINE, seed, step, 2, n) / 2.0**31
+    return rotate * draws[0], 1 + zoom * draws[1]
+
+
+AFFINE = [{"rotate": 30}, {"zoom": 0.3}, {"rotate": 179, "zoom": 0.9}, {"rotate": 10, "zoom": 0.1, "shift": 8}]
+
+
+@pytest.mark.parametrize("changes", AFFINE, ids=str)
+@pytest.mark.parametrize("kind", ["none", "flip", "flip+shift"])
+def test_rotate_and_zoom_against_torchvision(invented, changes, kind):
+    """With zeros from outside."""
+    images, n = invented.train_images[:40], 40
+    spec = resolve({**changes, "augment": kind})
+    angles, scales = angle_and_scale(3, 17, n, spec["rotate"], spec["zoom"])
+    draws, limit = draws_of(prng.AUGMENT, 3, 17, 3, n), spec["shift"] if kind == "flip+shift" else 0
+    moves = ((draws[1:] >> 16) + 32768) * (2 * limit + 1) // 65536 - limit
+    expected = []
+    for i, x in enumerate(augment.normalise(images).view(n, 3, 32, 32)):
+        down, right = moves[:, i].tolist()
+        x = affine(
+            x, angles[i], [-right, -down], scales[i], [0.0, 0.0], InterpolationMode.BILINEAR, center=[16.0, 16.0]
+        )
+        expected.append(x.flip(2) if kind != "none" and draws[0, i] >= 0 else x)
+    found = augmented(images, 3, 17, **changes, augment=kind)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("changes", AFFINE, ids=str)
+def test_rotate_and_zoom_against_scipy_with_reflection(invented, changes):
+    images, n = invented.train_images[:40], 40
+    spec = resolve({**changes, "shift_fill": "reflect"})
+    angles, scales = angle_and_scale(3, 17, n, spec["rotate"], spec["zoom"])
+    x = augment.normalise(images).view(n, 3, 32, 32).double().numpy()
+    expected, place = np.empty_like(x), np.arange(32) - 15.5
+    for i, (angle, scale) in enumerate(zip(np.radians(angles), scales, strict=True)):
+        row, column = place[:, None] + 0 * place, place + 0 * place[:, None]
+        turned = (np.cos(angle) * row - np.sin(angle) * column, np.sin(angle) * row + np.cos(angle) * column)
+        for c in range(3):
+            at = [15.5 + t / scale for t in turned]
+            expected[i, c] = scipy.ndimage.map_coordinates(x[i, c], at, order=1, mode="mirror")
+    found = augmented(images, 3, 17, **changes, augment="none", shift_fill="reflect")
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=2e-4)
+
+
+def test_rotate_and_zoom_by_nothing_only_move_and_mirror(invented):
+    """Both ways of moving and mirroring agree, up to the rounding of the places to read from."""
+    images = invented.train_images[:65]
+    for fill in ("zeros", "reflect"):
+        spec = {"augment": "flip+shift", "shift": 8, "shift_fill": fill}
+        found, expected = augmented(images, 1, 2, **spec, rotate=1e-30), augmented(images, 1, 2, **spec)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mixup_against_a_loop_over_examples(invented):
+    x, labels = augment.normalise(invented.train_images[:33]), invented.train_labels[:33]
+    quantiles, scalars = torch.tensor(prng.beta_quantiles(0.4)), torch.tensor([3, 17], dtype=torch.int32)
+    share = prng.inverse_transform(prng.bits(scalars[0], prng.MIXUP, scalars[1], 33), quantiles)
+    mixed, shares = augment.mixup(x, labels, quantiles, *scalars)
+    for i in range(33):
+        torch.testing.assert_close(mixed[i], share[i] * x[i] + (1 - share[i]) * x[i - 1])
+        expected = torch.zeros(10)
+        expected[labels[i]] += share[i]
+        expected[labels[i - 1]] += 1 - share[i]
+        torch.testing.assert_close(shares[i], expected)
+    assert 0.05 < share.std() < 0.5

@@ -4,8 +4,11 @@ Statistical bounds are six standard deviations wide and the draws are fixed, so 
 never does.
 """
 
+import itertools
+
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from core.functional import prng
@@ -17,6 +20,7 @@ KNOWN_ANSWERS = [
     ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
 ]
 COUNTS = [1, 2, 3, 4, 5, 63, 64, 1001]
+STREAMS = [prng.DROPOUT, prng.AUGMENT, prng.AFFINE, prng.CUTOUT, prng.MIXUP]
 
 
 def reference(key, counter):
@@ -60,7 +64,7 @@ def test_known_answers(counter, key, answer):
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize(("seed", "step"), [(0, 0), (1, 7), (2**31 - 1, 2**31 - 1)])
 def test_bits_are_those_of_the_reference(seed, step, count):
-    for stream in (prng.DROPOUT, prng.AUGMENT):
+    for stream in STREAMS:
         drawn = bits(seed, stream, step, count)
         assert drawn.dtype == torch.int32
         assert drawn.shape == (count,)
@@ -172,6 +176,12 @@ def test_seeds_streams_and_steps_are_independent(other):
     assert unrelated(bits(**ORIGIN), bits(**{**ORIGIN, **other}))
 
 
+@pytest.mark.parametrize("pair", list(itertools.combinations(STREAMS, 2)), ids=str)
+def test_no_two_streams_are_alike(pair):
+    """What is drawn for one purpose says nothing of what is drawn for another in the same step."""
+    assert unrelated(*(bits(1, stream, 3) for stream in pair))
+
+
 @pytest.mark.parametrize("lag", [1, 2, 3, 4, 64, 256, 32768])
 def test_places_in_a_draw_are_independent(lag):
     """A lag is the distance between two units, two examples or two layers of one mask."""
@@ -205,3 +215,30 @@ def test_units_and_layers_are_independent():
     parts = torch.cat(masks(0, 3, 0.5, [width] * 3, batch)).view(6, -1) > 0  # the halves of three layers
     correlations = torch.corrcoef(parts.double()) - torch.eye(6)
     assert correlations.abs().max() < 6 / (width * batch / 2) ** 0.5
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0, 3.0, 9.0])
+def test_draws_from_a_table_have_the_distribution_of_beta(alpha):
+    """Each draw against the quantile itself, and their mean and variance."""
+    draws = bits(count=1 << 14, stream=prng.MIXUP)
+    found = prng.inverse_transform(draws, torch.tensor(prng.beta_quantiles(alpha))).double().numpy()
+    beta = scipy.stats.beta(alpha, alpha)
+    uniform = draws.numpy().view(np.uint32) / 2.0**32
+    # Between two places of the table the quantile is somewhere between those of the places.
+    below, above = (beta.ppf(rounded(uniform * 1024) / 1024) for rounded in (np.floor, np.ceil))
+    assert ((below - 1e-6 <= found) & (found <= above + 1e-6)).all()
+    inner = (uniform > 0.01) & (uniform < 0.99)
+    np.testing.assert_allclose(found[inner], beta.ppf(uniform[inner]), atol=2e-3)
+    assert abs(found.mean() - 0.5) < 6 * beta.std() / len(found) ** 0.5
+    assert abs(found.var() / beta.var() - 1) < 0.05
+
+
+def test_a_table_is_finite_ordered_and_symmetric():
+    for alpha in (1e-300, 1e-6, 0.2, 1.0, 9.9):
+        table = torch.tensor(prng.beta_quantiles(alpha))
+        assert table.shape == (1025,)
+        assert table[0] == 0
+        assert table[-1] == 1
+        assert (table.diff() >= 0).all()
+        torch.testing.assert_close(table, 1 - table.flip(0))
+    assert set(prng.beta_quantiles(0.0)) == {1.0}

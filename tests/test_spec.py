@@ -24,6 +24,10 @@ VALID = {
     "augment": st.sampled_from(["none", "flip", "flip+shift"]),
     "shift": st.integers(1, 8),
     "shift_fill": st.sampled_from(["zeros", "reflect"]),
+    "rotate": st.floats(0, 180, exclude_max=True) | st.integers(0, 179),
+    "zoom": st.floats(0, 1, exclude_max=True),
+    "cutout": st.integers(0, 32),
+    "mixup": st.floats(0, 10, exclude_max=True),
     "batch_size": st.integers(2, 45_000),
     "epochs": st.integers(1, 100_000),
     "optimizer": st.sampled_from(["adam", "adamw", "sgd"]),
@@ -60,6 +64,10 @@ MAY_BE = {
     "augment": lambda v: v in ("none", "flip", "flip+shift"),
     "shift": lambda v: type(v) is int and 0 < v < 9,
     "shift_fill": lambda v: v in ("zeros", "reflect"),
+    "rotate": lambda v: number(v) and 0 <= v < 180,
+    "zoom": lambda v: number(v) and 0 <= v < 1,
+    "cutout": lambda v: type(v) is int and 0 <= v <= 32,
+    "mixup": lambda v: number(v) and 0 <= v < 10,
     "batch_size": lambda v: type(v) is int and 1 < v <= 45_000,
     "epochs": lambda v: type(v) is int and 0 < v <= 100_000,
     "optimizer": lambda v: v in ("adam", "adamw", "sgd"),
@@ -84,6 +92,10 @@ DEFAULTS = {
     "augment": "none",
     "shift": 2,
     "shift_fill": "zeros",
+    "rotate": 0.0,
+    "zoom": 0.0,
+    "cutout": 0,
+    "mixup": 0.0,
     "batch_size": 256,
     "epochs": 20,
     "optimizer": "adam",
@@ -108,6 +120,10 @@ ANOTHER = {
     "augment": "flip",
     "shift": 4,
     "shift_fill": "reflect",
+    "rotate": 10.0,
+    "zoom": 0.1,
+    "cutout": 8,
+    "mixup": 0.2,
     "batch_size": 128,
     "epochs": 21,
     "optimizer": "sgd",
@@ -183,11 +199,11 @@ def test_a_new_key_keeps_every_id_and_never_reuses_a_compiled_step(monkeypatch, 
 
     ids, key, before = [spec_id(resolve(spec)) for spec in EXPERIMENTS.values()], static_key(resolve({})), name()
     assert name() == before
-    monkeypatch.setitem(FIELDS, "mixup", Field(0.0, "a number", lambda v: isinstance(v, float)))
+    monkeypatch.setitem(FIELDS, "blur", Field(0.0, "a number", lambda v: isinstance(v, float)))
     assert [spec_id(resolve(spec)) for spec in EXPERIMENTS.values()] == ids, "finished runs are not found any more"
-    used = resolve({"mixup": 0.5})
+    used = resolve({"blur": 0.5})
     assert spec_id(used) not in ids
-    assert len({static_key(used), static_key(resolve({})), key}) == 3, "a step that knows nothing of mixup is reused"
+    assert len({static_key(used), static_key(resolve({})), key}) == 3, "a step that knows nothing of blur is reused"
     assert name() != before
 
 
@@ -238,6 +254,16 @@ def test_whatever_the_value_it_is_resolved_or_refused_in_one_line(key, value):
         ("seed", 2**31),
         ("seed", None),
         ("warmup_epochs", 21),
+        ("shift", 0),
+        ("shift", 9),
+        ("shift_fill", "edge"),
+        ("rotate", 180),
+        ("rotate", -1),
+        ("zoom", 1),
+        ("cutout", 33),
+        ("cutout", 8.0),
+        ("mixup", -0.1),
+        ("mixup", 10),
     ],
     ids=lambda value: repr(value)[:20],
 )
@@ -296,4 +322,4 @@ def test_a_key_reaches_the_step_as_a_tensor_or_is_part_of_the_compilation(key):
 
 @pytest.mark.parametrize("key", sorted(SWITCHES))
 def test_a_step_without_dropout_or_another_switch_is_compiled_by_itself(key):
-    assert static_key(resolve({key: 0})) != static_key(resolve({key: 0.1}))
+    assert static_key(resolve({key: 0})) != static_key(resolve({key: ANOTHER[key]}))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from core.data import loader
-from core.functional import augment, model, optim, step
+from core.functional import augment, model, optim, prng, step
 from core.functional.tree import flatten, leaves, tree_map
 from core.spec import SWITCHES, TENSORS
 
@@ -23,6 +23,8 @@ VARIANTS = [
     {"norm": "none", "optimizer": "sgd", "schedule": "cosine"},
     {"augment": "flip+shift", "optimizer": "adamw", "weight_decay": 0.1, "label_smoothing": 0.1},
     {"whiten": 20, "ema": 0.9, "precision": "bfloat16", "augment": "flip+shift", "shift_fill": "reflect"},
+    {"augment": "flip+shift", "cutout": 8, "mixup": 0.5},
+    {"augment": "flip", "rotate": 20.0, "zoom": 0.2, "whiten": 20, "mixup": 0.5},
 ]
 
 
@@ -147,13 +149,17 @@ def test_seed_and_step_change_the_mask_and_nothing_else_does(small_spec, step_in
     assert len({loss(), loss(seed=1), loss(n=1), loss(n=2)}) == 4
 
 
-@pytest.mark.parametrize("name", ["lr", "weight_decay", "label_smoothing", "dropout"])
+@pytest.mark.parametrize(
+    "name", ["lr", "weight_decay", "label_smoothing", "dropout", "rotate", "zoom", "cutout", "mixup"]
+)
 def test_every_hyper_parameter_reaches_the_step(small_spec, step_inputs, name):
-    spec = small_spec(optimizer="sgd")
+    spec = small_spec(optimizer="sgd", rotate=5, zoom=0.1, cutout=8, mixup=0.2)
     state, data, hyper = step_inputs(spec)
     train_step = step.make_train_step(spec)
     one = train_step(state, data, hyper)["params"]["1.weight"]
-    other = train_step(state, data, {**hyper, name: hyper[name] + 0.25})["params"]["1.weight"]
+    other = train_step(state, data, {**hyper, name: hyper[name] + (1 if name == "cutout" else 0.25)})["params"][
+        "1.weight"
+    ]
     assert not torch.equal(one, other)
 
 
@@ -219,6 +225,28 @@ def test_cross_entropy_against_torch(smoothing):
     expected = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
     ours = step.cross_entropy(logits, labels, torch.tensor(smoothing, dtype=torch.float64))
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    shares = torch.rand(50, 10, dtype=torch.float64).softmax(1)
+    expected = F.cross_entropy(logits, shares, reduction="none", label_smoothing=smoothing)
+    ours = step.cross_entropy(logits, shares, torch.tensor(smoothing, dtype=torch.float64))
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_loss_of_mixed_examples_is_that_of_both_labels_by_their_shares(small_spec, step_inputs):
+    """Against torch, from the same draws; the prediction is right if it is the label with the larger share."""
+    spec = small_spec(dropout=0.0, mixup=1.0, label_smoothing=0.1)
+    state, data, hyper = step_inputs(spec)
+    images, labels = next(batches(data, 1))
+    share = prng.inverse_transform(prng.bits(hyper["seed"], prng.MIXUP, state["step"], 64), hyper["mixup"])
+    x, partners = augment.normalise(images), torch.arange(-1, 63)
+    mixed = torch.lerp(x[partners], x, share[:, None])
+    logits, _ = model.forward(state["params"], state["stats"], mixed, spec, train=True)
+    one, other = (F.cross_entropy(logits, y, label_smoothing=0.1, reduction="none") for y in (labels, labels[partners]))
+    after = step.make_train_step(spec)(state, data, hyper)
+    expected = (share * one + (1 - share) * other).sum().item()
+    assert after["metrics"]["loss"].item() == pytest.approx(expected, rel=1e-5)
+    larger = torch.where(share > 0.5, labels, labels[partners])
+    assert after["metrics"]["correct"].item() == (logits.argmax(1) == larger).sum().item()
+    assert 10 < (share > 0.5).sum() < 54
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

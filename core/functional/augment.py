@@ -1,5 +1,7 @@
 """What happens to a batch of images before the network sees it: normalisation and augmentation."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,16 +14,21 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the trainin
 def normalise(images: Tensor) -> Tensor:
     """uint8 [batch, 3072] or [batch, 3, 32, 32] to float32 of that shape, zero mean and unit variance a channel over
     the training images."""
-    # Built from scalars in the graph, so that no constant has to be kept on the device.
     channel = torch.arange(3, device=images.device)[:, None, None]
     if images.ndim == 2:
         channel = torch.arange(3072, device=images.device) // 1024
-    scale = torch.full(channel.shape, 1 / (255 * STD[2]), device=images.device)
-    shift = torch.full(channel.shape, -MEAN[2] / STD[2], device=images.device)
+    scale, offset = _scale_and_offset(channel)
+    return torch.addcmul(offset, images.float(), scale)
+
+
+def _scale_and_offset(channel: Tensor) -> tuple[Tensor, Tensor]:
+    # Built from scalars in the graph, so that no constant has to be kept on the device.
+    scale = torch.full(channel.shape, 1 / (255 * STD[2]), device=channel.device)
+    offset = torch.full(channel.shape, -MEAN[2] / STD[2], device=channel.device)
     for c in (0, 1):
         scale = torch.where(channel == c, 1 / (255 * STD[c]), scale)
-        shift = torch.where(channel == c, -MEAN[c] / STD[c], shift)
-    return torch.addcmul(shift, images.float(), scale)
+        offset = torch.where(channel == c, -MEAN[c] / STD[c], offset)
+    return scale, offset
 
 
 def mirror(images: Tensor) -> Tensor:
@@ -42,29 +49,55 @@ def whiten(x: Tensor, whitening: dict[str, Tensor], precision: str) -> Tensor:
 def augment(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor) -> Tensor:
     """Images as the network sees them in training: normalised, and augmented as the spec says.
 
-    `augment`: "flip" mirrors each image with probability 1/2; "flip+shift" also moves it by up to `shift` pixels
-    vertically and horizontally. What moves in is `shift_fill`: zeros, or the image reflected as by numpy.pad.
+    `augment`: "flip" mirrors each image with probability 1/2; "flip+shift" first moves it by up to `shift` pixels
+    vertically and horizontally. `rotate` turns each image about its centre by up to so many degrees, `zoom` scales it
+    by a factor in 1 - zoom to 1 + zoom, both uniformly drawn. What moves in is `shift_fill`: zeros, or the image
+    reflected as by numpy.pad. `cutout` sets a square of so many pixels a side to zero. Its centre may be any pixel, so
+    that the border may cut it (DeVries and Taylor 2017).
 
     Args:
         images: uint8 [batch, 3072].
         spec: resolved; of the keys that reach the step as tensors it only says which are on.
-        hyper: its `seed`, with `step` and the place in the batch, decides what is drawn.
+        hyper: 0-d tensors `rotate`, `zoom`, `cutout` (float32) and `seed` (int32), which, with `step` (int32) and the
+            place in the batch, decides what is drawn.
 
     Returns:
         float32 [batch, 3072].
     """
+    if spec["rotate"] > 0 or spec["zoom"] > 0:
+        x = _sample(images, spec, hyper, step)
+    elif spec["augment"] == "none":
+        x = normalise(images)
+    else:
+        x = _mirror_and_move(images, spec, hyper["seed"], step)
+    if spec["cutout"] > 0:
+        x = _cut_out(x.view(-1, 3, 32, 32), hyper["cutout"], hyper["seed"], step)
+    return x.reshape(-1, 3072)
+
+
+def _placement(spec: Spec, seed: Tensor, step: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which images are not mirrored, bool [batch]; how many pixels further down, and further right, the image that may
+    then be mirrored is read, int32 [batch]."""
+    zeros = torch.zeros(batch, dtype=torch.int32, device=seed.device)
     if spec["augment"] == "none":
-        return normalise(images)
-    batch, moves, limit = len(images), spec["augment"] == "flip+shift", spec["shift"]
-    draws = prng.bits(hyper["seed"], prng.AUGMENT, step, (3 if moves else 1) * batch).view(-1, batch)
-    keep = draws[0] < 0  # the others are mirrored
+        return zeros == 0, zeros, zeros
+    if spec["augment"] == "flip":
+        return prng.bits(seed, prng.AUGMENT, step, batch) < 0, zeros, zeros
+    draws, limit = prng.bits(seed, prng.AUGMENT, step, 3 * batch).view(3, batch), spec["shift"]
+    moves = (((draws[1:] >> 16) + 32768) * (2 * limit + 1) >> 16) - limit
+    return draws[0] < 0, moves[0], moves[1]
+
+
+def _mirror_and_move(images: Tensor, spec: Spec, seed: Tensor, step: Tensor) -> Tensor:
+    """Normalised images, float32 [batch, 3072] or [batch, 3, 32, 32]."""
+    batch = len(images)
+    keep, down, right = _placement(spec, seed, step, batch)
     # Rows as words of eight pixels: a gather of pixels by computed indices would be one scalar load for each pixel.
     words = images.view(torch.int64).view(batch, 96, 4)
     mirrored, first = _mirror(words), keep[:, None, None]
     words, mirrored = torch.where(first, words, mirrored), torch.where(first, mirrored, words)
-    if not moves:
+    if spec["augment"] == "flip":
         return normalise(words.view(torch.uint8).view(batch, 3072))
-    down, right = (((draws[1:] >> 16) + 32768) * (2 * limit + 1) >> 16) - limit  # pixels, [batch]
     return _move(words, mirrored, down, torch.where(keep, right, -right), spec["shift_fill"] == "reflect")
 
 
@@ -77,7 +110,7 @@ def _mirror(words: Tensor) -> Tensor:
 
 
 def _move(words: Tensor, mirrored: Tensor, down: Tensor, right: Tensor, reflect: bool) -> Tensor:
-    """Normalised images, float32 [batch, 3072], each read from `down` pixels further down and `right` further right.
+    """Normalised images, float32 [batch, 3, 32, 32], read from `down` pixels further down and `right` further right.
 
     Args:
         words: the images, int64 [batch, 96, 4]: in each row four words of eight pixels.
@@ -96,7 +129,76 @@ def _move(words: Tensor, mirrored: Tensor, down: Tensor, right: Tensor, reflect:
     starts = (planes * 32 + source[:, None]) * 48 + 8 + right[:, None, None]
     # All runs of 32 pixels as a view, so that a row is one contiguous load from any pixel.
     x = normalise(pixels.unfold(0, 32, 1).index_select(0, starts.view(-1)).view(batch, 3, 32, 32))
-    if not reflect:  # numbers, since masks of bool are slow in compiled loops
-        outside = [(t != t.clamp(0, 31)).float() for t in (rows, columns)]
-        x = torch.where(outside[0][:, None, :, None] + outside[1][:, None, None, :] > 0, 0.0, x)
-    return x.reshape(batch, 3072)
+    return x if reflect else torch.where(_within(rows - 15.5, columns - 15.5, 16), x, 0.0)
+
+
+def _within(rows: Tensor, columns: Tensor, distance: float | Tensor) -> Tensor:
+    """Whether a pixel is less than `distance` away in rows, and in columns: bool [batch, 1, 32, 32].
+
+    Args:
+        rows, columns: float32 [batch, 32]; masks of bool would be slow in a compiled loop.
+    """
+    return torch.maximum(rows.abs()[:, None, :, None], columns.abs()[:, None, None, :]) < distance
+
+
+def _sample(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor) -> Tensor:
+    """Normalised images, float32 [batch, 3, 32, 32]: mirrored, moved, rotated and zoomed by one bilinear sampling.
+
+    Angle and scale are those of torchvision.transforms.v2.functional.affine.
+    """
+    batch, device = len(images), images.device
+    keep, down, right = (t[:, None] for t in _placement(spec, hyper["seed"], step, batch))
+    draws = prng.bits(hyper["seed"], prng.AFFINE, step, 2 * batch).view(2, batch).float() * 2.0**-31  # in -1 to 1
+    angle, scale = draws[0] * (hyper["rotate"] * (math.pi / 180)), 1 + draws[1] * hyper["zoom"]
+    cos, sin = (torch.cos(angle) / scale)[:, None], (torch.sin(angle) / scale)[:, None]
+    place = torch.arange(32, device=device) - 15.5  # from the centre
+    y, x = place + down, torch.where(keep, place, -place) + right  # [batch, 32]
+    row = (cos * y)[:, :, None] - (sin * x)[:, None, :] + 15.5  # [batch, 32, 32], to read from
+    column = (sin * y)[:, :, None] + (cos * x)[:, None, :] + 15.5
+    if spec["shift_fill"] == "reflect":
+        row, column = _reflect(row), _reflect(column)
+    # Bilinear: a pixel weighs 1 less its distance in rows, times 1 less its distance in columns, and none beyond 1.
+    # Where a sample has pixels on one side only, it is partly a zero.
+    top, left = row.floor().clamp(0, 30), column.floor().clamp(0, 30)
+    distances = row - top, row - top - 1, column - left, column - left - 1
+    upper, lower, first, second = ((1 - distance.abs()).clamp(min=0)[:, None] for distance in distances)
+    # A word for each pixel with its neighbours to the right, below, and below to the right: one load instead of four.
+    words = images.int()
+    words = words[:, :-33] | (words[:, 1:-32] << 8) | (words[:, 32:-1] << 16) | (words[:, 33:] << 24)
+    index = (top * 32 + left).long()[:, None] + torch.arange(0, 3072, 1024, device=device)[:, None, None]
+    words = words.gather(1, index.view(batch, 3072)).view(batch, 3, 32, 32)
+    pixels = [((words >> bits) & 255).float() for bits in (0, 8, 16, 24)]
+    x = upper * (first * pixels[0] + second * pixels[1]) + lower * (first * pixels[2] + second * pixels[3])
+    scale, offset = _scale_and_offset(torch.arange(3, device=device)[:, None, None])
+    return torch.addcmul(offset * ((upper + lower) * (first + second)), x, scale)
+
+
+def _reflect(place: Tensor) -> Tensor:
+    """Places outside 0 to 31 reflected at 0 and 31, as by numpy.pad mode "reflect"; float32."""
+    place = place.abs()
+    return 31 - (31 - (place - 62 * (place / 62).floor())).abs()
+
+
+def _cut_out(x: Tensor, side: Tensor, seed: Tensor, step: Tensor) -> Tensor:
+    """Images [batch, 3, 32, 32] with zeros in a square whose centre is drawn from all pixels."""
+    place, draws = torch.arange(32, device=x.device), prng.bits(seed, prng.CUTOUT, step, len(x))
+    # A square with an even side reaches further up and to the left of its centre.
+    rows, columns = (place - (at & 31)[:, None] + (side / 2).floor() - (side - 1) / 2 for at in (draws, draws >> 5))
+    return torch.where(_within(rows, columns, side / 2), 0.0, x)
+
+
+def mixup(x: Tensor, labels: Tensor, quantiles: Tensor, seed: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Each example mixed with the one before it in the batch, by a share of its own from Beta(alpha, alpha) (Zhang,
+    Cisse, Dauphin, Lopez-Paz 2018). The order of a batch is random, and so is the partner.
+
+    Args:
+        x: float32 [batch, 3072]. labels: int64 [batch].
+        quantiles: of the share that stays, as core.functional.prng.beta_quantiles has them.
+
+    Returns:
+        Mixed images, float32 [batch, 3072], and the shares of the classes in them, float32 [batch, 10].
+    """
+    share = prng.inverse_transform(prng.bits(seed, prng.MIXUP, step, len(x)), quantiles)[:, None]
+    classes = (labels[:, None] == torch.arange(model.CLASSES, device=x.device)).float()
+    mixed, shares = (share * t + (1 - share) * t.roll(1, 0) for t in (x, classes))
+    return mixed, shares

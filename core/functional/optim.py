@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.functional import prng
+
 Tensors = dict[str, Tensor]
 OptState = dict[str, Tensors]
 Update = Callable[[Tensors, OptState, Tensors, dict[str, Tensor], Tensor], tuple[Tensors, OptState]]
@@ -99,7 +101,8 @@ def scheduled_lr(kind: str, hyper: Tensors, step: Tensor) -> Tensor:
 
 
 def hyper_tensors(spec: dict[str, Any], steps_per_epoch: int, device: torch.device) -> Tensors:
-    """The values of a resolved spec that may differ between experiments of one compilation, as 0-d tensors.
+    """The values of a resolved spec that may differ between experiments of one compilation, as 0-d tensors,
+    and the quantiles that `mixup` draws from, [1025].
 
     Those of the optimizer are float64 (float32 on MPS, which has none), the rates float32, the seed int32.
     """
@@ -112,6 +115,10 @@ def hyper_tensors(spec: dict[str, Any], steps_per_epoch: int, device: torch.devi
         "dropout": (spec["dropout"], torch.float32),
         "label_smoothing": (spec["label_smoothing"], torch.float32),
         "ema": (spec["ema"], wide),
+        "rotate": (spec["rotate"], torch.float32),
+        "zoom": (spec["zoom"], torch.float32),
+        "cutout": (spec["cutout"], torch.float32),
+        "mixup": (prng.beta_quantiles(spec["mixup"]), torch.float32),
         "seed": (spec["seed"], torch.int32),
     }
     return {name: torch.tensor(value, dtype=dtype, device=device) for name, (value, dtype) in values.items()}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DROPOUT, AUGMENT = 1, 2  # the streams that a train step draws from
+DROPOUT, AUGMENT, AFFINE, CUTOUT, MIXUP = 1, 2, 3, 4, 5  # the streams that a train step draws from
 
 _PARITY = 0x1BD11BDA
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -64,3 +64,26 @@ def dropout_masks(seed: Tensor, step: Tensor, rate: Tensor, widths: Sequence[int
         both = torch.where(second, drawn << 16, drawn).view(2 * n, batch)[:width]
         masks.append(torch.where(both < threshold, 0.0, 1 / (1 - rate)))
     return masks
+
+
+def inverse_transform(draws: Tensor, quantiles: Tensor) -> Tensor:
+    """Random numbers of any distribution from uniform ones, by a table of its quantile function.
+
+    Args:
+        draws: int32 [n], of `bits`.
+        quantiles: float32 [1025], the quantiles of 0, 1/1024, ... 1. Between them it is linear.
+
+    Returns:
+        float32 [n].
+    """
+    place, within = (draws >> 22) & 1023, (draws & 0x3FFFFF).float() * 2.0**-22
+    return torch.lerp(quantiles[place], quantiles[place + 1], within)
+
+
+def beta_quantiles(alpha: float) -> list[float]:
+    """The table of Beta(alpha, alpha) for `inverse_transform`. Without an alpha, of 0, it is always 1."""
+    if not alpha:
+        return [1.0] * 1025
+    from scipy.special import betaincinv  # takes a moment to import
+
+    return [float(betaincinv(alpha, alpha, i / 1024)) for i in range(1025)]

@@ -66,10 +66,15 @@ def trained(state: State) -> tuple[dict, dict]:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
-    """Cross-entropy of each example, [batch], from logits [batch, 10]; as torch.nn.functional.cross_entropy."""
+    """Cross-entropy of each example, [batch], from logits [batch, 10]; as torch.nn.functional.cross_entropy.
+
+    Args:
+        labels: int64 [batch], or the shares of the classes, float32 [batch, 10].
+    """
     log_probabilities = torch.log_softmax(logits, 1)
-    hit = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
-    target = torch.where(hit, 1 - smoothing, 0.0) + smoothing / logits.shape[1]
+    if not labels.is_floating_point():
+        labels = (labels[:, None] == torch.arange(logits.shape[1], device=labels.device)).to(logits.dtype)
+    target = labels * (1 - smoothing) + smoothing / logits.shape[1]
     return -(target * log_probabilities).sum(1)
 
 
@@ -80,7 +85,7 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
         state: as init_state makes it;
         data: `images` uint8 [n, 3072], `labels` int64 [n], `order` int64 [steps, batch], the examples of this epoch;
             with spec["whiten"] also `whitening`, as core.functional.augment.whiten takes it;
-        hyper: 0-d tensors, as optim.hyper_tensors makes them;
+        hyper: as optim.hyper_tensors makes it;
     and returns the state after one step.
     """
     update = optim.OPTIMIZERS[spec["optimizer"]][1]
@@ -91,6 +96,10 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
         examples = order.index_select(0, (step % order.shape[0]).view(1))[0]
         labels = data["labels"].index_select(0, examples)
         x = augment.augment(data["images"].index_select(0, examples), spec, hyper, step)
+        target = labels
+        if spec["mixup"] > 0:
+            x, target = augment.mixup(x, labels, hyper["mixup"], hyper["seed"], step)
+            labels = target.argmax(1)  # the label with the larger share is the right answer
         if spec["whiten"]:
             x = augment.whiten(x, data["whitening"], spec["precision"])
         masks: list[Tensor] = []
@@ -99,7 +108,7 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
 
         def loss_function(params: dict) -> tuple[Tensor, tuple]:
             logits, stats = model.forward(params, state["stats"], x, spec, masks, train=True)
-            losses = cross_entropy(logits, labels, hyper["label_smoothing"])
+            losses = cross_entropy(logits, target, hyper["label_smoothing"])
             return losses.mean(), (stats, logits, losses)
 
         differentiated = torch.func.grad_and_value(loss_function, has_aux=True)

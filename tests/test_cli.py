@@ -72,7 +72,8 @@ def record(out):
 def test_a_run_leaves_weights_record_and_report(official):
     done, out = official
     pictures = ["best-confusion.svg", "best-first-layer.png", "best-mistakes.png", "learning-curves.svg"]
-    names = [*pictures, "learning-curves.csv", "results.csv", f"smoke/{SMOKE}.json", f"smoke/{SMOKE}.safetensors"]
+    tables = ["learning-curves.csv", "metrics.json", "results.csv"]
+    names = [*pictures, *tables, f"smoke/{SMOKE}.json", f"smoke/{SMOKE}.safetensors"]
     assert contents(out).keys() == {"results.md", *(f"checkpoints/{name}" for name in names)}
     found = record(out)
     assert found["status"] == "finished"

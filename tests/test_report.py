@@ -458,6 +458,7 @@ def test_rebuild_twice_gives_the_same_bytes(tmp_path, whole):
     assert set(written[0]) == {
         "results.md",
         "results.csv",
+        "metrics.json",
         "learning-curves.csv",
         "learning-curves.svg",
         "suite-learning-rate.svg",
@@ -531,7 +532,7 @@ def test_a_second_rebuild_draws_and_writes_nothing(tmp_path, drawings, whole):
 
     rebuild.rebuild(tmp_path, SUITES, whole)
     before = state()
-    assert (len(before), len(drawings)) == (8, 5)
+    assert (len(before), len(drawings)) == (9, 5)
     rebuild.rebuild(tmp_path, SUITES, whole)
     assert (state(), len(drawings)) == (before, 5)
     rebuild.rebuild(tmp_path, SUITES, whole, redraw=True)
@@ -787,6 +788,7 @@ def test_records_without_answers_make_a_report_without_them(tmp_path, whole):
     assert set(files(tmp_path)) == {
         "results.md",
         "results.csv",
+        "metrics.json",
         "learning-curves.csv",
         "learning-curves.svg",
         "suite-learning-rate.svg",

@@ -198,6 +198,7 @@ def test_the_sweep_takes_what_nobody_needs_and_nothing_else(run, tmp_path):
         other.folder / f"{'0' * 12}.owner.77.tmp",
         tmp_path / "results.md.77.tmp",
         tmp_path / "checkpoints" / "learning-curves.svg.77.tmp",
+        tmp_path / "checkpoints" / "metrics.json.77.tmp",
     ]
     for path in kept + swept:
         path.write_text("{}")

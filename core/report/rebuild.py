@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from core.data import cifar10
-from core.report import markdown, plots, published, sheet, stats
+from core.report import markdown, metrics, plots, published, sheet, stats
 from core.runs import store
 from core.runs.files import Run
 from core.runs.record import Record, read_records
@@ -23,8 +23,8 @@ def rebuild(
     redraw: bool = False,
     group_by: str | None = None,
 ) -> list[Record]:
-    """Bring results.md, results.csv and the pictures under `out` up to date; a file that is right already is not
-    touched.
+    """Bring results.md, its pictures, results.csv and metrics.json under `out` up to date; a file that is right already
+    is not touched.
 
     A picture of test images or of weights is drawn where these are at hand. Elsewhere the one on disk stays, and
     results.md shows it as long as it is the right one.
@@ -58,6 +58,7 @@ def rebuild(
             if isinstance(picture.content, plots.Curves):
                 _update(out / plots.CURVES_TABLE, plots.curves_as_table(picture.content).encode())
         _update(out / sheet.RUNS, sheet.runs(records).encode())
+        _update(out / metrics.METRICS, metrics.metrics(groups, whole).encode())
         _update(out / "results.md", markdown.markdown(records, suites, shown, group_by).encode())
     return records
 

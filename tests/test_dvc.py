@@ -21,7 +21,7 @@ from core.runs.files import Run
 from core.runs.record import Finished, Metrics
 from tests.conftest import OFFLINE, REMOTE, ROOT, lacking
 from tests.test_predict import metadata
-from tests.test_report import failed, make, write
+from tests.test_report import failed, make, on_all, write
 
 # An experiment of a grid, and one of the suite `ablation`.
 GRID, PLUS = "wide-lr=0.001-dropout=0.2", "baseline+norm"
@@ -99,20 +99,26 @@ def drawn(project):
 # The file
 
 
-def test_metrics_are_the_means_of_the_rows_of_the_table(tmp_path):
+def found(out):
+    return json.loads((out / metrics.METRICS).read_text())
+
+
+def test_metrics_are_the_means_of_the_rows_of_the_tables(tmp_path):
     for seed in (0, 1):
         write(tmp_path, [make(f"x{i}", seed=seed, validation=0.3 + i / 100, test=0.5 + seed / 100) for i in range(40)])
+    write(tmp_path, [on_all("record", seed=seed, test=0.7 + seed / 100) for seed in (0, 1)])
     rebuild.rebuild(tmp_path, {})
-    found = json.loads((tmp_path / metrics.METRICS).read_text())
     best = {f"x{i}" for i in range(40 - markdown.ROWS, 40)}
-    assert {split: means.keys() for split, means in found.items()} == {"test": best, "validation": best}
-    assert (found["test"]["x39"], found["validation"]["x39"]) == (0.505, 0.69)
+    means = found(tmp_path)
+    assert means.pop(metrics.ALL) == {"record": 0.705}
+    assert {split: values.keys() for split, values in means.items()} == {"test": best, "validation": best}
+    assert (means["test"]["x39"], means["validation"]["x39"]) == (0.505, 0.69)
 
 
 def test_failed_runs_have_no_metrics(tmp_path):
     write(tmp_path, [failed("a")])
     rebuild.rebuild(tmp_path, {})
-    assert json.loads((tmp_path / metrics.METRICS).read_text()) == {"test": {}, "validation": {}}
+    assert found(tmp_path) == {"test": {}, metrics.ALL: {}, "validation": {}}
 
 
 # The commands
@@ -123,11 +129,13 @@ def test_dvc_compares_two_commits(project):
     git(project, "init", "--quiet")
     for more in (0, 0.05):
         write(project, [make(GRID, test=0.5 + more, validation=0.5 + more, lr=0.01), make(PLUS, test=0.4, epochs=12)])
+        write(project, [on_all("record", test=0.7)])
         rebuild.rebuild(project, {})
         commit(project)
     # Names with dots, equals and plus signs are whole.
     shown = columns(dvc(project, "metrics", "show"))
     assert (shown[f"test.{GRID}"], shown[f"validation.{GRID}"], shown[f"test.{PLUS}"]) == ("0.55", "0.55", "0.4")
+    assert shown[f"{metrics.ALL}.record"] == "0.7"
     changes = [line.split() for line in dvc(project, "metrics", "diff", "HEAD~1").splitlines()[1:]]
     assert changes == [[metrics.METRICS, f"{split}.{GRID}", "0.5", "0.55", "0.05"] for split in metrics.SPLITS]
     _, last, before = csv.DictReader(dvc(project, "exp", "show", "-n", 2, "--csv").splitlines())

@@ -146,8 +146,8 @@ def test_overrides_make_another_run_and_leave_the_official_one_alone(call, out):
 @pytest.mark.slow
 def test_report_gives_the_bytes_that_the_run_left(call, out):
     before = contents(out)
-    for path in (out / "results.md", out / "checkpoints" / "learning-curves.svg", out / "checkpoints" / "results.csv"):
-        path.unlink()
+    for name in ("results.md", *(f"checkpoints/{n}" for n in ("learning-curves.svg", "results.csv", "metrics.json"))):
+        (out / name).unlink()
     done = call("report", "--out", out)
     assert done.returncode == 0
     assert "1 records" in done.stdout

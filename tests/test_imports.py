@@ -17,6 +17,8 @@ RULES = {
     "report": {"errors", "spec", "runs", "data"},  # data: the names of the classes, and the test images that it shows
     "train": {"errors", "spec", "functional", "data", "compile"},  # no files, so no runs; no terminal
     "predict": {"errors", "spec", "functional", "runs"},
+    "images": {"errors", "runs"},
+    "export": {"errors", "runs", "data", "predict"},
     "verify": {"errors", "spec", "runs", "session"},
     "session": {"errors", "spec", "functional", "data", "compile", "runs", "train"},
     "sweep": {"errors", "spec", "runs", "report"},

@@ -30,18 +30,26 @@ def metadata(spec, weights, test):
     )
 
 
-@pytest.fixture
-def saved(tmp_path, small_spec, invented):
-    """A checkpoint as a run leaves it, with statistics that no initialisation has."""
-    spec = small_spec(seed=3)
-    params, stats = model.init(spec, 3)
-    stats = {name: s + torch.rand_like(s) if s.is_floating_point() else s + 2 for name, s in stats.items()}
-    path = Run(tmp_path, "x", spec_id(spec)).weights
-    path.parent.mkdir(parents=True)
-    test = Metrics(**step.evaluate(params, stats, invented.test_images, invented.test_labels, spec))
+def write_checkpoint(path, spec, data):
+    """Write a checkpoint as a run leaves it, with statistics that no initialisation has; returns its tensors."""
+    params, stats = model.init(spec, spec["seed"])
+    generator = torch.Generator().manual_seed(1)
+    stats = {
+        name: s + torch.rand(s.shape, generator=generator) if s.is_floating_point() else s + 2
+        for name, s in stats.items()
+    }
+    test = Metrics(**step.evaluate(params, stats, data.test_images, data.test_labels, spec))
     weights = {**params, **stats}
     checkpoint.save(path, weights, metadata(spec, weights, test))
-    return path, spec, params, stats
+    return params, stats
+
+
+@pytest.fixture
+def saved(tmp_path, small_spec, invented):
+    spec = small_spec(seed=3)
+    path = Run(tmp_path, "x", spec_id(spec)).weights
+    path.parent.mkdir(parents=True)
+    return path, spec, *write_checkpoint(path, spec, invented)
 
 
 def test_load_gives_back_what_was_saved(saved):

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_HASHED = (
     "runs",
     "report",
+    "export.py",
+    "images.py",
     "predict.py",
     "session.py",
     "sweep.py",

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -47,9 +47,12 @@ def read_file(path: Path, limit: int) -> bytes:
         return file.read(min(limit, os.fstat(file.fileno()).st_size))  # a file that is growing is cut off
 
 
-def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
+def atomic_write(path: Path, *parts: bytes | memoryview, check: Callable[[Path], None] = lambda written: None) -> None:
     """Make `parts` the content of a file, or leave it exactly as it was: they are written beside it, fsynced, renamed,
     the folder fsynced.
+
+    Args:
+        check: called with the file under its temporary name; what it raises leaves `path` as it was.
 
     Raises:
         StoreError: it cannot be written (no space, no permission); nothing is left behind.
@@ -59,6 +62,7 @@ def atomic_write(path: Path, *parts: bytes | memoryview) -> None:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
+        check(temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
 

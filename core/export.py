@@ -1,0 +1,153 @@
+"""A trained network as one file for other programs, which need nothing of this project: torch.export or ONNX."""
+
+import importlib.util
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from msgspec.structs import replace
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from core import predict
+from core.data import cifar10
+from core.errors import UserError
+from core.predict import Network
+from core.runs.store import atomic_write, reserve
+
+COUNT, TOLERANCE = 100, 1e-5  # images to check a file with, and by how much a logit may differ
+
+Model = Callable[[Tensor], Tensor]  # images, uint8 [n, 3, 32, 32] -> logits, float32 [n, 10]
+
+
+class ExportError(UserError):
+    """A network cannot be exported; the message says what is missing or wrong."""
+
+
+class Classifier(nn.Sequential):
+    """A network as the module that is exported: a `Model`. Its tensors have the names that the checkpoint has."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__(*predict.as_module(network.spec))
+        self.load_state_dict(network.params | network.stats)
+        self.network = network
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        params, stats = dict(self.named_parameters()), dict(self.named_buffers())
+        return self.network._replace(params=params, stats=stats)(images)
+
+
+def torch_bytes(program: ExportedProgram) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    return file.getvalue()
+
+
+def torch_model(path: Path) -> Model:
+    return torch.export.load(io.BytesIO(path.read_bytes())).module()
+
+
+def onnx_bytes(program: ExportedProgram) -> bytes:
+    exported = torch.onnx.export(
+        program,
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: "n"},),
+        external_data=False,
+        verbose=False,
+    )
+    assert exported is not None
+    return exported.model_proto.SerializeToString()
+
+
+def onnx_model(path: Path) -> Model:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+class Format(NamedTuple):
+    """A format of files.
+
+    Attributes:
+        suffix: of their names.
+        needs: the packages that write and check them.
+        encode: the content of the file. read: the model in a file.
+        bfloat16: whether its matrix products can be in bfloat16; otherwise they are in float32.
+        limit: how many bytes of weights it holds.
+    """
+
+    suffix: str
+    needs: tuple[str, ...]
+    encode: Callable[[ExportedProgram], bytes]
+    read: Callable[[Path], Model]
+    bfloat16: bool
+    limit: int
+
+
+FORMATS = {
+    "torch": Format(".pt2", (), torch_bytes, torch_model, True, 1 << 40),
+    # On a CPU onnxruntime has no products in bfloat16, and a protocol buffer has less than 2 GiB.
+    "onnx": Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), onnx_bytes, onnx_model, False, 2_000_000_000),
+}
+
+
+def check_images(folder: Path) -> tuple[Tensor, str]:
+    """Images to check a file with, uint8 [COUNT, 3, 32, 32], and what they are: the first of the test split where that
+    is in `folder`, else random ones."""
+    if "test_batch" in cifar10.missing(folder):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (COUNT, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        return images, f"{COUNT} random images"
+    images = torch.from_numpy(cifar10.read_batch(folder, "test_batch")[b"data"][:COUNT])
+    return images.view(COUNT, 3, 32, 32), f"{COUNT} test images"
+
+
+def export(network: Network, kind: str, path: Path, images: Tensor) -> Network:
+    """Write a network, whose weights are on the CPU, as a file that takes any number of images and normalises them.
+
+    The file takes the place of `path` after it was read again and gave the same logits, of one image alone and of the
+    others together.
+
+    Args:
+        kind: one of FORMATS.
+        images: to check it with, uint8 [n, 3, 32, 32].
+
+    Returns:
+        The network that is in the file: in float32 where the format has not the precision of the checkpoint.
+
+    Raises:
+        ExportError: a package is missing, or the file would not be right.
+        core.runs.store.StoreError: it cannot be written.
+    """
+    form = FORMATS[kind]
+    if missing := [name for name in form.needs if importlib.util.find_spec(name) is None]:
+        command = f"`uv run --group {kind} main.py export CHECKPOINT --format {kind}`"
+        raise ExportError(f"the format {kind} needs {', '.join(missing)}, not installed here; {command} installs them")
+    if path.suffix != form.suffix:
+        raise ExportError(f"cannot write {path}: expected a name that ends in {form.suffix}")
+    size = sum(t.nbytes for t in network.params.values())
+    if size > form.limit:
+        raise ExportError(f"cannot write {path}: {size:,} bytes of weights, expected at most {form.limit:,} in {kind}")
+    reserve(path, size, 1)
+    if network.spec["precision"] != "bfloat16" or not form.bfloat16:  # tf32 is a mode of a device, not of a network
+        network = network._replace(about=replace(network.about, spec={**network.spec, "precision": "float32"}))
+
+    def check(written: Path) -> None:
+        model, parts = form.read(written), (images[:1], images[1:])
+        difference = torch.cat([model(part) - network(part) for part in parts]).abs().max().item()
+        if not difference <= TOLERANCE:  # NaN is none, either
+            raise ExportError(
+                f"{path} is not written: its logits differ by {difference:.1e} from those of the checkpoint, "
+                f"expected at most {TOLERANCE:g}"
+            )
+
+    example, shapes = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), ({0: torch.export.Dim("n")},)
+    program = torch.export.export(Classifier(network), (example,), dynamic_shapes=shapes)
+    atomic_write(path, form.encode(program), check=check)
+    return network

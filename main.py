@@ -1,4 +1,4 @@
-"""The command line: run (the default), evaluate, verify, list, report."""
+"""The command line: run (the default), evaluate, predict, export, verify, list, report."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ from core.terminal import say, warn
 from experiments import DEFAULT, SUITES
 
 ROOT = Path(__file__).resolve().parent
-COMMANDS = ("run", "evaluate", "verify", "list", "report")
+COMMANDS = ("run", "evaluate", "predict", "export", "verify", "list", "report")
 OVERRIDES = ("epochs", "batch_size", "lr", "precision", "seed")  # the keys of a spec that are options, too
 
 
@@ -49,8 +49,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(metavar="{" + ",".join(COMMANDS) + "}")
     shared = Parser(add_help=False)
     shared.add_argument("--out", type=Path, default=".", metavar="DIR", help="where results.md and checkpoints/ are")
-    machine = Parser(add_help=False)
-    machine.add_argument("--data", type=Path, default=ROOT / "data", metavar="DIR", help="where CIFAR-10 is, or goes")
+    where = Parser(add_help=False)
+    where.add_argument("--data", type=Path, default=ROOT / "data", metavar="DIR", help="where CIFAR-10 is, or goes")
+    machine = Parser(add_help=False, parents=[where])
     machine.add_argument(
         "--data-url",
         default=os.environ.get("CIFAR10_URL"),
@@ -89,6 +90,18 @@ def parser() -> argparse.ArgumentParser:
         "--tta", choices=("none", "flip"), default="none", help="average over each image and its mirror image"
     )
     evaluate.add_argument("--json", action="store_true", help="one JSON object a line")
+
+    predict = commands.add_parser("predict", help="classify image files")
+    predict.set_defaults(func=predict_command)
+    predict.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a file, or a folder of them")
+    predict.add_argument("--json", action="store_true", help="one JSON object a line")
+
+    export = commands.add_parser("export", parents=[where], help="write a network for other programs")
+    export.set_defaults(func=export_command)
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    export.add_argument("--format", choices=("torch", "onnx"), required=True)
+    export.add_argument("--output", type=Path, metavar="FILE", help="by default beside the checkpoint")
 
     verify = commands.add_parser(
         "verify", parents=[shared, machine, training], help="train again elsewhere, compare the bits"
@@ -253,6 +266,40 @@ def evaluate_command(args: argparse.Namespace) -> int:
         status = max(status, 0 if found.same else 1)
         (terminal.evaluation_as_json if args.json else terminal.evaluation)(path, network.about, found)
     return status
+
+
+def predict_command(args: argparse.Namespace) -> int:
+    """Classify image files; 2 where one cannot be read."""
+    with quick_imports():
+        from core import images, predict
+    network = predict.load(args.checkpoint)
+    paths = images.find(args.images)
+    if not args.json:
+        warn(f"there are only ten classes, and every image gets one of them: {', '.join(cifar10.CLASSES)}")
+    status = 0
+    for path in paths:
+        try:
+            likeliest = predict.likeliest(network, images.read(path))
+        except images.ImageError as error:
+            warn(f"error: {error}")
+            status = 2
+        else:
+            (terminal.prediction_as_json if args.json else terminal.prediction)(path, likeliest)
+    return status
+
+
+def export_command(args: argparse.Namespace) -> int:
+    """Write the network of a checkpoint as a file for other programs."""
+    with quick_imports():
+        from core import export, predict
+    network = predict.load(args.checkpoint)
+    path = args.output or args.checkpoint.with_suffix(export.FORMATS[args.format].suffix)
+    images, what = export.check_images(args.data)
+    precision = export.export(network, args.format, path, images).spec["precision"]
+    say(f"{path}: uint8 images [n, 3, 32, 32] -> float32 logits [n, 10], within {export.TOLERANCE:g} on {what}")
+    if precision != network.spec["precision"]:
+        warn(f"its matrix products are in {precision}, those of the checkpoint in {network.spec['precision']}")
+    return 0
 
 
 def verify_command(args: argparse.Namespace) -> int:

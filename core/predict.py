@@ -66,6 +66,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     return Network(params, stats, about).to(device)
 
 
+def likeliest(network: Network, image: Tensor, count: int = 3) -> list[tuple[int, float]]:
+    """The most likely classes of one image, uint8 [3, 32, 32], and their probabilities, the most likely first."""
+    found = network(image[None]).softmax(1)[0].topk(count)
+    return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+
+
 class Evaluation(NamedTuple):
     """What a checkpoint reaches on the test split, beside what its run recorded.
 

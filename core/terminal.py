@@ -284,6 +284,17 @@ def evaluation(path: Path, about: Any, evaluated: Any) -> None:
     say("  " + ", ".join(f"{label} {100 * hit / count:.1f}%" for label, hit, count in classes))
 
 
+def prediction(path: Path, likeliest: Sequence[tuple[int, float]]) -> None:
+    """Print classes of an image with their probabilities, as core.predict.likeliest returns them."""
+    say(f"{path}: " + ", ".join(f"{CLASSES[i]} {stats.percent(probability)}" for i, probability in likeliest))
+
+
+def prediction_as_json(path: Path, likeliest: Sequence[tuple[int, float]]) -> None:
+    """Print the same as one line of JSON."""
+    classes = [{"class": CLASSES[i], "probability": probability} for i, probability in likeliest]
+    print(json.dumps({"image": str(path), "classes": classes}))
+
+
 def evaluation_as_json(path: Path, about: Any, evaluated: Any) -> None:
     """Print the same as one line of JSON."""
     line = {

@@ -252,7 +252,7 @@ def call(start: Callable[..., Process], data_dir: Path) -> Callable[..., subproc
     """
 
     def call(*argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
-        if "--data" not in argv and argv[:1] != ("list",) and argv[:1] != ("report",):
+        if "--data" not in argv and argv[:1] not in (("list",), ("report",), ("predict",)):
             argv = (*argv, "--data", data_dir)
         process = start(*argv, **{"whole": True, **options})
         return subprocess.CompletedProcess(argv, process.wait(), process.stdout.read_text(), process.stderr.read_text())

@@ -1,0 +1,234 @@
+"""Image files of any size and kind, good and bad, and what a network says of them."""
+
+import json
+import os
+import struct
+import zlib
+
+import pytest
+import torch
+from PIL import Image
+
+from core import images, predict
+from core.data.cifar10 import CLASSES
+from core.images import ImageError
+from tests.test_cli import assert_refused
+from tests.test_predict import write_checkpoint
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def picture(tensor):
+    """A Pillow image of uint8 [3, height, width]."""
+    return Image.fromarray(tensor.permute(1, 2, 0).contiguous().numpy())
+
+
+def saved(folder, image, name="x.png", **options):
+    image.save(folder / name, **options)
+    return folder / name
+
+
+def flat(tensor):
+    """The one colour that all pixels have."""
+    colours = tensor.flatten(1).unique(dim=1)
+    assert colours.shape == (3, 1)
+    return tuple(colours[:, 0].tolist())
+
+
+# Good ones
+
+
+def test_an_image_of_the_right_size_stays_as_it_is(invented, tmp_path):
+    image = invented.test_images[0].view(3, 32, 32)
+    found = images.read(saved(tmp_path, picture(image)))
+    assert found.dtype == torch.uint8
+    assert torch.equal(found, image)
+
+
+@pytest.mark.parametrize("name", ["x.avif", "x.bmp", "x.gif", "x.jpeg", "x.png", "x.ppm", "x.tiff", "x.webp"])
+def test_each_format_by_its_content(tmp_path, name):
+    path = saved(tmp_path, Image.new("RGB", (70, 50), (200, 100, 50)), name)
+    found = images.read(path.rename(tmp_path / "no suffix"))
+    assert (found.int() - torch.tensor([200, 100, 50]).view(3, 1, 1)).abs().max() <= 4
+
+
+@pytest.mark.parametrize("size", [(96, 32), (32, 96), (300, 100), (9, 3)])
+def test_the_central_square_counts(tmp_path, size):
+    image, side = Image.new("RGB", size, RED), min(size)
+    corner = [(length - side) // 2 for length in size]
+    image.paste(GREEN, (*corner, *(start + side for start in corner)))
+    assert flat(images.read(saved(tmp_path, image))) == GREEN
+
+
+def test_what_is_finer_than_a_pixel_is_averaged(tmp_path):
+    y, x = torch.meshgrid(torch.arange(320), torch.arange(320), indexing="ij")
+    board = ((x + y) % 2 * 255).to(torch.uint8).expand(3, 320, 320)
+    found = images.read(saved(tmp_path, picture(board))).int()
+    assert (found - 127).abs().max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_a_camera_is_honoured(tmp_path, orientation):
+    upright = Image.new("RGB", (32, 32), BLUE)
+    upright.paste(RED, (0, 0, 16, 16))
+    upright.paste(GREEN, (16, 0, 32, 16))
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    found = images.read(saved(tmp_path, stored, exif=exif))
+    assert torch.equal(found, images.read(saved(tmp_path, upright, "upright.png")))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_every_mode_of_eight_bits_becomes_rgb(tmp_path, mode):
+    name = "x.jpeg" if mode in ("CMYK", "YCbCr") else "x.png"
+    found = images.read(saved(tmp_path, Image.new("RGB", (40, 40), "white").convert(mode), name))
+    assert min(flat(found)) >= 254
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    image = Image.new("RGBA", (64, 64), (0, 0, 0, 0)).convert(mode)
+    path = saved(tmp_path, image, **({"transparency": image.getpixel((0, 0))} if mode == "P" else {}))
+    assert flat(images.read(path)) == (255, 255, 255)
+
+
+def test_of_an_animation_the_first_picture(tmp_path):
+    first, *rest = [Image.new("RGB", (40, 40), colour) for colour in (RED, GREEN, BLUE)]
+    assert flat(images.read(saved(tmp_path, first, "x.gif", save_all=True, append_images=rest))) == RED
+
+
+# Bad ones
+
+
+def png(width, height, depth=8):
+    """The header of a PNG, followed by no pixels at all."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(b"")
+
+    def chunk(content):
+        return struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(header) + chunk(data) + chunk(b"IEND")
+
+
+def truncated(folder, name):
+    path = saved(folder, Image.effect_noise((200, 200), 90).convert("RGB"), name)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.avif", "x.bmp", "x.gif", "x.jpeg", "x.png", "x.ppm", "x.tiff", "x.webp"])
+def test_a_truncated_image(tmp_path, name):
+    path = truncated(tmp_path, name)
+    with pytest.raises(ImageError, match=rf"^cannot read {path} as an image: [^\n]+$"):
+        images.read(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "it is damaged, or none of AVIF, BMP"),
+        (b"this is no image" * 100, "it is damaged, or none of"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "it is damaged, or none of"),
+        (png(100_000, 10), "it has more than 65,535 pixels a side or 89,478,485 in all"),
+        (png(10_000, 10_000), "it has more than 65,535 pixels a side or 89,478,485 in all"),
+        (png(20_000, 20_000), "it has more than 65,535 pixels a side or 89,478,485 in all"),
+    ],
+    ids=["empty", "text", "eps", "wide", "large", "bomb"],
+)
+def test_not_an_image_or_too_many_pixels(tmp_path, data, words):
+    path = tmp_path / "x.png"
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match=rf"^cannot read {path} as an image: {words}[^\n]*$"):
+        images.read(path)
+
+
+def test_more_than_eight_bits_are_refused_rather_than_cut_off(tmp_path):
+    path = saved(tmp_path, Image.new("I;16", (40, 40), 30_000))
+    with pytest.raises(ImageError, match="it has more than 8 bits a channel"):
+        images.read(path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "pipe", "device", "sparse"])
+def test_what_is_no_file_of_a_fair_size(tmp_path, kind):
+    path = tmp_path / "x.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "sparse":
+        path.touch()
+        os.truncate(path, 200 << 30)
+    words = {"missing": "No such file", "sparse": "it has 214,748,364,800 bytes"}.get(kind, "it is not a regular file")
+    with pytest.raises(ImageError, match=f"^cannot read {path} as an image: {words}"):
+        images.read(path)
+
+
+# From the command line
+
+
+@pytest.fixture
+def weights(tmp_path, small_spec, invented):
+    """The checkpoint of a small network."""
+    write_checkpoint(tmp_path / "x.safetensors", small_spec(), invented)
+    return tmp_path / "x.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path, invented):
+    """Three images in a folder, one of them bad, with a hidden file and a folder inside."""
+    folder = tmp_path / "folder"
+    (folder / "inside").mkdir(parents=True)
+    (folder / ".hidden").write_text("x")
+    for i, name in enumerate(("a.png", "c.png")):
+        saved(folder, picture(invented.test_images[i].view(3, 32, 32)), name)
+    (folder / "b.png").write_bytes(png(100_000, 10))
+    return folder
+
+
+def test_images_and_folders_of_them(call, weights, folder):
+    good = folder / "c.png"
+    done = call("predict", weights, good, folder, folder / "gone.png", "x" * 300, good)
+    assert done.returncode == 2
+    lines = done.stdout.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [str(p) for p in (good, folder / "a.png", good, good)]
+    probabilities = predict.load(weights)(images.read(good)[None]).softmax(1)[0].tolist()
+    order = sorted(range(10), key=lambda i: -probabilities[i])[:3]
+    assert lines[0] == f"{good}: " + ", ".join(f"{CLASSES[i]} {100 * probabilities[i]:.2f}%" for i in order)
+    said, wide, gone, long = done.stderr.splitlines()
+    assert said.startswith("there are only ten classes, and every image gets one of them: airplane, ")
+    assert wide.startswith(f"error: cannot read {folder / 'b.png'} as an image: it has more than")
+    assert gone == f"error: cannot read {folder / 'gone.png'} as an image: No such file or directory"
+    assert long.endswith("as an image: File name too long")
+
+
+def test_predictions_as_json(call, weights, folder):
+    good = folder / "c.png"
+    done = call("predict", weights, good, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["image"] == str(good)
+    probabilities = predict.load(weights)(images.read(good)[None]).softmax(1)[0].tolist()
+    order = sorted(range(10), key=lambda i: -probabilities[i])[:3]
+    assert [entry["class"] for entry in found["classes"]] == [CLASSES[i] for i in order]
+    expected = pytest.approx([probabilities[i] for i in order], abs=1e-6)
+    assert [entry["probability"] for entry in found["classes"]] == expected
+
+
+def test_predictions_that_cannot_start(call, weights, tmp_path, folder):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert_refused(call("predict", weights, empty), f"there is no file in the folder {empty}, expected images")
+    assert_refused(call("predict", tmp_path / "gone", folder), "cannot read", "gone: No such file or directory")
+    assert_refused(call("predict", weights), "the following arguments are required: IMAGE")

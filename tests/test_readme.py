@@ -1,0 +1,23 @@
+"""The example of the README, as it stands there."""
+
+from functools import partial
+
+from core import session
+from core.data import cifar10
+from tests.conftest import ROOT
+
+
+def test_the_notebook_of_the_readme(invented, tmp_path, monkeypatch, capsys):
+    """On few images and eager, but with the same lines."""
+    after = (ROOT / "README.md").read_text().split("**From a notebook**")[1]
+    source = after.split("```python\n")[1].split("```")[0]
+    assert len([line for line in source.splitlines() if line]) <= 10
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cifar10, "load", lambda folder: invented)
+    monkeypatch.setattr(session, "run_experiment", partial(session.run_experiment, compiled=False))
+    names = {}
+    exec(source, names)
+    best = names["best"]
+    assert [record.seed for record in names["records"]] == [0, 0, 1, 1, 2, 2]
+    assert len(list(tmp_path.glob("trials/checkpoints/small-lr=*/*.json"))) == 6
+    assert capsys.readouterr().out == f"{best.name} {best.seed} {best.metrics.test.accuracy}\n"

@@ -1,10 +1,12 @@
 """Image files as a network takes them: uint8 [3, 32, 32]."""
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -23,20 +25,30 @@ class ImageError(UserError):
 
 
 def find(paths: Iterable[Path]) -> list[Path]:
-    """These files; of a folder the files in it, sorted, but for hidden ones.
-
-    Raises:
-        ImageError: a folder has none. OSError: a folder cannot be read.
-    """
+    """These files; in place of a folder the files in it, sorted, but for hidden ones. A folder in which none can be
+    read stays, for `read` to refuse."""
     found: list[Path] = []
     for path in paths:
-        if not os.path.isdir(path):  # a name that is too long is none, either
-            found.append(path)
-        elif inside := [each for each in path.iterdir() if each.is_file() and not each.name.startswith(".")]:
-            found += sorted(inside)
-        else:
-            raise ImageError(f"there is no file in the folder {path}, expected images")
+        inside: list[Path] = []
+        with contextlib.suppress(OSError):  # it is no folder, or a closed one
+            inside = [each for each in path.iterdir() if each.is_file() and not each.name.startswith(".")]
+        found += sorted(inside) or [path]
     return found
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """The image in 8 bits a channel. Of 16 bits the upper 8 stay, as Pillow has it for colours; grey it would cut off
+    at 255.
+
+    Raises:
+        ValueError: it has more bits, or floats, whose black and white are not known.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 0xFFFF:
+        raise ValueError("it has more than 16 bits a channel")
+    return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
 def read(path: Path) -> Tensor:
@@ -46,6 +58,8 @@ def read(path: Path) -> Tensor:
     Raises:
         ImageError: it cannot be read, or its header promises too many pixels; then none of them is decoded.
     """
+    if os.path.isdir(path):
+        raise ImageError(f"there is no file to read in the folder {path}, expected images")
     try:
         with warnings.catch_warnings(), open(open_file(path, MAX_BYTES), "rb") as file:
             warnings.simplefilter("ignore")
@@ -53,12 +67,10 @@ def read(path: Path) -> Tensor:
             image: Image.Image = Image.open(file, formats=FORMATS)
             if max(image.size) > MAX_SIDE:
                 raise Image.DecompressionBombError
-            if image.mode.startswith(("I", "F")):  # Pillow would cut them off at 255
-                raise ValueError("it has more than 8 bits a channel")
             ImageOps.exif_transpose(image, in_place=True)
             side = min(image.size)
             left, top = ((length - side) // 2 for length in image.size)
-            image = image.crop((left, top, left + side, top + side)).convert("RGBA")
+            image = eight_bits(image.crop((left, top, left + side, top + side))).convert("RGBA")
             image = image.resize((32, 32), Image.Resampling.LANCZOS)
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     except UnidentifiedImageError:

@@ -95,6 +95,17 @@ def test_every_mode_of_eight_bits_becomes_rgb(tmp_path, mode):
     assert min(flat(found)) >= 254
 
 
+@pytest.mark.parametrize("name", ["x.png", "x.tiff", "x.pgm"])
+def test_of_sixteen_bits_the_upper_eight_count(tmp_path, name):
+    values = torch.arange(1024).view(32, 32) * 64
+    grey = Image.fromarray(values.numpy().astype("uint16"))
+    if name == "x.pgm":  # Pillow reads such a file, but does not write it
+        (tmp_path / name).write_bytes(b"P5 32 32 65535\n" + values.numpy().astype(">u2").tobytes())
+    else:
+        saved(tmp_path, grey, name)
+    assert torch.equal(images.read(tmp_path / name), (values // 256).to(torch.uint8).expand(3, 32, 32))
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_what_is_transparent_is_white(tmp_path, mode):
     image = Image.new("RGBA", (64, 64), (0, 0, 0, 0)).convert(mode)
@@ -154,9 +165,10 @@ def test_not_an_image_or_too_many_pixels(tmp_path, data, words):
         images.read(path)
 
 
-def test_more_than_eight_bits_are_refused_rather_than_cut_off(tmp_path):
-    path = saved(tmp_path, Image.new("I;16", (40, 40), 30_000))
-    with pytest.raises(ImageError, match="it has more than 8 bits a channel"):
+@pytest.mark.parametrize(("mode", "value"), [("I", 70_000), ("I", -1), ("F", 0.5)])
+def test_more_than_sixteen_bits_are_refused_rather_than_cut_off(tmp_path, mode, value):
+    path = saved(tmp_path, Image.new(mode, (40, 40), value), "x.tiff")
+    with pytest.raises(ImageError, match=r"as an image: it has more than 16 bits a channel$"):
         images.read(path)
 
 
@@ -187,7 +199,7 @@ def weights(tmp_path, small_spec, invented):
 
 @pytest.fixture
 def folder(tmp_path, invented):
-    """Three images in a folder, one of them bad, with a hidden file and a folder inside."""
+    """Three images in a folder, one of them bad, with a hidden file and an empty folder inside."""
     folder = tmp_path / "folder"
     (folder / "inside").mkdir(parents=True)
     (folder / ".hidden").write_text("x")
@@ -199,18 +211,22 @@ def folder(tmp_path, invented):
 
 def test_images_and_folders_of_them(call, weights, folder):
     good = folder / "c.png"
-    done = call("predict", weights, good, folder, folder / "gone.png", "x" * 300, good)
+    empty, cut = folder / "inside", truncated(folder.parent, "cut.jpeg")
+    done = call("predict", weights, good, folder, folder / "gone.png", "x" * 300, empty, cut, weights, good)
     assert done.returncode == 2
     lines = done.stdout.splitlines()
     assert [line.split(": ")[0] for line in lines] == [str(p) for p in (good, folder / "a.png", good, good)]
     probabilities = predict.load(weights)(images.read(good)[None]).softmax(1)[0].tolist()
     order = sorted(range(10), key=lambda i: -probabilities[i])[:3]
     assert lines[0] == f"{good}: " + ", ".join(f"{CLASSES[i]} {100 * probabilities[i]:.2f}%" for i in order)
-    said, wide, gone, long = done.stderr.splitlines()
+    said, wide, gone, long, nothing, half, other = done.stderr.splitlines()
     assert said.startswith("there are only ten classes, and every image gets one of them: airplane, ")
     assert wide.startswith(f"error: cannot read {folder / 'b.png'} as an image: it has more than")
     assert gone == f"error: cannot read {folder / 'gone.png'} as an image: No such file or directory"
     assert long.endswith("as an image: File name too long")
+    assert nothing == f"error: there is no file to read in the folder {empty}, expected images"
+    assert half.startswith(f"error: cannot read {cut} as an image: ")
+    assert other.startswith(f"error: cannot read {weights} as an image: it is damaged, or none of AVIF, BMP")
 
 
 def test_predictions_as_json(call, weights, folder):
@@ -227,8 +243,5 @@ def test_predictions_as_json(call, weights, folder):
 
 
 def test_predictions_that_cannot_start(call, weights, tmp_path, folder):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert_refused(call("predict", weights, empty), f"there is no file in the folder {empty}, expected images")
     assert_refused(call("predict", tmp_path / "gone", folder), "cannot read", "gone: No such file or directory")
     assert_refused(call("predict", weights), "the following arguments are required: IMAGE")

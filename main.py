@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--json", action="store_true", help="one JSON object a line")
 
-    predict = commands.add_parser("predict", help="classify image files")
+    predict = commands.add_parser("predict", help="classify image files: any image gets one of the ten classes")
     predict.set_defaults(func=predict_command)
     predict.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a file, or a folder of them")
@@ -295,8 +295,9 @@ def export_command(args: argparse.Namespace) -> int:
     network = predict.load(args.checkpoint)
     path = args.output or args.checkpoint.with_suffix(export.FORMATS[args.format].suffix)
     images, what = export.check_images(args.data)
-    precision = export.export(network, args.format, path, images).spec["precision"]
-    say(f"{path}: uint8 images [n, 3, 32, 32] -> float32 logits [n, 10], within {export.TOLERANCE:g} on {what}")
+    precision, largest = export.export(network, args.format, path, images)
+    within = f"within {export.TOLERANCE:g}{' of the largest logit' * (largest > 1)} on {what}"
+    say(f"{path}: uint8 images [n, 3, 32, 32] -> float32 logits [n, 10], {within}")
     if precision != network.spec["precision"]:
         warn(f"its matrix products are in {precision}, those of the checkpoint in {network.spec['precision']}")
     return 0

@@ -74,6 +74,18 @@ def onnx_model(path: Path) -> Model:
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
+class Exported(NamedTuple):
+    """What is in a file.
+
+    Attributes:
+        precision: of its matrix products: float32 where the format has not that of the checkpoint.
+        largest: of the absolute logits that it was checked with; TOLERANCE is a share of it where it is above 1.
+    """
+
+    precision: str
+    largest: float
+
+
 class Format(NamedTuple):
     """A format of files.
 
@@ -111,7 +123,7 @@ def check_images(folder: Path) -> tuple[Tensor, str]:
     return images.view(COUNT, 3, 32, 32), f"{COUNT} test images"
 
 
-def export(network: Network, kind: str, path: Path, images: Tensor) -> Network:
+def export(network: Network, kind: str, path: Path, images: Tensor) -> Exported:
     """Write a network, whose weights are on the CPU, as a file that takes any number of images and normalises them.
 
     The file takes the place of `path` after it was read again and gave the same logits, of one image alone and of the
@@ -120,9 +132,6 @@ def export(network: Network, kind: str, path: Path, images: Tensor) -> Network:
     Args:
         kind: one of FORMATS.
         images: to check it with, uint8 [n, 3, 32, 32].
-
-    Returns:
-        The network that is in the file: in float32 where the format has not the precision of the checkpoint.
 
     Raises:
         ExportError: a package is missing, or the file would not be right.
@@ -141,11 +150,13 @@ def export(network: Network, kind: str, path: Path, images: Tensor) -> Network:
     if network.spec["precision"] != "bfloat16" or not form.bfloat16:  # tf32 is a mode of a device, not of a network
         network = network._replace(about=replace(network.about, spec={**network.spec, "precision": "float32"}))
 
+    parts = images[:1], images[1:]
+    expected = torch.cat([network(part) for part in parts])
+    largest = expected.abs().max().item()
+
     def check(written: Path) -> None:
-        model, parts = form.read(written), (images[:1], images[1:])
-        expected = torch.cat([network(part) for part in parts])
+        model, allowed = form.read(written), TOLERANCE * max(1.0, largest)
         difference = (torch.cat([model(part) for part in parts]) - expected).abs().max().item()
-        allowed = TOLERANCE * max(1.0, expected.abs().max().item())
         if not difference <= allowed:  # NaN is none, either
             raise ExportError(
                 f"{path} is not written: its logits differ by {difference:.1e} from those of the checkpoint, "
@@ -155,4 +166,4 @@ def export(network: Network, kind: str, path: Path, images: Tensor) -> Network:
     example, shapes = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), ({0: torch.export.Dim("n")},)
     program = torch.export.export(Classifier(network), (example,), dynamic_shapes=shapes)
     atomic_write(path, form.encode(program), check=check)
-    return network
+    return Exported(network.spec["precision"], largest)

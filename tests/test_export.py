@@ -9,40 +9,51 @@ import pytest
 import torch
 
 from core import export, predict
+from core.data import cifar10
 from core.export import FORMATS, ExportError
 from core.runs.store import StoreError
 from tests.conftest import lacking
 from tests.test_cli import assert_refused
 from tests.test_predict import write_checkpoint
 
+# Programs that run exported files on the images in images.npy: on one of them, on seven, on the others.
 TORCH = """
-import sys
-import numpy as np
 import torch
-model = torch.export.load(sys.argv[1]).module()
-run = lambda images: model(torch.from_numpy(images)).numpy()
+def load(path):
+    model = torch.export.load(path).module()
+    return lambda images: model(torch.from_numpy(images)).numpy()
 """
 ONNX = """
-import sys
-import numpy as np
 import onnxruntime
-session = onnxruntime.InferenceSession(sys.argv[1])
-run = lambda images: session.run(None, {"images": images})[0]
+def load(path):
+    session = onnxruntime.InferenceSession(path)
+    return lambda images: session.run(None, {"images": images})[0]
 """
 RUN = """
-images = np.load(sys.argv[2])
-np.save(sys.argv[3], np.concatenate([run(images[:1]), run(images[1:8]), run(images[8:])]))
+import sys
+import numpy as np
+images = np.load("images.npy")
+for path in sys.argv[1:]:
+    run = load(path)
+    np.save(path + ".npy", np.concatenate([run(images[:1]), run(images[1:8]), run(images[8:])]))
 assert "core" not in sys.modules
 """
+NETWORKS = {
+    "default": {},
+    "bfloat16": {"precision": "bfloat16"},
+    "whitened": {"whiten": 64, "norm": "none", "activation": "gelu", "dropout": 0},
+    "linear": {"activation": "tanh", "widths": []},
+}
 
 
 @pytest.fixture
 def trained(tmp_path, small_spec, invented):
     """Makes the checkpoint of a small network."""
 
-    def make(**changes):
-        write_checkpoint(tmp_path / "x.safetensors", small_spec(**changes), invented)
-        return tmp_path / "x.safetensors"
+    def make(name="x", **changes):
+        path = tmp_path / f"{name}.safetensors"
+        write_checkpoint(path, small_spec(**changes), invented)
+        return path
 
     return make
 
@@ -60,51 +71,46 @@ def kind(request):
     return request.param
 
 
-def elsewhere(path, images, folder):
-    """The logits that a process of its own finds with an exported file, of 1, 7 and the other images."""
+def elsewhere(paths, images, folder):
+    """The logits that a process of its own finds with each of the exported files."""
     np.save(folder / "images.npy", images.numpy())
-    source = (TORCH if path.suffix == ".pt2" else ONNX) + RUN
-    command = (sys.executable, "-c", source, path, "images.npy", "logits.npy")
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    source = (TORCH if paths[0].suffix == ".pt2" else ONNX) + RUN
+    done = subprocess.run((sys.executable, "-c", source, *paths), cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return torch.from_numpy(np.load(folder / "logits.npy"))
+    return [torch.from_numpy(np.load(f"{path}.npy")) for path in paths]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"norm": "none", "activation": "gelu", "dropout": 0}, {"activation": "tanh", "widths": []}],
-    ids=str,
-)
-def test_another_program_finds_the_same_logits(call, trained, images, kind, tmp_path, changes):
-    path = trained(**changes)
-    done = call("export", path, "--format", kind)
-    assert (done.returncode, done.stderr) == (0, "")
-    written = path.with_suffix(FORMATS[kind].suffix)
-    words = "uint8 images [n, 3, 32, 32] -> float32 logits [n, 10], within 1e-05 on 100 test images"
-    assert done.stdout == f"{written}: {words}\n"
-    assert sorted(tmp_path.iterdir()) == sorted([path, written])
-    found = elsewhere(written, images, tmp_path)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, predict.load(path)(images), rtol=0, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_bfloat16_is_exported_where_the_format_has_it(call, trained, images, kind, tmp_path):
-    path = trained(precision="bfloat16")
-    done = call("export", path, "--format", kind)
-    assert done.returncode == 0, done.stderr
+def logits(path, images):
+    """What the network of a checkpoint finds, of as many images at a time as in RUN."""
     network = predict.load(path)
-    single = predict.load(trained(precision="float32"))
-    found = elsewhere(path.with_suffix(FORMATS[kind].suffix), images, tmp_path)
-    if kind == "torch":
-        assert done.stderr == ""
-        parts = images[:1], images[1:8], images[8:]
-        torch.testing.assert_close(found, torch.cat([network(part) for part in parts]), rtol=0, atol=1e-5)
-        assert (found - single(images)).abs().max() > 1e-4
-    else:
-        assert done.stderr == "its matrix products are in float32, those of the checkpoint in bfloat16\n"
-        torch.testing.assert_close(found, single(images), rtol=0, atol=1e-5)
+    return torch.cat([network(part) for part in (images[:1], images[1:8], images[8:])])
+
+
+@pytest.mark.slow
+def test_another_program_finds_the_same_logits(call, trained, images, data_dir, kind, tmp_path):
+    """Whatever layers and precision the network has. What the command says of the tolerance is so, too."""
+    first = torch.from_numpy(cifar10.read_batch(data_dir, "test_batch")[b"data"][:100])
+    checkpoints = {name: trained(name, **changes) for name, changes in NETWORKS.items()}
+    written = {name: path.with_suffix(FORMATS[kind].suffix) for name, path in checkpoints.items()}
+    tolerances = set()
+    for name, path in checkpoints.items():
+        done = call("export", path, "--format", kind)
+        changed = kind == "onnx" and name == "bfloat16"
+        said = "its matrix products are in float32, those of the checkpoint in bfloat16\n" * changed
+        assert (done.returncode, done.stderr) == (0, said), name
+        above_1 = logits(path, first).abs().max() > 1
+        tolerance = "within 1e-05 of the largest logit" if above_1 else "within 1e-05"
+        words = f"uint8 images [n, 3, 32, 32] -> float32 logits [n, 10], {tolerance} on 100 test images"
+        assert done.stdout == f"{written[name]}: {words}\n"
+        tolerances.add(tolerance)
+    assert len(tolerances) == 2
+    assert sorted(tmp_path.iterdir()) == sorted([*checkpoints.values(), *written.values()])
+
+    found = dict(zip(NETWORKS, elsewhere([*written.values()], images, tmp_path), strict=True))
+    for name, path in checkpoints.items():
+        expected = logits(path if FORMATS[kind].bfloat16 or name != "bfloat16" else checkpoints["default"], images)
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-5 * max(1, expected.abs().max()), msg=name)
+    assert torch.equal(found["bfloat16"], found["default"]) == (not FORMATS[kind].bfloat16)
 
 
 def test_the_tensors_have_the_names_of_the_checkpoint(trained, images, tmp_path):
@@ -149,6 +155,31 @@ def test_a_file_with_other_logits_is_not_left_there(trained, images, tmp_path, m
     with pytest.raises(ExportError, match=rf"^{path} is not written: its logits differ by (1\.0e-03|nan) [^\n]*$"):
         export.export(network, "torch", path, images)
     assert [file.read_bytes() for file in path.parent.iterdir()] == [older] * bool(older)
+
+
+@pytest.mark.parametrize("largest", [0.1, 1, 50])
+def test_the_tolerance_is_a_share_of_the_largest_logit_above_1(trained, images, tmp_path, monkeypatch, largest):
+    """In float32 a logit of 50 is known to 4e-6, and another program adds in another order."""
+    network, form = predict.load(trained()), FORMATS["torch"]
+    scale = largest / logits(tmp_path / "x.safetensors", images).abs().max()
+    last = [name for name in network.params if name.startswith(f"{len(predict.as_module(network.spec)) - 1}.")]
+    network = network._replace(params=network.params | {name: scale * network.params[name] for name in last})
+    assert network(images).abs().max().item() == pytest.approx(largest)
+
+    def export_with(wrong):
+        def read(written):
+            model = form.read(written)
+            return lambda images: model(images) + wrong
+
+        monkeypatch.setitem(FORMATS, "torch", form._replace(read=read))
+        return export.export(network, "torch", tmp_path / "x.pt2", images)
+
+    allowed = 1e-5 * max(1, largest)
+    assert export_with(0.9 * allowed).largest == pytest.approx(largest)
+    (tmp_path / "x.pt2").unlink()
+    with pytest.raises(ExportError, match=f"differ by [^\n]*, expected at most {allowed:.1e}$"):
+        export_with(1.1 * allowed)
+    assert not (tmp_path / "x.pt2").exists()
 
 
 @pytest.mark.parametrize("missing", FORMATS["onnx"].needs)

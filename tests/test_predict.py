@@ -31,14 +31,16 @@ def metadata(spec, weights, test):
 
 
 def write_checkpoint(path, spec, data):
-    """Write a checkpoint as a run leaves it, with statistics that no initialisation has; returns its tensors."""
-    params, stats = model.init(spec, spec["seed"])
+    """Write a checkpoint as a run leaves it, a whitening folded into it, with statistics that no initialisation has;
+    returns its tensors."""
+    network = model.folded(spec)
+    params, stats = model.init(network, spec["seed"])
     generator = torch.Generator().manual_seed(1)
     stats = {
         name: s + torch.rand(s.shape, generator=generator) if s.is_floating_point() else s + 2
         for name, s in stats.items()
     }
-    test = Metrics(**step.evaluate(params, stats, data.test_images, data.test_labels, spec))
+    test = Metrics(**step.evaluate(params, stats, data.test_images, data.test_labels, network))
     weights = {**params, **stats}
     checkpoint.save(path, weights, metadata(spec, weights, test))
     return params, stats

@@ -26,7 +26,7 @@ from core.data import cifar10
 from core.errors import UserError
 from core.report.rebuild import rebuild
 from core.runs import files
-from core.runs.record import Finished, read_records
+from core.runs.record import Finished, Record, read_records
 from core.runs.store import Held
 from core.spec import resolve, spec_id
 from core.terminal import say, warn
@@ -77,6 +77,13 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--cohort", type=sweep.parse_cohort, metavar="auto|off|N", help="train up to N runs of one shape together"
+    )
+    run.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="train on a Ray cluster, by default all of this machine",
     )
     run.add_argument("--dry-run", action="store_true", help="show what would be trained, with an estimate")
     run.add_argument("--checkpoint-every", type=int, default=1, metavar="N", help="epochs between resume points")
@@ -173,6 +180,23 @@ def train(
             raise KeyboardInterrupt(f"stopped after {labels[-1]}")
 
 
+def train_on_cluster(args: argparse.Namespace, runs: list[sweep.Run], display: terminal.Display) -> Iterator[Record]:
+    """Have a Ray cluster train runs; yield their records as they come."""
+    display.stop.install()
+    with quick_imports():
+        from core import remote
+
+    def leave_out(name: str, held: Held) -> None:
+        warn(f"{name} is being trained by {held}; taking the next one")
+
+    data, groups = load_data(args), sweep.cohorts(runs, args.cohort or 1)
+    with display.cluster() as ended:
+        options = {"device": args.device, "compiled": not args.no_compile, "force": args.force, "on_held": leave_out}
+        for record in remote.train(groups, args.out, data, args.ray, **options):
+            ended()
+            yield record
+
+
 def run_command(args: argparse.Namespace) -> int:
     """Train what is not finished yet, and rebuild results.md."""
     runs = chosen(args)
@@ -212,7 +236,10 @@ def train_and_tell(args: argparse.Namespace, runs: list[sweep.Run], display: ter
     status = 0
     options = {"checkpoint_every": args.checkpoint_every, "force": args.force, "allow_inexact": args.resume_anyway}
     try:
-        for record in train(args, runs, display, run_cohort, **options):
+        trained = (
+            train_on_cluster(args, runs, display) if args.ray else train(args, runs, display, run_cohort, **options)
+        )
+        for record in trained:
             display.ended(record)
             status = status if isinstance(record, Finished) else 1
     except KeyboardInterrupt as error:

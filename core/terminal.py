@@ -107,6 +107,7 @@ class Display:
         self.since, self.what = started, "the process"
         self.seconds = 0.0  # what each of the last runs took; 0 where they were finished already
         self.noticed: set[str] = set()
+        self.elsewhere = False  # whether a cluster trains
 
     def found(self) -> None:
         """Say which runs were finished already."""
@@ -174,6 +175,22 @@ class Display:
                 self.seconds = (time.perf_counter() - begun) / len(labels) if happened else 0.0
                 self.since, self.what = time.perf_counter(), "this experiment"
 
+    @contextlib.contextmanager
+    def cluster(self) -> Iterator[Callable[[], None]]:
+        """A bar over all runs, which others train; yields what is to be called when one of them has ended."""
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self.elsewhere, since = True, time.perf_counter()
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+            task = bars.add_task("runs", total=self.tally.total, completed=self.tally.done)
+
+            def ended() -> None:
+                nonlocal since
+                now = time.perf_counter()
+                self.seconds, since = now - since, now
+                bars.advance(task)
+
+            yield ended
+
     def ended(self, record: Record) -> None:
         """Count a run that has ended, and say what it reached: one of several in a line."""
         tally, label = self.tally, self.tally.label(record.name, record.seed)
@@ -184,6 +201,7 @@ class Display:
             validation, test = record.metrics.validation, record.metrics.test.accuracy
             on_validation = f"validation {stats.percent(validation.accuracy)}, " if validation else ""
             how = f"in {duration(self.seconds)}" if self.seconds else "by another process"
+            how = "on the cluster" if self.elsewhere else how
             say(f"{label}: {on_validation}test {stats.percent(test)} {how} ({progress(tally)})")
 
 

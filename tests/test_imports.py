@@ -20,6 +20,7 @@ RULES = {
     "images": {"errors", "runs"},
     "export": {"errors", "runs", "data", "predict"},
     "verify": {"errors", "spec", "runs", "session"},
+    "remote": {"errors", "spec", "data", "runs", "session"},
     "session": {"errors", "spec", "functional", "data", "compile", "runs", "train"},
     "sweep": {"errors", "spec", "runs", "report"},
     "terminal": {"spec", "data", "report", "runs", "sweep"},

@@ -23,6 +23,7 @@ NOT_HASHED = (
     "export.py",
     "images.py",
     "predict.py",
+    "remote.py",
     "session.py",
     "sweep.py",
     "terminal.py",

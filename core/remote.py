@@ -26,6 +26,12 @@ Group = list[tuple[str, Spec]]  # runs that are trained together, as core.sessio
 WAITING = (
     2  # tasks for each one that the cluster can run at once: enough to keep it busy, few enough to forget at a stop
 )
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # reports to nobody
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # nodes have the project and its environment, which are not sent to them
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # else a node that dies prints pages of its state here
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a task without a GPU leaves CUDA_VISIBLE_DEVICES as it is
+}
 LOCAL = "local"  # instead of an address: a cluster of this machine alone, for this call
 
 
@@ -84,15 +90,13 @@ def connected(address: str) -> Iterator[Any]:
     Raises:
         ClusterError: Ray is not installed, or there is no cluster.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # calls nobody
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # nodes have the project; it is not sent to them
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError:
         raise ClusterError("Ray is not installed: `uv run --group ray main.py ...` has it") from None
     try:
-        # Whatever workers print is theirs; a dying one prints pages of its state.
         ray.init(address, log_to_driver=False, include_dashboard=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from None
@@ -145,8 +149,10 @@ def train(
                 group, held = under_way.pop(ended)
                 try:
                     found = ray.get(ended)
-                except TooLarge:
-                    left.extendleft([run] for run in reversed(group))
+                except ray.exceptions.RayTaskError as error:
+                    if not isinstance(error.cause, TooLarge):
+                        raise error.cause from None
+                    left.extendleft([run] for run in reversed(group))  # one by one
                     held.close()
                     continue
                 with held:

@@ -40,7 +40,7 @@ from core.runs.record import (
 )
 from core.runs.resume import KEEP, REMEDY, ResumeError
 from core.runs.store import delete, reserve
-from core.spec import Spec, SpecError, resolve, spec_id, static_key
+from core.spec import Spec, SpecError, reads_bfloat16, resolve, spec_id, static_key
 from core.train import Diverged, Event, Training, compile_ahead, fit
 
 # How many runs `--cohort auto` trains together. On a CPU one by one is as fast (benchmarks/test_cohort.py); for
@@ -234,7 +234,7 @@ class Session:
     ) -> None:
         self.run, self.name, self.spec, self.on_event = run, name, spec, on_event
         self.data, self.device = data, device
-        self.environment = environment(device, mode, spec["precision"])
+        self.environment = environment(device, mode, reads_bfloat16(spec))
         self.history: list[Epoch] = []
         self.progress = Progress()
         self.saved = 0  # the step that the newest resume point holds
@@ -255,8 +255,9 @@ class Session:
         """Prepare the training, one of `count`, from the newest good resume point up to the step `last`, if there is
         one; returns the step at which it stands."""
         self.training = training = Training(self.spec, self.data, self.device, self.environment.mode)
-        if self.spec["precision"] == "bfloat16" and emulates_bfloat16(self.device):
-            self.notice("this CPU has neither AVX512_BF16 nor AMX and emulates bfloat16: float32 is faster here")
+        if reads_bfloat16(self.spec) and emulates_bfloat16(self.device):
+            faster = "float32" if self.spec["precision"] == "bfloat16" else "another optimizer than Muon"
+            self.notice(f"this CPU has neither AVX512_BF16 nor AMX and emulates bfloat16: {faster} is faster here")
         state = flatten(training.state)
         point = resume.newest(
             self.run, About(**self.about()), state, training.steps_per_epoch, allow_inexact, self.notice, last

@@ -75,11 +75,12 @@ FIELDS: dict[str, Field] = {
     "batch_size": Field(256, *_integer(2, 45_000)),
     "epochs": Field(20, *_integer(1, 100_000)),
     # The optimization
-    "optimizer": Field("adam", *_choice("adam", "adamw", "sgd")),
+    "optimizer": Field("adam", *_choice("adam", "adamw", "sgd", "nesterov", "muon")),
     "lr": Field(1e-3, *_number(0, float("inf"), above=True)),
-    "schedule": Field("constant", *_choice("constant", "linear", "cosine")),
+    "schedule": Field("constant", *_choice("constant", "linear", "cosine", "one-cycle")),
     "warmup_epochs": Field(0.0, *_number(0, 100_000)),
     "weight_decay": Field(0.0, *_number(0, float("inf"))),
+    "clip": Field(0.0, *_number(0, float("inf"))),  # the largest norm of all gradients together; 0 is no limit
     "label_smoothing": Field(0.0, *_number(0, 1)),
     "ema": Field(0.0, *_number(0, 1)),
     # The run
@@ -89,7 +90,7 @@ FIELDS: dict[str, Field] = {
 
 # The keys that reach the compiled step as tensors, so that one compilation serves all their values. Every other key is
 # part of the compilation's identity: a key that is forgotten here compiles once more, and never uses the wrong step.
-SWITCHES = frozenset({"cutout", "dropout", "ema", "mixup", "rotate", "zoom"})  # above 0 they add something to the step
+SWITCHES = frozenset({"clip", "cutout", "dropout", "ema", "mixup", "rotate", "zoom"})  # above 0 they add to the step
 TENSORS = SWITCHES | {"epochs", "label_smoothing", "lr", "seed", "warmup_epochs", "weight_decay"}
 
 
@@ -112,7 +113,7 @@ def resolve(spec: Mapping[str, Any]) -> Spec:
     for key in spec:
         if key not in FIELDS:
             raise SpecError(f"unknown key {key!r}{nearest(str(key), list(FIELDS))}")
-    resolved = {}
+    resolved: Spec = {}
     for key, field in FIELDS.items():
         value = spec.get(key, field.default)
         if not field.valid(value):
@@ -124,7 +125,17 @@ def resolve(spec: Mapping[str, Any]) -> Spec:
         raise SpecError(
             f"warmup_epochs = {resolved['warmup_epochs']:g}, expected at most epochs = {resolved['epochs']}"
         )
+    if resolved["schedule"] == "one-cycle" and resolved["warmup_epochs"] > 0:
+        raise SpecError(
+            f"warmup_epochs = {resolved['warmup_epochs']:g}, expected 0 with schedule = 'one-cycle', which has a "
+            "warm-up of its own: 30% of the steps"
+        )
     return resolved
+
+
+def reads_bfloat16(resolved: Spec) -> bool:
+    """Whether a step multiplies matrices in bfloat16: all of them, or those inside Muon."""
+    return resolved["precision"] == "bfloat16" or resolved["optimizer"] == "muon"
 
 
 def canonical(value: Any) -> str:

@@ -141,25 +141,30 @@ def test_bfloat16_compiled_stopped_and_with_another_number_of_threads(start, dat
     assert finish("cut", "ALL") == own
 
 
-def test_bfloat16_on_amx_records_the_threads(monkeypatch):
+def test_bfloat16_on_amx_records_the_threads(monkeypatch, tmp_path, invented, small_spec):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_bf16": True})
-    cpu = torch.device("cpu")
-    assert environment(cpu, "compiled", "bfloat16").hardware.endswith(f" amx_bf16, {torch.get_num_threads()} threads")
+    cpu, threads = torch.device("cpu"), f"{torch.get_num_threads()} threads"
+    assert environment(cpu, "compiled", bfloat16=True).hardware.endswith(
+        f" amx_bf16, {torch.get_num_threads()} threads"
+    )
     assert environment(cpu, "compiled").hardware.endswith(" amx_bf16")
+    record = run_experiment("x", small_spec(epochs=1, optimizer="muon"), tmp_path, invented, "cpu", compiled=False)
+    assert record.environment.hardware.endswith(threads), "the products inside Muon are in bfloat16"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "avx512_bf16": True})
-    assert environment(cpu, "compiled", "bfloat16").hardware.endswith(" avx512_bf16")
+    assert environment(cpu, "compiled", bfloat16=True).hardware.endswith(" avx512_bf16")
 
 
 def test_a_cpu_that_emulates_bfloat16_is_told_so(tmp_path, invented, small_spec, monkeypatch):
-    def reasons(precision):
+    def reasons(precision, optimizer="adam"):
         events = []
-        spec = small_spec(epochs=1, precision=precision)
+        spec = small_spec(epochs=1, precision=precision, optimizer=optimizer)
         run_experiment("x", spec, tmp_path, invented, "cpu", events.append, compiled=False, force=True)
         return [event.details["reason"] for event in events if event.kind == "notice"]
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
     assert not reasons("float32")
     assert "float32 is faster here" in "".join(reasons("bfloat16"))
+    assert "another optimizer than Muon is faster here" in "".join(reasons("float32", "muon"))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert not reasons("bfloat16")
 

@@ -30,17 +30,20 @@ VALID = {
     "mixup": st.floats(0, 10, exclude_max=True),
     "batch_size": st.integers(2, 45_000),
     "epochs": st.integers(1, 100_000),
-    "optimizer": st.sampled_from(["adam", "adamw", "sgd"]),
+    "optimizer": st.sampled_from(["adam", "adamw", "sgd", "nesterov", "muon"]),
     "lr": st.floats(0, 1e300, exclude_min=True) | st.integers(1, 1000),
-    "schedule": st.sampled_from(["constant", "linear", "cosine"]),
+    "schedule": st.sampled_from(["constant", "linear", "cosine", "one-cycle"]),
     "warmup_epochs": st.floats(0, 1) | st.integers(0, 1),
     "weight_decay": st.floats(0, 1e300) | st.integers(0, 10),
+    "clip": st.floats(0, 1e300) | st.integers(0, 10),
     "label_smoothing": st.floats(0, 1, exclude_max=True),
     "ema": st.floats(0, 1, exclude_max=True),
     "precision": st.sampled_from(["float32", "tf32", "bfloat16"]),
     "seed": st.integers(0, 2**31 - 1),
 }
-SPECS = st.fixed_dictionaries({}, optional=VALID)
+SPECS = st.fixed_dictionaries({}, optional=VALID).filter(
+    lambda spec: spec.get("schedule") != "one-cycle" or not spec.get("warmup_epochs")
+)
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
@@ -70,11 +73,12 @@ MAY_BE = {
     "mixup": lambda v: number(v) and 0 <= v < 10,
     "batch_size": lambda v: type(v) is int and 1 < v <= 45_000,
     "epochs": lambda v: type(v) is int and 0 < v <= 100_000,
-    "optimizer": lambda v: v in ("adam", "adamw", "sgd"),
+    "optimizer": lambda v: v in ("adam", "adamw", "sgd", "nesterov", "muon"),
     "lr": lambda v: number(v) and v > 0,
-    "schedule": lambda v: v in ("constant", "linear", "cosine"),
+    "schedule": lambda v: v in ("constant", "linear", "cosine", "one-cycle"),
     "warmup_epochs": lambda v: number(v) and 0 <= v <= 20,  # the epochs of the default
     "weight_decay": lambda v: number(v) and v >= 0,
+    "clip": lambda v: number(v) and v >= 0,
     "label_smoothing": lambda v: number(v) and 0 <= v < 1,
     "ema": lambda v: number(v) and 0 <= v < 1,
     "precision": lambda v: v in ("float32", "tf32", "bfloat16"),
@@ -103,6 +107,7 @@ DEFAULTS = {
     "schedule": "constant",
     "warmup_epochs": 0.0,
     "weight_decay": 0.0,
+    "clip": 0.0,
     "label_smoothing": 0.0,
     "ema": 0.0,
     "precision": "float32",
@@ -131,6 +136,7 @@ ANOTHER = {
     "schedule": "cosine",
     "warmup_epochs": 1.0,
     "weight_decay": 0.1,
+    "clip": 1.0,
     "label_smoothing": 0.1,
     "ema": 0.998,
     "precision": "bfloat16",
@@ -243,6 +249,8 @@ def test_whatever_the_value_it_is_resolved_or_refused_in_one_line(key, value):
         ("lr", 10**400),
         ("dropout", 1),
         ("dropout", -0.1),
+        ("clip", -0.1),
+        ("clip", math.inf),
         ("widths", [0]),
         ("widths", [8] * 17),
         ("widths", [True]),
@@ -270,6 +278,15 @@ def test_whatever_the_value_it_is_resolved_or_refused_in_one_line(key, value):
 def test_wrong_types_and_ranges_are_refused(key, value):
     with pytest.raises(SpecError, match=rf"^{key} = [^\n]*, expected [^\n]*$"):
         resolve({key: value})
+
+
+def test_one_cycle_has_a_warm_up_of_its_own():
+    assert resolve({"schedule": "one-cycle", "warmup_epochs": 0})["warmup_epochs"] == 0
+    with pytest.raises(SpecError) as refused:
+        resolve({"schedule": "one-cycle", "warmup_epochs": 0.5})
+    assert str(refused.value) == (
+        "warmup_epochs = 0.5, expected 0 with schedule = 'one-cycle', which has a warm-up of its own: 30% of the steps"
+    )
 
 
 @given(st.text(max_size=20).filter(lambda key: key not in FIELDS))

@@ -20,6 +20,16 @@ Update = Callable[[Tensors, OptState, Tensors, dict[str, Tensor], Tensor], tuple
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # the defaults of torch.optim.Adam
 MOMENTUM = 0.9
 
+# The defaults of torch.optim.Muon: the quintic polynomial of the iteration, how often it is applied, and the least norm
+# that a matrix is divided by.
+MUON_MOMENTUM = 0.95
+MUON_A, MUON_B, MUON_C = 3.4445, -4.7750, 2.0315
+MUON_ITERATIONS, MUON_EPS = 5, 1e-7
+
+# Those of torch.optim.lr_scheduler.OneCycleLR: the share of the steps that rise, lr over the first rate, and the first
+# rate over the last.
+RISING, FIRST_DIVISOR, LAST_DIVISOR = 0.3, 25, 1e4
+
 
 def _zeros(params: Tensors) -> Tensors:
     return {name: torch.zeros_like(p) for name, p in params.items()}
@@ -76,28 +86,112 @@ def sgd(grads: Tensors, opt: OptState, params: Tensors, hyper: Tensors, step: Te
     return {name: p - hyper["lr"].to(p.dtype) * momentum[name] for name, p in params.items()}, {"momentum": momentum}
 
 
+def nesterov(grads: Tensors, opt: OptState, params: Tensors, hyper: Tensors, step: Tensor):
+    """Gradient descent with Nesterov momentum 0.9 (Sutskever, Martens, Dahl and Hinton 2013), the arithmetic of
+    torch.optim.SGD(nesterov=True)."""
+    new_params, momentum = {}, {}
+    for name, p in params.items():
+        g = grads[name] + hyper["weight_decay"].to(p.dtype) * p
+        m = opt["momentum"][name] * MOMENTUM + g
+        new_params[name] = p - hyper["lr"].to(p.dtype) * (g + m * MOMENTUM)
+        momentum[name] = m
+    return new_params, {"momentum": momentum}
+
+
+def muon_init(params: Tensors) -> OptState:
+    """`momentum` for the weights of the hidden layers, which are all matrices [outputs, inputs] but the first and the
+    last; Adam's moments for everything else."""
+    hidden = [name for name, p in params.items() if p.ndim == 2][1:-1]
+    others = {name: p for name, p in params.items() if name not in hidden}
+    return {"momentum": _zeros({name: params[name] for name in hidden}), **adam_init(others)}
+
+
+def muon(grads: Tensors, opt: OptState, params: Tensors, hyper: Tensors, step: Tensor):
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the weights of the hidden layers, the
+    arithmetic of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"); AdamW for everything else.
+
+    The first and the last layer are among the rest, as Jordan found better. In a network of this kind that also saves
+    most of the time, since the first layer has most of the weights; one with fewer than two hidden layers is trained by
+    AdamW alone. "match_rms_adamw" (Liu et al. 2025, https://arxiv.org/abs/2502.16982) makes a step of Muon as large as
+    one of AdamW, so one learning rate and one weight decay, decoupled, serve both.
+    """
+    others = {name: p for name, p in params.items() if name not in opt["momentum"]}
+    new_params, moments = adamw(grads, opt, others, hyper, step)
+    momentum = {}
+    for name, m in opt["momentum"].items():
+        p, g = params[name], grads[name]
+        m = torch.lerp(m, g, 1 - MUON_MOMENTUM)
+        direction = orthogonalised(torch.lerp(g, m, MUON_MOMENTUM)).to(p.dtype)
+        kept = (1 - hyper["lr"] * hyper["weight_decay"]).to(p.dtype)
+        new_params[name] = p * kept - (hyper["lr"] * (0.2 * math.sqrt(max(p.shape)))).to(p.dtype) * direction
+        momentum[name] = m
+    return {name: new_params[name] for name in params}, {"momentum": momentum, **moments}
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Roughly U V^T of a matrix U S V^T, in bfloat16: its singular values become numbers around 1, from 0.7 to 1.2, by
+    five Newton-Schulz iterations in bfloat16."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.bfloat16()
+    x = x.t() if tall else x
+    x = x / _square_sum(x.float()).sqrt().to(x.dtype).clamp(min=MUON_EPS)
+    for _ in range(MUON_ITERATIONS):
+        gram = x @ x.t()
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=MUON_B, alpha=MUON_C), x, beta=MUON_A)
+    return x.t() if tall else x
+
+
+def _square_sum(t: Tensor) -> Tensor:
+    """The sum of all squares, 0-d. Row by row, so that threads share the rows; no sum of all would be shared."""
+    return (t * t).sum(-1).sum()
+
+
 OPTIMIZERS: dict[str, tuple[Callable[[Tensors], OptState], Update]] = {
     "adam": (adam_init, adam),
     "adamw": (adam_init, adamw),
     "sgd": (sgd_init, sgd),
+    "nesterov": (sgd_init, nesterov),
+    "muon": (muon_init, muon),
 }
+
+
+def clipped(grads: Tensors, largest: Tensor) -> Tensors:
+    """Gradients scaled down to a norm of `largest`, a 0-d tensor, where the norm of all of them together is larger; the
+    arithmetic of torch.nn.utils.clip_grad_norm_ (Pascanu, Mikolov and Bengio 2013)."""
+    norm = torch.stack([_square_sum(g) for g in grads.values()]).sum().sqrt()
+    scale = (largest / (norm + 1e-6)).clamp(max=1)
+    return {name: g * scale.to(g.dtype) for name, g in grads.items()}
 
 
 def scheduled_lr(kind: str, hyper: Tensors, step: Tensor) -> Tensor:
     """The learning rate of a step, 0-d: a linear warm-up over `warmup_steps`, then constant, or decaying to zero at
-    `total_steps` linearly or as half a cosine.
+    `total_steps` linearly or as half a cosine; or one cycle, which has a warm-up of its own and takes no other.
 
     Args:
-        kind: constant, linear or cosine.
+        kind: constant, linear, cosine or one-cycle.
         hyper: 0-d tensors lr, warmup_steps and total_steps.
     """
     lr = hyper["lr"]
     t = step.to(lr.dtype)
+    if kind == "one-cycle":
+        return _one_cycle(lr, t, hyper["total_steps"])
     ramp = ((t + 1) / (hyper["warmup_steps"] + 1)).clamp(max=1)
     if kind == "constant":
         return lr * ramp
     done = ((t - hyper["warmup_steps"]) / (hyper["total_steps"] - hyper["warmup_steps"]).clamp(min=1)).clamp(0, 1)
     return lr * ramp * ((1 - done) if kind == "linear" else (1 + torch.cos(done * math.pi)) / 2)
+
+
+def _one_cycle(lr: Tensor, t: Tensor, total: Tensor) -> Tensor:
+    """From lr / 25 up to lr at 30% of the steps, then down to lr / 250,000 in the last step, each along half a cosine:
+    the arithmetic of torch.optim.lr_scheduler.OneCycleLR (Smith and Topin 2018)."""
+
+    def between(start: Tensor, end: Tensor, done: Tensor) -> Tensor:
+        return end + (start - end) * (1 + torch.cos(done.clamp(0, 1) * math.pi)) / 2
+
+    first, peak = lr / FIRST_DIVISOR, total * RISING - 1
+    falling = between(lr, first / LAST_DIVISOR, (t - peak) / (total - 1 - peak))
+    return torch.where(t <= peak, between(first, lr, t / peak), falling)
 
 
 def hyper_tensors(spec: dict[str, Any], steps_per_epoch: int, device: torch.device) -> Tensors:
@@ -110,6 +204,7 @@ def hyper_tensors(spec: dict[str, Any], steps_per_epoch: int, device: torch.devi
     values = {
         "lr": (spec["lr"], wide),
         "weight_decay": (spec["weight_decay"], wide),
+        "clip": (spec["clip"], wide),
         "warmup_steps": (spec["warmup_epochs"] * steps_per_epoch, wide),
         "total_steps": (spec["epochs"] * steps_per_epoch, wide),
         "dropout": (spec["dropout"], torch.float32),

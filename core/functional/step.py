@@ -114,6 +114,8 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
         differentiated = torch.func.grad_and_value(loss_function, has_aux=True)
         grads, (loss, (stats, logits, losses)) = differentiated({**state["params"], **state["copies"]})
         grads = {name: g.to(state["params"][name].dtype) for name, g in grads.items()}
+        if spec["clip"] > 0:
+            grads = optim.clipped(grads, hyper["clip"])
         scheduled = {**hyper, "lr": optim.scheduled_lr(spec["schedule"], hyper, step)}
         params, opt = update(grads, state["opt"], state["params"], scheduled, step)
         # Every gradient of an activation is summed into that of a bias, so the biases answer for all of them.

@@ -84,19 +84,19 @@ def device_name(device: torch.device) -> str:
     return f"{_cpuinfo('model name')}, {os.cpu_count()} cores"
 
 
-def environment(device: torch.device, mode: str, precision: str = "float32") -> Environment:
+def environment(device: torch.device, mode: str, bfloat16: bool = False) -> Environment:
     """The provenance of a run that starts now on `device`.
 
     Args:
         mode: as core.compile.fused.Step has it.
-        precision: of the matrix products, as in the spec.
+        bfloat16: whether it multiplies matrices in bfloat16; see core.spec.reads_bfloat16.
     """
     name = device_name(device)
     if device.type == "cuda":
         hardware = f"{name}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
     else:
         hardware = _instructions()
-        if precision == "bfloat16" and "amx" in hardware:
+        if bfloat16 and "amx" in hardware:
             # On AMX, oneDNN shares the terms of a sum between threads.
             hardware += f", {torch.get_num_threads()} threads"
     return Environment(

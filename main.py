@@ -205,10 +205,10 @@ def run_command(args: argparse.Namespace) -> int:
     if args.dry_run:
         return dry_run(args, runs)
     files.sweep_all(args.out)  # an --out that cannot be written is found before the training, not after it
-    display = terminal.Display(runs, args.verbose, STARTED)
+    display, begun = terminal.Display(runs, args.verbose, STARTED), files.under_way(args.out)
     todo = []
     for run in runs:
-        if record := finished(args, run):
+        if record := finished(args, run, begun):
             display.tally.add(record)
         else:
             todo.append(run)
@@ -223,10 +223,11 @@ def run_command(args: argparse.Namespace) -> int:
     return status
 
 
-def finished(args: argparse.Namespace, run: sweep.Run) -> Finished | None:
-    """The record of a run that need not be trained."""
+def finished(args: argparse.Namespace, run: sweep.Run, begun: files.Begun) -> Finished | None:
+    """The record of a run that need not be trained, unless it has been `begun` again."""
     name, spec = run
-    return None if args.force else files.Run(args.out, name, spec_id(spec)).finished()
+    again = args.force or (name, spec_id(spec)) in begun
+    return None if again else files.Run(args.out, name, spec_id(spec)).result()
 
 
 def train_and_tell(args: argparse.Namespace, runs: list[sweep.Run], display: terminal.Display) -> int:
@@ -262,10 +263,10 @@ def measured(out: Path, device: str = "auto") -> sweep.Measured:
 def dry_run(args: argparse.Namespace, runs: list[sweep.Run]) -> int:
     """Show each run with what it will take; write nothing."""
     known, label = measured(args.out, args.device), sweep.Tally(runs).label
-    mode, todo = "eager" if args.no_compile else "compiled", []
+    mode, todo, begun = "eager" if args.no_compile else "compiled", [], files.under_way(args.out)
     for run in runs:
         name, spec = run
-        done = finished(args, run)
+        done = finished(args, run, begun)
         todo += [] if done else [spec]
         found = "finished" if done else terminal.estimate(known.estimate([spec], mode))
         say(f"{label(name, spec['seed'])}  {spec_id(spec)}  {found}")

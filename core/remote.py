@@ -14,7 +14,7 @@ import torch
 from core.data.cifar10 import DIRECTORY_HASH, Cifar10
 from core.errors import UserError
 from core.runs import record as records
-from core.runs.files import Run
+from core.runs.files import Begun, Run, under_way
 from core.runs.provenance import CODE
 from core.runs.record import Finished, Record
 from core.runs.store import Held, StoreError, atomic_write, delete
@@ -23,9 +23,7 @@ from core.spec import Spec, spec_id
 
 Group = list[tuple[str, Spec]]  # runs that are trained together, as core.session.run_cohort takes them
 
-WAITING = (
-    2  # tasks for each one that the cluster can run at once: enough to keep it busy, few enough to forget at a stop
-)
+AHEAD = 2  # tasks handed over for each one that the cluster runs at once: enough to keep it busy
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # reports to nobody
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # nodes have the project and its environment, which are not sent to them
@@ -131,50 +129,56 @@ def train(
         ClusterError: there is no cluster, or a worker has other software. core.runs.store.StoreError: a file cannot be
             written.
     """
-    left = deque(groups)
-    with connected(address) as ray, contextlib.ExitStack() as locks:
-        gpu = device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-        task = ray.remote(num_cpus=1, num_gpus=int(gpu), max_retries=-1, max_calls=0)(work)
+    begun = under_way(out)
+    left = [[run for run in group if force or not _finished(run, out, begun)] for group in groups]
+    waiting = deque(filter(None, left))
+    tasks: dict[Any, tuple[Group, contextlib.ExitStack]] = {}  # with the locks of their runs
+    with connected(address) as ray, contextlib.ExitStack() as held:
+        chosen = "cuda" if device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU")) else "cpu"
+        task = ray.remote(num_cpus=1, num_gpus=int(chosen == "cuda"), max_retries=-1)(work)
         arrays = ray.put([t.numpy() for t in data])
-        under_way: dict[Any, tuple[Group, contextlib.ExitStack]] = {}
-        while left or under_way:
-            room = WAITING * max(1, int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1)))
-            while left and len(under_way) < room:
-                group, held = left.popleft(), locks.enter_context(contextlib.ExitStack())
-                group = [run for run in group if _lock(run, out, force, held, on_held)]
-                if group:
-                    chosen = "cuda" if gpu else "cpu"
-                    under_way[task.remote(group, arrays, SOFTWARE, chosen, compiled)] = group, held
-            for ended in ray.wait(list(under_way), timeout=1)[0]:
-                group, held = under_way.pop(ended)
-                try:
-                    found = ray.get(ended)
-                except ray.exceptions.RayTaskError as error:
-                    if not isinstance(error.cause, TooLarge):
-                        raise error.cause from None
-                    left.extendleft([run] for run in reversed(group))  # one by one
-                    held.close()
-                    continue
-                with held:
-                    yield from [keep(out, trained) for trained in found]
+        while waiting or tasks:
+            while waiting and len(tasks) < AHEAD * _at_once(ray.cluster_resources(), chosen):
+                locks = held.enter_context(contextlib.ExitStack())
+                if group := [run for run in waiting.popleft() if _lock(run, out, locks, on_held)]:
+                    tasks[task.remote(group, arrays, SOFTWARE, chosen, compiled)] = group, locks
+            for ended in ray.wait(list(tasks), timeout=1)[0] if tasks else ():
+                group, locks = tasks.pop(ended)
+                with locks:
+                    try:
+                        yield from [keep(out, trained, begun) for trained in ray.get(ended)]
+                    except ray.exceptions.RayTaskError as error:
+                        if not isinstance(error.cause, TooLarge):
+                            raise error.cause from None
+                        waiting.extendleft([run] for run in reversed(group))  # one by one
 
 
-def _lock(
-    run: tuple[str, Spec], out: Path, force: bool, held: contextlib.ExitStack, on_held: Callable[[str, Held], None]
-) -> bool:
-    """Whether a run is now this process's to train."""
+def _finished(run: tuple[str, Spec], out: Path, begun: Begun) -> bool:
     name, spec = run
-    files = Run(out, name, spec_id(spec))
+    return (name, spec_id(spec)) not in begun and Run(out, name, spec_id(spec)).result() is not None
+
+
+def _at_once(resources: dict[str, float], device: str) -> int:
+    """How many tasks a cluster with these resources runs at once."""
+    return max(1, int(resources.get("GPU" if device == "cuda" else "CPU", 1)))
+
+
+def _lock(run: tuple[str, Spec], out: Path, locks: contextlib.ExitStack, on_held: Callable[[str, Held], None]) -> bool:
+    """Keep a run for this process; False where another one has it."""
+    name, spec = run
     try:
-        held.enter_context(files.lock())
+        locks.enter_context(Run(out, name, spec_id(spec)).lock())
     except Held as error:
         on_held(name, error)
         return False
-    return force or not files.finished()
+    return True
 
 
-def keep(out: Path, trained: Trained) -> Record:
+def keep(out: Path, trained: Trained, begun: Begun = frozenset()) -> Record:
     """Write what a worker has made, and return the record.
+
+    Args:
+        begun: the runs of which there are resume points, which a result makes useless.
 
     Raises:
         core.runs.store.StoreError: it cannot be written, or is no record.
@@ -188,6 +192,6 @@ def keep(out: Path, trained: Trained) -> Record:
         atomic_write(run.weights, trained.weights)
     if isinstance(record, Finished) or not run.result():
         atomic_write(run.record, trained.record)
-    if isinstance(record, Finished):
+    if isinstance(record, Finished) and (record.name, run.spec_id) in begun:
         delete(*run.resume_points())
     return record

@@ -1,0 +1,77 @@
+"""A sweep on a Ray cluster of this machine against the same sweep in this process; what 10,000 runs cost the driver."""
+
+import importlib.util
+import resource
+import time
+
+import pytest
+from msgspec.structs import replace
+
+from benchmarks import harness
+from core import remote, session
+from core.runs import record as records
+from core.spec import resolve, spec_id
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="uv run --group ray ... has it")
+
+SMALL = {"widths": [256, 128], "batch_size": 256, "epochs": 3}
+MANY = 10_000
+
+
+def groups(count):
+    return [[("x", resolve({**SMALL, "seed": seed}))] for seed in range(count)]
+
+
+@pytest.mark.benchmark(group="remote", timer=harness.replay)
+def test_two_workers_against_one_process(data, tmp_path, benchmark, board):
+    """Twelve small runs: two workers of one thread, and one process of as many threads as it takes. The step is
+    compiled before."""
+    session.run_experiment("x", SMALL, tmp_path / "first", data, "cpu")
+    begun = time.perf_counter()
+    for [(name, spec)] in groups(12):
+        session.run_experiment(name, spec, tmp_path / "here", data, "cpu", checkpoint_every=10**9)
+    here = time.perf_counter() - begun
+    with remote.connected(remote.LOCAL):  # the first run there imports torch and loads a step for one thread
+        list(remote.train(groups(2), tmp_path / "warm", data))
+    begun = time.perf_counter()
+    times = [time.perf_counter() - begun for _ in remote.train(groups(12), tmp_path / "there", data)]
+    board.lines.append(
+        f"Ray: 12 small runs take {here:.1f} s in one process and {times[-1]:.1f} s with two workers "
+        f"({here / times[-1]:.2f} times as fast), of which {times[0]:.1f} s are until the first run has ended"
+    )
+    harness.replay.report(benchmark, [times[-1]])
+
+
+def at_once(group, arrays, software, device, compiled):
+    """A worker that has nothing to do: the record of another run, under the name of this one."""
+    [(name, spec)] = group
+    made = replace(records.decode(arrays[0].tobytes()), name=name, spec=spec, spec_id=spec_id(spec), seed=spec["seed"])
+    return [remote.Trained(records.encode(made), b"weights")]
+
+
+@pytest.mark.benchmark(group="remote", timer=harness.replay)
+def test_ten_thousand_runs(data, tmp_path, benchmark, board, monkeypatch):
+    import numpy as np
+
+    found = session.run_experiment("x", {**SMALL, "epochs": 1}, tmp_path / "one", data, "cpu", compiled=False)
+    found = replace(found, history=[replace(found.history[0], epoch=i + 1) for i in range(SMALL["epochs"])])
+
+    class Canned(list):
+        """What stands in for the images: tensors that are one record."""
+
+        def __iter__(self):
+            yield type("Bytes", (), {"numpy": lambda _: np.frombuffer(records.encode(found), np.uint8)})()
+
+    monkeypatch.setattr(remote, "work", at_once)
+    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    done = sum(1 for _ in remote.train(groups(MANY), tmp_path / "many", Canned()))
+    seconds, megabytes = (
+        time.perf_counter() - begun,
+        (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+    )
+    assert done == MANY
+    board.lines.append(
+        f"Ray: {MANY:,} runs that end at once take {seconds:.0f} s ({1000 * seconds / MANY:.1f} ms a run) and "
+        f"{megabytes:.0f} MB more of this process"
+    )
+    harness.replay.report(benchmark, [seconds])

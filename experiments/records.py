@@ -16,7 +16,7 @@ MINUTE: dict[str, Any] = {
     "augment": "flip+shift",
     "whiten": 400,
     "batch_size": 512,
-    "epochs": 44,
+    "epochs": 38,
     "optimizer": "adamw",
     "lr": 2e-3,
     "schedule": "cosine",

@@ -254,6 +254,7 @@ class Session:
     def begin(self, allow_inexact: bool, last: int | None, count: int) -> int:
         """Prepare the training, one of `count`, from the newest good resume point up to the step `last`, if there is
         one; returns the step at which it stands."""
+        self.started = time.perf_counter()
         self.training = training = Training(self.spec, self.data, self.device, self.environment.mode)
         if reads_bfloat16(self.spec) and emulates_bfloat16(self.device):
             faster = "float32" if self.spec["precision"] == "bfloat16" else "another optimizer than Muon"
@@ -279,7 +280,6 @@ class Session:
 
     def join(self, count: int) -> None:
         """Become one of a cohort of so many."""
-        self.started = time.perf_counter()
         if self.training.step == self.training.total:  # nothing is left to be trained
             return
         mode = self.training.mode.split(",")[0] + (f", cohort of {count}" if count > 1 else "")

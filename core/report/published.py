@@ -56,9 +56,11 @@ def flipped(group: Group) -> list[float]:
     return [record.flipped.test.accuracy for record in group if record.flipped]
 
 
-def with_compilation(record: Finished) -> float:
-    """Seconds from the start of the run to its last step, without the evaluations."""
-    return record.first_step_seconds + stats.seconds(record)
+def seconds(group: Group) -> tuple[float, float]:
+    """The mean time of all steps of a run; and with the whitening and the longest first step, which is that of the run
+    that compiled."""
+    training = fmean(map(stats.seconds, group))
+    return training, training + max(record.first_step_seconds for record in group)
 
 
 def spread(values: list[float]) -> str:
@@ -92,8 +94,7 @@ def row(group: Group) -> list[str]:
         f"**{mirrored}**" if mirrored else "not evaluated",
         f"{record.parameters:,}",
         str(record.spec["epochs"]),
-        f"{fmean(map(stats.seconds, group)):.0f} s",
-        f"{fmean(map(with_compilation, group)):.0f} s",
+        *(f"{value:.0f} s" for value in seconds(group)),
         f"{work(record):.3g}",
         f"{record.environment.device_name}, {record.environment.threads} threads",
     ]

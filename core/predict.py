@@ -1,5 +1,6 @@
 """A trained network, from its checkpoint: to call, to evaluate, or as a torch.nn.Sequential."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from core.runs.record import Finished, Metrics, Weights, read_record
 from core.spec import Spec
 
 MODULES = {"leaky_relu": nn.LeakyReLU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "flatten": nn.Flatten}
+NORMS = {"batch_norm": nn.BatchNorm1d, "layer_norm": nn.LayerNorm}
 
 
 class Network(NamedTuple):
@@ -108,6 +110,13 @@ def evaluate(path: Path, network: Network, images: Tensor, labels: Tensor, flip:
     return Evaluation(found, flip, test, digest, as_recorded and digest == network.digest())
 
 
+class Residual(nn.Sequential):
+    """x + f(x), where f is its modules one after the other (He et al. 2016, https://arxiv.org/abs/1512.03385)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
 def as_module(spec: Spec) -> nn.Sequential:
     """The network of a resolved spec in torch.nn, with the same names: a checkpoint's tensors are its state dict, if
     it is the spec of a `Network`.
@@ -115,11 +124,15 @@ def as_module(spec: Spec) -> nn.Sequential:
     Its input is normalised; see core.functional.augment.normalise.
     """
 
+    def modules(stack: model.Stack) -> Iterator[nn.Module]:
+        for layer in stack:
+            yield Residual(*modules(layer)) if isinstance(layer, list) else module(*layer)
+
     def module(kind: str, inputs: int, outputs: int) -> nn.Module:
         if kind == "linear":
             return nn.Linear(inputs, outputs)
-        if kind == "norm":
-            return nn.BatchNorm1d(outputs)
+        if kind in NORMS:
+            return NORMS[kind](outputs)
         return nn.Dropout(spec["dropout"]) if kind == "dropout" else MODULES[kind]()
 
-    return nn.Sequential(*(module(*layer) for layer in model.layers(spec)))
+    return nn.Sequential(*modules(model.layers(spec)))

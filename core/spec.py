@@ -58,7 +58,8 @@ def _widths(value: Any) -> bool:
 FIELDS: dict[str, Field] = {
     # The network
     "widths": Field([1024, 512, 256], "a list of at most 16 integers from 1 to 65536", _widths),
-    "norm": Field("batch", *_choice("batch", "none")),
+    "expansion": Field(0, *_integer(0, 16)),  # 0: plain layers; else residual blocks that widen so many times
+    "norm": Field("batch", *_choice("batch", "layer", "none")),
     "activation": Field("leaky_relu", *_choice("leaky_relu", "relu", "gelu", "tanh")),
     "dropout": Field(0.2, *_number(0, 1)),
     # The data

@@ -165,9 +165,13 @@ def cohorts(runs: Iterable[Run], size: int) -> list[list[Run]]:
 
 def parameters(spec: Spec) -> int:
     """How many parameters are trained (as core.functional.model.shapes gives them)."""
-    widths = [spec["whiten"] or 3072, *spec["widths"], 10]
-    products = sum((inputs + 1) * outputs for inputs, outputs in itertools.pairwise(widths))
-    return products + (2 * sum(spec["widths"]) if spec["norm"] == "batch" else 0)
+    widths, expansion = spec["widths"], spec["expansion"]
+    stems = [width for width, _ in itertools.groupby(widths)] if expansion else widths
+    linear = list(itertools.pairwise([spec["whiten"] or 3072, *stems, 10]))
+    if expansion:
+        linear += [pair for width in widths for pair in ((width, expansion * width), (expansion * width, width))]
+    norms = 0 if spec["norm"] == "none" else 2 * sum(widths)
+    return sum((inputs + 1) * outputs for inputs, outputs in linear) + norms
 
 
 def work(spec: Spec) -> int:

@@ -153,14 +153,16 @@ def sequential() -> Callable[..., nn.Sequential]:
     """The network of a spec in torch.nn.
 
     Args:
-        masks: one dropout mask a hidden layer, in place of torch's own dropout.
+        masks: one for each width of core.functional.model.dropped, in place of torch's own dropout.
     """
 
     def build(spec: Spec, masks: list[Tensor] | None = None) -> nn.Sequential:
-        left = iter(masks or [])
-        return nn.Sequential(
-            *(Masked(next(left)) if masks and isinstance(m, nn.Dropout) else m for m in as_module(spec))
-        )
+        network = as_module(spec)
+        if masks:
+            dropouts = [name for name, module in network.named_modules() if isinstance(module, nn.Dropout)]
+            for name, mask in zip(dropouts, masks, strict=True):
+                network.set_submodule(name, Masked(mask))
+        return network
 
     return build
 

@@ -169,6 +169,31 @@ def test_another_shape_compiles_and_in_this_process_too(small_spec, step_inputs,
         torch.testing.assert_close(value, eager["params"][name], rtol=1e-5, atol=1e-5)
 
 
+@compiles
+@pytest.mark.slow
+def test_residual_blocks_compiled(small_spec, step_inputs):
+    """Near the eager step, and the same bits on one thread and on two: layer norm reduces along the other axis than
+    batch norm. The batch is no multiple of what a vector holds."""
+    spec = small_spec(norm="layer", activation="gelu", expansion=4, widths=[32, 32, 16], batch_size=50)
+    start, data, hyper = step_inputs(spec)
+    threads, after = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            state = clone(start)
+            made = fused.fuse(spec, state, data, hyper)
+            assert made.mode == "compiled"
+            made.advance()
+            first = clone(state)
+            for _ in range(9):
+                made.advance()
+            after.append(state)
+    finally:
+        torch.set_num_threads(threads)
+    assert_close(first, step.make_train_step(spec)(start, data, hyper))
+    assert all(torch.equal(a, b) for a, b in zip(*map(tree.leaves, after), strict=True))
+
+
 def test_eager_fuse_advances_the_standing_buffers(small_spec, step_inputs):
     """The state is replaced in place, by exactly what the pure step gives."""
     spec = small_spec()

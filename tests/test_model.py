@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.functional import model, prng
+from core.predict import Residual
 from core.spec import resolve
 
 VARIANTS = [
@@ -16,6 +17,10 @@ VARIANTS = [
     {"activation": "gelu"},
     {"activation": "tanh", "widths": [8, 8, 8, 8]},
     {"widths": []},
+    {"norm": "layer"},
+    {"norm": "layer", "expansion": 4, "activation": "gelu"},
+    {"expansion": 2, "widths": [12, 12, 7]},
+    {"norm": "none", "expansion": 3, "dropout": 0.0, "widths": [8]},
 ]
 BATCH = 20
 
@@ -71,6 +76,42 @@ def test_the_layers_of_sequential_written_out(sequential):
     assert [type(module) for module in sequential(plain)] == [nn.Flatten, nn.Linear, nn.ReLU, nn.Linear]
 
 
+def test_the_blocks_of_sequential_written_out(sequential):
+    """As above, of residual blocks; and a mask for the hidden layer of each."""
+    spec = resolve({"widths": [8, 8, 4], "norm": "layer", "activation": "gelu", "dropout": 0.3, "expansion": 4})
+    network = sequential(spec)
+    assert [type(module) for module in network] == [
+        *(nn.Flatten, nn.Linear, Residual, Residual, nn.Linear, Residual, nn.Linear)
+    ]
+    for i in (2, 3, 5):
+        assert [type(module) for module in network[i]] == [nn.LayerNorm, nn.Linear, nn.GELU, nn.Dropout, nn.Linear]
+    found = [(m.in_features, m.out_features) for m in network.modules() if isinstance(m, nn.Linear)]
+    assert found == [(3072, 8), (8, 32), (32, 8), (8, 32), (32, 8), (8, 4), (4, 16), (16, 4), (4, 10)]
+    assert model.dropped(spec) == [32, 32, 16]
+    assert model.dropped(resolve({**spec, "expansion": 0})) == [8, 8, 4]
+    plain = sequential(resolve({"widths": [3072], "norm": "none", "dropout": 0.0, "expansion": 1}))
+    assert [type(module) for module in plain] == [nn.Flatten, nn.Linear, Residual, nn.Linear]
+    assert [type(module) for module in plain[2]] == [nn.Linear, nn.LeakyReLU, nn.Linear]
+
+
+def test_a_block_written_out():
+    """x + W2 gelu(W1 norm(x)), and no norm before the head."""
+    spec = resolve({"widths": [6], "norm": "layer", "activation": "gelu", "dropout": 0.0, "expansion": 4})
+    params, stats = map(double, model.init(spec, 0))
+    params = {name: p + 0.1 * torch.randn_like(p) for name, p in params.items()}
+    assert list(params) == [
+        f"{layer}.{name}" for layer in ("1", "2.0", "2.1", "2.3", "3") for name in ("weight", "bias")
+    ]
+    x = images()
+    h = F.linear(x, params["1.weight"], params["1.bias"])
+    wide = F.linear(F.layer_norm(h, (6,), params["2.0.weight"], params["2.0.bias"]), params["2.1.weight"])
+    h = h + F.linear(F.gelu(wide + params["2.1.bias"]), params["2.3.weight"], params["2.3.bias"])
+    logits = F.linear(h, params["3.weight"], params["3.bias"])
+    for train in (False, True):
+        found, _ = model.forward(params, stats, x, spec, train=train)
+        torch.testing.assert_close(found, logits, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", model.LAYERS)
 def test_a_layer_makes_the_tensors_that_it_says(kind):
     layer = model.LAYERS[kind]
@@ -113,7 +154,7 @@ def masks_for(spec, batch=BATCH):
     if spec["dropout"] == 0:
         return []
     seed, step = torch.tensor([1, 2], dtype=torch.int32)
-    masks = prng.dropout_masks(seed, step, torch.tensor(spec["dropout"]), spec["widths"], batch)
+    masks = prng.dropout_masks(seed, step, torch.tensor(spec["dropout"]), model.dropped(spec), batch)
     return [mask.double() for mask in masks]
 
 
@@ -202,6 +243,27 @@ def test_batch_norm_gradients_against_torch():
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize(("features", "batch"), [(1, 3), (5, 2), (7, 3), (64, 128)])
+def test_layer_norm_against_torch(features, batch):
+    """Output and gradients, far from zero mean and unit variance."""
+    inputs = [torch.randn(features, batch, dtype=torch.float64) * 3 + 7, *torch.randn(2, features).double()]
+    weights = torch.randn(features, batch, dtype=torch.float64)
+
+    def ours(h, weight, bias):
+        out, stats = model.layer_norm({"weight": weight, "bias": bias}, h, model.Context("float32", True, iter(())))
+        assert not stats
+        return (out * weights).sum(), out
+
+    def theirs(h, weight, bias):
+        out = F.layer_norm(h.t(), (features,), weight, bias, eps=1e-5).t()
+        return (out * weights).sum(), out
+
+    found = [torch.func.grad(f, argnums=(0, 1, 2), has_aux=True)(*inputs) for f in (ours, theirs)]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-12, atol=1e-12)
+    for a, b in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
 def test_statistics_follow_several_batches(small_spec, sequential):
     spec = small_spec(dropout=0.0)
     params, stats = map(double, model.init(spec, 0))
@@ -252,29 +314,34 @@ def test_dropout_drops_activations_of_every_hidden_layer(small_spec):
         torch.testing.assert_close(logits, logits[:1].expand(BATCH, 10), rtol=0, atol=1e-12)
 
 
-def test_init_is_distributed_as_linear():
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({"widths": [400, 300, 2000]}, {"1": (3072, 400), "5": (400, 300), "9": (300, 2000), "13": (2000, 10)}),
+        ({"widths": [300], "expansion": 4}, {"2.1": (300, 1200), "2.4": (1200, 300)}),
+    ],
+)
+def test_init_is_distributed_as_linear(changes, layers):
     """Two-sample Kolmogorov-Smirnov at 1e-6 and fixed seeds, weights and biases of every layer."""
-    spec = resolve({"widths": [400, 300, 2000]})
-    params, _ = model.init(spec, 0)
-    inputs = 3072
-    for width, i in zip([400, 300, 2000, 10], [1, 5, 9, 13], strict=True):
+    params, _ = model.init(resolve(changes), 0)
+    for name, (inputs, width) in layers.items():
         linear = nn.Linear(inputs, width)
-        for ours, theirs in ((params[f"{i}.weight"], linear.weight), (params[f"{i}.bias"], linear.bias)):
+        for ours, theirs in ((params[f"{name}.weight"], linear.weight), (params[f"{name}.bias"], linear.bias)):
             assert ours.shape == theirs.shape
             assert ours.abs().max() <= inputs**-0.5
             a, b = ours.flatten().sort().values, theirs.detach().flatten().sort().values
             where = torch.cat([a, b])
             apart = (torch.searchsorted(a, where, right=True) - torch.searchsorted(b, where, right=True)).abs().max()
             assert apart / len(a) < 2.7 * (2 / len(a)) ** 0.5
-        inputs = width
 
 
-def test_init_of_batch_norm_is_the_identity():
-    params, stats = model.init(resolve({}), 0)
-    reference = nn.BatchNorm1d(1024).state_dict()
-    for name, value in {**params, **stats}.items():
-        if name.startswith("2."):
-            assert torch.equal(value, reference[name.removeprefix("2.")])
+@pytest.mark.parametrize(("norm", "module"), [("batch", nn.BatchNorm1d), ("layer", nn.LayerNorm)])
+def test_init_of_a_norm_is_that_of_torch(norm, module):
+    params, stats = model.init(resolve({"norm": norm}), 0)
+    found = {name: value for name, value in {**params, **stats}.items() if name.startswith("2.")}
+    reference = module(1024).state_dict()
+    assert found.keys() == {f"2.{name}" for name in reference}
+    assert all(torch.equal(found[f"2.{name}"], value) for name, value in reference.items())
 
 
 def test_init_is_a_function_of_the_seed(small_spec):
@@ -292,11 +359,16 @@ def test_parameters_of_the_default_network():
     assert sum(torch.Size(shape).numel() for shape in params.values()) == 3_809_034
 
 
-def test_bfloat16_products_are_near_float32(small_spec):
-    params, stats = model.init(small_spec(), 0)
+@pytest.mark.parametrize("changes", [{}, {"norm": "layer", "expansion": 4}], ids=str)
+def test_bfloat16_products_are_near_float32(small_spec, changes):
+    """With the copies of every weight matrix, as in a step."""
+    half_spec = small_spec(precision="bfloat16", **changes)
+    params, stats = model.init(half_spec, 0)
+    copies = model.copies(params, half_spec)
+    assert copies.keys() == {name for name, p in params.items() if p.ndim == 2}
     x = images(dtype=torch.float32)
-    full, _ = model.forward(params, stats, x, small_spec())
-    half, _ = model.forward(params, stats, x, small_spec(precision="bfloat16"))
+    full, _ = model.forward(params, stats, x, small_spec(**changes))
+    half, _ = model.forward({**params, **copies}, stats, x, half_spec)
     assert half.dtype == torch.float32
     assert not torch.equal(full, half)
     torch.testing.assert_close(half, full, rtol=0.05, atol=0.05)

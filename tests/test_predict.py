@@ -47,8 +47,9 @@ def write_checkpoint(path, spec, data):
 
 
 @pytest.fixture
-def saved(tmp_path, small_spec, invented):
-    spec = small_spec(seed=3)
+def saved(request, tmp_path, small_spec, invented):
+    """Such a checkpoint; `param` changes the network."""
+    spec = small_spec(seed=3, **getattr(request, "param", {}))
     path = Run(tmp_path, "x", spec_id(spec)).weights
     path.parent.mkdir(parents=True)
     return path, spec, *write_checkpoint(path, spec, invented)
@@ -75,6 +76,9 @@ def test_calling_it_classifies_images_of_either_shape(saved, invented):
     torch.testing.assert_close(logits[:1], net(images[:1]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "saved", [{}, {"norm": "layer"}, {"norm": "layer", "expansion": 4}, {"expansion": 2}], indirect=True, ids=str
+)
 def test_plain_pytorch_reads_the_same_file(saved, invented):
     """As the README shows it: safetensors, nn.Sequential, the channels' mean and deviation."""
     path, spec, *_ = saved
@@ -162,7 +166,9 @@ def test_a_damaged_record_beside_a_checkpoint_is_named(saved, invented):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"widths": [32, 15]}, {"widths": [32]}, {"norm": "none"}, {"dropout": 0.0}], ids=str
+    "changes",
+    [{"widths": [32, 15]}, {"widths": [32]}, {"norm": "none"}, {"norm": "layer"}, {"dropout": 0.0}, {"expansion": 1}],
+    ids=str,
 )
 def test_weights_of_another_architecture_are_refused(saved, small_spec, changes):
     """The spec in the file and the tensors in the file disagree."""

@@ -187,9 +187,10 @@ def test_the_number_of_threads_could_matter():
 
 
 @pytest.fixture
-def train(tmp_path, invented, small_spec):
-    """Trains three epochs of 15 steps, eager, and can be stopped after any number of steps; returns the record."""
-    spec = small_spec(epochs=3)
+def train(request, tmp_path, invented, small_spec):
+    """Trains three epochs of 15 steps, eager, and can be stopped after any number of steps; returns the record. `param`
+    changes the network."""
+    spec = small_spec(epochs=3, **getattr(request, "param", {}))
 
     def train(out, stop_after=10**9, **options):
         left = iter(range(stop_after))
@@ -249,7 +250,12 @@ def test_what_is_finished_is_not_trained_again_unless_forced(train):
     assert again.digest == first.digest
 
 
-@pytest.mark.parametrize("after", [1, 7, 14, 15, 16, 29, 40])
+@pytest.mark.parametrize(
+    ("train", "after"),
+    [*(({}, after) for after in (1, 7, 14, 15, 16, 29, 40)), ({"norm": "layer", "expansion": 4}, 20)],
+    indirect=["train"],
+    ids=str,
+)
 def test_a_resumed_run_is_the_uninterrupted_one(train, after):
     whole = train("whole")
     stopped(train, "cut", after)

@@ -15,7 +15,8 @@ from tests.conftest import EXPERIMENTS
 
 VALID = {
     "widths": st.lists(st.integers(1, 65536), max_size=16) | st.tuples(st.integers(1, 65536)),
-    "norm": st.sampled_from(["batch", "none"]),
+    "expansion": st.integers(0, 16),
+    "norm": st.sampled_from(["batch", "layer", "none"]),
     "activation": st.sampled_from(["leaky_relu", "relu", "gelu", "tanh"]),
     "dropout": st.floats(0, 1, exclude_max=True) | st.just(0),
     "train_on": st.sampled_from(["train", "all"]),
@@ -58,7 +59,8 @@ def number(v):
 # What a key may be, said a second time and in other words than core.spec says it.
 MAY_BE = {
     "widths": lambda v: type(v) is list and len(v) < 17 and all(type(w) is int and 0 < w < 65537 for w in v),
-    "norm": lambda v: v in ("batch", "none"),
+    "expansion": lambda v: type(v) is int and 0 <= v < 17,
+    "norm": lambda v: v in ("batch", "layer", "none"),
     "activation": lambda v: v in ("leaky_relu", "relu", "gelu", "tanh"),
     "dropout": lambda v: number(v) and 0 <= v < 1,
     "train_on": lambda v: v in ("train", "all"),
@@ -87,6 +89,7 @@ MAY_BE = {
 
 DEFAULTS = {
     "widths": [1024, 512, 256],
+    "expansion": 0,
     "norm": "batch",
     "activation": "leaky_relu",
     "dropout": 0.2,
@@ -116,6 +119,7 @@ DEFAULTS = {
 # Another value than the default, for each key.
 ANOTHER = {
     "widths": [1024, 512],
+    "expansion": 4,
     "norm": "none",
     "activation": "relu",
     "dropout": 0.5,
@@ -256,7 +260,10 @@ def test_whatever_the_value_it_is_resolved_or_refused_in_one_line(key, value):
         ("widths", [True]),
         ("widths", 512),
         ("widths", "512"),
-        ("norm", "layer"),
+        ("expansion", -1),
+        ("expansion", 17),
+        ("expansion", 4.0),
+        ("norm", "group"),
         ("norm", ["batch"]),
         ("seed", -1),
         ("seed", 2**31),

@@ -29,6 +29,7 @@ VARIANTS = [
     {"augment": "flip", "rotate": 20.0, "zoom": 0.2, "whiten": 20, "mixup": 0.5},
     {"optimizer": "muon", "weight_decay": 0.1, "clip": 0.5},
     {"optimizer": "nesterov", "schedule": "one-cycle", "clip": 0.5, "precision": "bfloat16"},
+    {"norm": "layer", "expansion": 2, "activation": "gelu", "widths": [24, 24, 16]},
 ]
 
 
@@ -57,13 +58,15 @@ def batches(data, steps):
         yield data["images"][examples], data["labels"][examples]
 
 
-@pytest.mark.parametrize("norm", ["batch", "none"])
-def test_three_steps_against_a_module_in_float64(small_spec, step_inputs, sequential, monkeypatch, norm):
+@pytest.mark.parametrize(
+    "changes", [{"norm": "batch"}, {"norm": "none"}, {"norm": "layer"}, {"norm": "layer", "expansion": 4}], ids=str
+)
+def test_three_steps_against_a_module_in_float64(small_spec, step_inputs, sequential, monkeypatch, changes):
     """In float64, so that Adam does not turn the rounding error of a zero gradient (a bias before batch norm has one)
     into a step of its own."""
     normalise = augment.normalise
     monkeypatch.setattr(augment, "normalise", lambda images: normalise(images).double())
-    spec = small_spec(dropout=0.0, norm=norm, weight_decay=0.01)
+    spec = small_spec(dropout=0.0, weight_decay=0.01, **changes)
     state, data, hyper = step_inputs(spec)
     state = tree_map(lambda t: t.double() if t.dtype == torch.float32 else t, state)
     module = sequential(spec).double().train()

@@ -137,9 +137,17 @@ def test_ten_thousand_runs_are_planned_in_little_time_and_memory():
 # Estimates
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+OTHERS = {  # networks that no experiment has
+    "layer norm": {"norm": "layer"},
+    "blocks": {"expansion": 4, "norm": "layer", "widths": [64, 64, 32, 10]},
+    "blocks without norm": {"expansion": 1, "norm": "none", "widths": [3072, 64]},
+    "no blocks": {"expansion": 2, "widths": []},
+}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS | OTHERS)
 def test_parameters_are_those_of_the_network(name):
-    spec = resolve(EXPERIMENTS[name])
+    spec = resolve((EXPERIMENTS | OTHERS)[name])
     assert sweep.parameters(spec) == sum(math.prod(shape) for shape in model.shapes(spec)[0].values())
 
 

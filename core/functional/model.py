@@ -1,5 +1,7 @@
 """The multilayer perceptron as pure functions over dicts of tensors, named as in the equivalent torch.nn.Sequential.
 
+It is a plain stack of layers or, with `expansion` in the spec, a stack of residual blocks; see `layers`.
+
 Inside, activations are feature-major, [features, batch]: the matrix products run faster that way at small batches, and
 batch norm reduces along the contiguous axis. Callers see [batch, features].
 """
@@ -15,9 +17,10 @@ from core.spec import Spec
 
 Tensors = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
+Stack = list["tuple[str, int, int] | Stack"]  # (kind, inputs, outputs) of a layer, or the stack of a residual block
 
 INPUTS, CLASSES = 3 * 32 * 32, 10
-EPS, MOMENTUM, NEGATIVE_SLOPE = 1e-5, 0.1, 0.01  # the defaults of BatchNorm1d and LeakyReLU
+EPS, MOMENTUM, NEGATIVE_SLOPE = 1e-5, 0.1, 0.01  # the defaults of BatchNorm1d, LayerNorm and LeakyReLU
 
 
 class Context(NamedTuple):
@@ -117,6 +120,19 @@ def apply_batch_norm(own: Tensors, h: Tensor, context: Context) -> tuple[Tensor,
     return torch.addcmul(shift[:, None], h, scale[:, None]), {}
 
 
+def layer_norm_init(inputs: int, outputs: int, generator: Generator) -> Tensors:
+    """The identity after the normalisation, as torch.nn.LayerNorm begins."""
+    return {"weight": torch.ones(outputs), "bias": torch.zeros(outputs)}
+
+
+def layer_norm(own: Tensors, h: Tensor, context: Context) -> tuple[Tensor, Tensors]:
+    """Normalise each example over its features (Ba, Kiros and Hinton 2016; torch.nn.LayerNorm), in training and in
+    evaluation alike; h is [features, batch]."""
+    centered = h - h.mean(0, keepdim=True)
+    variance = (centered * centered).mean(0, keepdim=True)
+    return centered * torch.rsqrt(variance + EPS) * own["weight"][:, None] + own["bias"][:, None], {}
+
+
 def dropout(own: Tensors, h: Tensor, context: Context) -> tuple[Tensor, Tensors]:
     mask = next(context.masks, None)
     return h if mask is None else h * mask, {}
@@ -130,7 +146,7 @@ def plain(function: Callable[[Tensor], Tensor]) -> Layer:
 LAYERS: dict[str, Layer] = {
     "flatten": plain(lambda h: h),  # `forward` has done it: inside, there are [features, batch] alone
     "linear": Layer(lambda i, o: ({"weight": (o, i), "bias": (o,)}, {}), linear_init, linear),
-    "norm": Layer(
+    "batch_norm": Layer(
         lambda i, o: (
             {"weight": (o,), "bias": (o,)},
             {"running_mean": (o,), "running_var": (o,), "num_batches_tracked": ()},
@@ -138,6 +154,7 @@ LAYERS: dict[str, Layer] = {
         batch_norm_init,
         apply_batch_norm,
     ),
+    "layer_norm": Layer(lambda i, o: ({"weight": (o,), "bias": (o,)}, {}), layer_norm_init, layer_norm),
     "dropout": Layer(lambda *_: ({}, {}), lambda *_: {}, dropout),
     "leaky_relu": plain(lambda h: F.leaky_relu(h, NEGATIVE_SLOPE)),
     "relu": plain(F.relu),
@@ -146,19 +163,47 @@ LAYERS: dict[str, Layer] = {
 }
 
 
-def layers(spec: Spec) -> list[tuple[str, int, int]]:
-    """(kind, inputs, outputs) of each layer; its place in the list is its index in the Sequential."""
-    inputs = spec["whiten"] or INPUTS
-    stack = [("flatten", inputs, inputs)]
-    for width in spec["widths"]:
-        stack.append(("linear", inputs, width))
-        if spec["norm"] == "batch":
-            stack.append(("norm", width, width))
-        stack.append((spec["activation"], width, width))
+def layers(spec: Spec) -> Stack:
+    """(kind, inputs, outputs) of each layer; its place in the list is its index in the Sequential.
+
+    With `expansion`, each width is that of an inverted bottleneck (Bachmann, Anagnostidis and Hofmann 2023, "Scaling
+    MLPs: A Tale of Inductive Bias", https://arxiv.org/abs/2306.13575, and github.com/gregorbachmann/scaling_mlps):
+    x + f(x), where f is the norm, a linear layer to `expansion` times the width, the activation, and a linear layer
+    back. A linear layer stands before the first block and wherever the width changes. As in the paper there is no norm
+    before the last layer. The paper has no dropout; here it follows the activation, as in the plain stack.
+    """
+    inputs, expansion = spec["whiten"] or INPUTS, spec["expansion"]
+    stack: Stack = [("flatten", inputs, inputs)]
+    for i, width in enumerate(spec["widths"]):
+        wide = width * max(expansion, 1)
+        norm: Stack = [] if spec["norm"] == "none" else [(f"{spec['norm']}_norm", width, width)]
+        activation: Stack = [(spec["activation"], wide, wide)]
         if spec["dropout"] > 0:
-            stack.append(("dropout", width, width))
+            activation.append(("dropout", wide, wide))
+        if not expansion or i == 0 or width != inputs:
+            stack.append(("linear", inputs, width))
+        if expansion:
+            stack.append([*norm, ("linear", width, wide), *activation, ("linear", wide, width)])
+        else:
+            stack += [*norm, *activation]
         inputs = width
     return [*stack, ("linear", inputs, CLASSES)]
+
+
+def named(stack: Stack, prefix: str = "") -> Iterator[tuple[str, str, int, int]]:
+    """(name, kind, inputs, outputs) of each layer, in the order of `forward`; "2.1" is the second layer of the block at
+    index 2."""
+    for i, layer in enumerate(stack):
+        if isinstance(layer, list):
+            yield from named(layer, f"{prefix}{i}.")
+        else:
+            yield f"{prefix}{i}", *layer
+
+
+def dropped(spec: Spec) -> list[int]:
+    """The widths of what is dropped in a step, in the order of the masks that `forward` takes: one for each entry of
+    `widths`, in a residual block that of its hidden layer."""
+    return [outputs for _, kind, _, outputs in named(layers(spec)) if kind == "dropout"]
 
 
 def shapes(spec: Spec) -> tuple[Shapes, Shapes]:
@@ -166,9 +211,9 @@ def shapes(spec: Spec) -> tuple[Shapes, Shapes]:
     `num_batches_tracked`."""
     params: Shapes = {}
     stats: Shapes = {}
-    for i, (kind, inputs, outputs) in enumerate(layers(spec)):
+    for layer, kind, inputs, outputs in named(layers(spec)):
         for found, own in zip((params, stats), LAYERS[kind].shapes(inputs, outputs), strict=True):
-            found |= {f"{i}.{name}": shape for name, shape in own.items()}
+            found |= {f"{layer}.{name}": shape for name, shape in own.items()}
     return params, stats
 
 
@@ -176,8 +221,8 @@ def init(spec: Spec, seed: int) -> tuple[Tensors, Tensors]:
     """Parameters and batch-norm statistics on the CPU, as torch.nn initialises them."""
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = {}
-    for i, (kind, inputs, outputs) in enumerate(layers(spec)):
-        tensors |= {f"{i}.{name}": t for name, t in LAYERS[kind].init(inputs, outputs, generator).items()}
+    for layer, kind, inputs, outputs in named(layers(spec)):
+        tensors |= {f"{layer}.{name}": t for name, t in LAYERS[kind].init(inputs, outputs, generator).items()}
     params, stats = ({name: tensors[name] for name in names} for names in shapes(spec))
     return params, stats
 
@@ -195,6 +240,27 @@ def folded(spec: Spec) -> Spec:
     return {**spec, "whiten": 0}
 
 
+def run(stack: Stack, tensors: Tensors, h: Tensor, context: Context, prefix: str = "") -> tuple[Tensor, Tensors]:
+    """What a stack makes of h [inputs, batch], and the batch-norm statistics after this batch.
+
+    Args:
+        tensors: parameters and statistics.
+        prefix: of the names of the layers: "2." in the block at index 2.
+    """
+    stats: Tensors = {}
+    for i, layer in enumerate(stack):
+        name = f"{prefix}{i}."
+        if isinstance(layer, list):
+            residual, new = run(layer, tensors, h, context, name)
+            h, stats = h + residual, stats | new
+        else:
+            kind, inputs, outputs = layer
+            own = {n: tensors[name + n] for group in LAYERS[kind].shapes(inputs, outputs) for n in group}
+            h, new = LAYERS[kind].apply(own, h, context)
+            stats |= {name + n: t for n, t in new.items()}
+    return h, stats
+
+
 def forward(
     params: Tensors, stats: Tensors, x: Tensor, spec: Spec, masks: Sequence[Tensor] = (), train: bool = False
 ) -> tuple[Tensor, Tensors]:
@@ -204,18 +270,13 @@ def forward(
 
     Args:
         x: float32 [batch, 3072] (or [batch, 3, 32, 32]), normalised; with spec["whiten"], whitened.
-        masks: with `train`, the dropout mask of each hidden layer, float32 [width, batch]; without them nothing drops.
+        masks: with `train`, a dropout mask for each width of `dropped`, float32 [width, batch]; without them nothing
+            drops.
         train: normalise with the statistics of the batch and drop, rather than with the running statistics.
 
     Returns:
         float32 [batch, 10]; `stats`, updated when `train`.
     """
     h = operand(x.flatten(1), spec["precision"]).t()  # [features, batch]
-    stats, context = dict(stats), Context(spec["precision"], train, iter(masks))
-    for i, (kind, inputs, outputs) in enumerate(layers(spec)):
-        layer = LAYERS[kind]
-        own_params, own_stats = layer.shapes(inputs, outputs)
-        own = {name: params[f"{i}.{name}"] for name in own_params} | {n: stats[f"{i}.{n}"] for n in own_stats}
-        h, new = layer.apply(own, h, context)
-        stats |= {f"{i}.{name}": t for name, t in new.items()}
-    return h.t(), stats
+    h, new = run(layers(spec), params | stats, h, Context(spec["precision"], train, iter(masks)))
+    return h.t(), stats | new

@@ -104,7 +104,7 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
             x = augment.whiten(x, data["whitening"], spec["precision"])
         masks: list[Tensor] = []
         if spec["dropout"] > 0:
-            masks = prng.dropout_masks(hyper["seed"], step, hyper["dropout"], spec["widths"], batch)
+            masks = prng.dropout_masks(hyper["seed"], step, hyper["dropout"], model.dropped(spec), batch)
 
         def loss_function(params: dict) -> tuple[Tensor, tuple]:
             logits, stats = model.forward(params, state["stats"], x, spec, masks, train=True)

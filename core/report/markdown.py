@@ -288,7 +288,7 @@ def _baseline(groups: list[Group]) -> str:
     if base is None:
         return ""
     spec = base[0].spec
-    others = [g for g in groups if g[0].spec["norm"] != "none" and g[0].spec["epochs"] == spec["epochs"]]
+    others = [g for g in groups if g[0].spec["norm"] == "batch" and g[0].spec["epochs"] == spec["epochs"]]
     if not others:
         return ""
     best = stats.ranked(others)[0]

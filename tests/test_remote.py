@@ -140,7 +140,7 @@ def test_the_files_are_those_of_runs_here(driver, alone, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["node", "worker"])
 def test_a_node_or_a_worker_that_is_killed_costs_time_alone(cluster, driver, alone, what):
-    process = driver(f"{what}-killed", epochs=40)
+    process = driver(f"{what}-killed", epochs=15)
     until(lambda: len(workers()) == 2)
     if what == "node":
         cluster.stdin.write("kill\n")
@@ -148,19 +148,19 @@ def test_a_node_or_a_worker_that_is_killed_costs_time_alone(cluster, driver, alo
         until(lambda: cluster.stdout.readline().strip() == "killed")
     else:
         os.kill(workers()[0], signal.SIGKILL)
-    assert ended(process) == {seed: alone(40, seed) for seed in range(3)}
+    assert ended(process) == {seed: alone(15, seed) for seed in range(3)}
 
 
 @pytest.mark.slow
 def test_a_driver_that_is_killed_goes_on_with_what_is_missing(driver, alone, tmp_path):
-    process = driver("driver-killed", epochs=40, count=4)
+    process = driver("driver-killed", epochs=15, count=4)
     first, _ = json.loads(process.stdout.readline())
     process.kill()
     process.wait()
-    rest = ended(driver("driver-killed", epochs=40, count=4))
+    rest = ended(driver("driver-killed", epochs=15, count=4))
     assert first not in rest
     records = {record.seed: record.digest for record in read_records(tmp_path / "driver-killed")}
-    assert records == {seed: alone(40, seed) for seed in range(4)}
+    assert records == {seed: alone(15, seed) for seed in range(4)}
 
 
 @pytest.mark.slow
@@ -190,6 +190,7 @@ def test_without_ray_a_sentence_says_what_to_install(monkeypatch):
 def test_what_a_worker_returns_is_written_whole_or_refused(tmp_path):
     record = make("x")
     path = tmp_path / "checkpoints" / "x" / f"{spec_id(record.spec)}"
+    path.parent.mkdir(parents=True)  # as the lock of the run does
     assert remote.keep(tmp_path, remote.Trained(encode(record), b"weights")) == record
     assert read_record(path.with_suffix(".json")) == record
     assert path.with_suffix(".safetensors").read_bytes() == b"weights"

@@ -328,9 +328,9 @@ def test_a_vmapped_step_equals_each_seed_alone(small_spec, step_inputs, changes)
     inputs = [step_inputs(spec) for spec in specs]
     alone = [train_step(*each) for each in inputs]
     state, data, hyper = (tree_map(lambda *t: torch.stack(t), *trees) for trees in zip(*inputs, strict=True))
-    data |= {name: inputs[0][1][name] for name in ("images", "labels")}
-    axes = (0, {"images": None, "labels": None, "order": 0}, 0)
-    together = torch.func.vmap(train_step, in_dims=axes)(state, data, hyper)
+    data = {**inputs[0][1], "order": data["order"]}
+    shared = {name: 0 if name == "order" else None for name in data}
+    together = torch.func.vmap(train_step, in_dims=(0, shared, 0))(state, data, hyper)
     for i, one in enumerate(alone):
         # A bias before batch norm has a gradient of rounding errors, which Adam scales up to a whole step. What Muon
         # makes of a weight is rounded in other places; see test_optim.py.

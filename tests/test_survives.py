@@ -289,6 +289,9 @@ def test_a_signal_during_the_imports_prints_no_traceback(tmp_path, delay):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored where the tests run in the background
     )
     termination = 1 << (signal.SIGTERM - 1)  # SIGHUP is ignored where the tests run under nohup
     status = f"/proc/{process.pid}/status"

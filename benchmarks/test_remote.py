@@ -18,8 +18,8 @@ SMALL = {"widths": [256, 128], "batch_size": 256, "epochs": 3}
 MANY = 10_000
 
 
-def groups(count):
-    return [[("x", resolve({**SMALL, "seed": seed}))] for seed in range(count)]
+def groups(count, **changes):
+    return [[("x", resolve({**SMALL, **changes, "seed": seed}))] for seed in range(count)]
 
 
 @pytest.mark.benchmark(group="remote", timer=harness.replay)
@@ -53,7 +53,6 @@ def test_ten_thousand_runs(data, tmp_path, benchmark, board, monkeypatch):
     import numpy as np
 
     found = session.run_experiment("x", {**SMALL, "epochs": 1}, tmp_path / "one", data, "cpu", compiled=False)
-    found = replace(found, history=[replace(found.history[0], epoch=i + 1) for i in range(SMALL["epochs"])])
 
     class Canned(list):
         """What stands in for the images: tensors that are one record."""
@@ -63,7 +62,7 @@ def test_ten_thousand_runs(data, tmp_path, benchmark, board, monkeypatch):
 
     monkeypatch.setattr(remote, "work", at_once)
     begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    done = sum(1 for _ in remote.train(groups(MANY), tmp_path / "many", Canned()))
+    done = sum(1 for _ in remote.train(groups(MANY, epochs=1), tmp_path / "many", Canned()))
     seconds, megabytes = (
         time.perf_counter() - begun,
         (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,

@@ -171,7 +171,7 @@ def train(
             if len(group) > 1:  # some of them, or all one by one, may do
                 groups.extendleft([run] for run in reversed(group))
             else:
-                warn(f"{labels[0]} is being trained by {error}; taking the next one")
+                leave_out(labels[0], error)
             continue
         except Interrupted as error:
             raise KeyboardInterrupt(str(error)) from None
@@ -180,15 +180,15 @@ def train(
             raise KeyboardInterrupt(f"stopped after {labels[-1]}")
 
 
+def leave_out(label: str, held: UserError) -> None:
+    warn(f"{label} is being trained by {held}; taking the next one")
+
+
 def train_on_cluster(args: argparse.Namespace, runs: list[sweep.Run], display: terminal.Display) -> Iterator[Record]:
     """Have a Ray cluster train runs; yield their records as they come."""
     display.stop.install()
     with quick_imports():
         from core import remote
-
-    def leave_out(name: str, held: Held) -> None:
-        warn(f"{name} is being trained by {held}; taking the next one")
-
     data, groups = load_data(args), sweep.cohorts(runs, args.cohort or 1)
     with display.cluster() as ended:
         options = {"device": args.device, "compiled": not args.no_compile, "force": args.force, "on_held": leave_out}
@@ -226,8 +226,7 @@ def run_command(args: argparse.Namespace) -> int:
 def finished(args: argparse.Namespace, run: sweep.Run, begun: files.Begun) -> Finished | None:
     """The record of a run that need not be trained, unless it has been `begun` again."""
     name, spec = run
-    again = args.force or (name, spec_id(spec)) in begun
-    return None if again else files.Run(args.out, name, spec_id(spec)).result()
+    return None if args.force else files.Run(args.out, name, spec_id(spec)).finished(begun)
 
 
 def train_and_tell(args: argparse.Namespace, runs: list[sweep.Run], display: terminal.Display) -> int:

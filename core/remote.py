@@ -130,7 +130,7 @@ def train(
             written.
     """
     begun = under_way(out)
-    left = [[run for run in group if force or not _finished(run, out, begun)] for group in groups]
+    left = [[run for run in group if force or not _files(out, run).finished(begun)] for group in groups]
     waiting = deque(filter(None, left))
     tasks: dict[Any, tuple[Group, contextlib.ExitStack]] = {}  # with the locks of their runs
     with connected(address) as ray, contextlib.ExitStack() as held:
@@ -153,9 +153,9 @@ def train(
                         waiting.extendleft([run] for run in reversed(group))  # one by one
 
 
-def _finished(run: tuple[str, Spec], out: Path, begun: Begun) -> bool:
+def _files(out: Path, run: tuple[str, Spec]) -> Run:
     name, spec = run
-    return (name, spec_id(spec)) not in begun and Run(out, name, spec_id(spec)).result() is not None
+    return Run(out, name, spec_id(spec))
 
 
 def _at_once(resources: dict[str, float], device: str) -> int:
@@ -165,11 +165,10 @@ def _at_once(resources: dict[str, float], device: str) -> int:
 
 def _lock(run: tuple[str, Spec], out: Path, locks: contextlib.ExitStack, on_held: Callable[[str, Held], None]) -> bool:
     """Keep a run for this process; False where another one has it."""
-    name, spec = run
     try:
-        locks.enter_context(Run(out, name, spec_id(spec)).lock())
+        locks.enter_context(_files(out, run).lock())
     except Held as error:
-        on_held(name, error)
+        on_held(run[0], error)
         return False
     return True
 
@@ -190,8 +189,9 @@ def keep(out: Path, trained: Trained, begun: Begun = frozenset()) -> Record:
     run = Run(out, record.name, spec_id(record.spec))
     if isinstance(record, Finished):
         atomic_write(run.weights, trained.weights)
-    if isinstance(record, Finished) or not run.result():
         atomic_write(run.record, trained.record)
-    if isinstance(record, Finished) and (record.name, run.spec_id) in begun:
-        delete(*run.resume_points())
+        if (record.name, run.spec_id) in begun:
+            delete(*run.resume_points())
+    elif not run.result():  # the result that it had another time stays
+        atomic_write(run.record, trained.record)
     return record

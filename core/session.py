@@ -349,9 +349,9 @@ class Session:
         losses = [(split, found.loss) for each in (metrics, flipped) for split, found in each.items()]
         training.check_finite({f"{split} loss": torch.tensor(loss) for split, loss in losses})
         splits = Splits(metrics["train"], metrics.get("validation"), metrics["test"])
-        digest = checkpoint.digest(training.weights)
-        weights = Weights(**self.about(), digest=digest, test=splits.test)
-        checkpoint.save(self.run.weights, training.weights, weights)
+        weights = training.weights
+        digest = checkpoint.digest(weights)
+        checkpoint.save(self.run.weights, weights, Weights(**self.about(), digest=digest, test=splits.test))
         self.record = Finished(
             **self.about(),
             parameters=sum(p.numel() for p in training.state["params"].values()),

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median_high, stdev
+from statistics import median_high
 from typing import Any
 
 from rich.console import Console
@@ -264,9 +264,9 @@ def table(tally: Tally) -> None:
             "lr": f"{spec['lr']:g}",
             "epochs": str(spec["epochs"]),
             "seeds": str(len(results)),
-            "train": spread(train),
-            "validation": "none" if None in validation else spread(validation),
-            "test": spread(test),
+            "train": stats.spread(train),
+            "validation": "none" if None in validation else stats.spread(validation),
+            "test": stats.spread(test),
             "95%": f"{100 * low:.1f}-{100 * high:.1f}",
             "samples/s": f"{median_high(speeds):,}",
         }
@@ -275,13 +275,6 @@ def table(tally: Tally) -> None:
         console.print(grid)
     if len(names) < len(tally.results):
         say(f"the best {ROWS} of {len(tally.results):,} experiments by validation accuracy")
-
-
-def spread(accuracies: Sequence[float]) -> str:
-    """'57.12%'; of several seeds the mean and the standard deviation, '57.12 ± 0.31%'."""
-    if len(accuracies) == 1:
-        return stats.percent(accuracies[0])
-    return f"{100 * fmean(accuracies):.2f} ± {100 * stdev(accuracies):.2f}%"
 
 
 def evaluation(path: Path, about: Any, evaluated: Any) -> None:

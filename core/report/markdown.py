@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from statistics import fmean, median_high, stdev
+from statistics import fmean, median_high
 from typing import NamedTuple
 
 from core.report import plots, published, sheet, stats
@@ -32,9 +32,7 @@ Column = tuple[str, Callable[[Group], str]]  # the heading, and the cell of a gr
 
 
 def _spread(group: Group, split: str) -> str:
-    """'57.12 ± 0.31%', mean and sample standard deviation over the runs; '57.12%' of one run."""
-    deviation = f" ± {100 * stdev(stats.accuracies(group, split)):.2f}" if len(group) > 1 else ""
-    return f"{100 * stats.accuracy(group, split):.2f}{deviation}%"
+    return stats.spread(stats.accuracies(group, split))
 
 
 def _range(group: Group, split: str) -> str:

@@ -1,6 +1,6 @@
 """The runs that train on all images, beside published fully connected networks: accuracy, time and arithmetic."""
 
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from core.report import plots, stats
@@ -27,6 +27,11 @@ class Published(NamedTuple):
     parameters: int | None
     epochs: int | None
     source: str
+
+    @property
+    def petaflop(self) -> float | None:
+        """As of the runs here; None where the paper does not say enough."""
+        return petaflop(self.parameters, 50_000 * self.epochs) if self.parameters and self.epochs else None
 
 
 LIN = "[Lin, Memisevic and Konda 2015](https://arxiv.org/abs/1511.02580)"
@@ -63,12 +68,6 @@ def seconds(group: Group) -> tuple[float, float]:
     return training, training + max(record.first_step_seconds for record in group)
 
 
-def spread(values: list[float]) -> str:
-    """'70.12 ± 0.21%'; '70.12%' of one value."""
-    deviation = f" ± {100 * stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{100 * fmean(values):.2f}{deviation}%" if values else ""
-
-
 HEADINGS = (
     "recipe",
     "n",
@@ -85,13 +84,12 @@ HEADINGS = (
 
 def row(group: Group) -> list[str]:
     """The cells under HEADINGS."""
-    record = group[0]
-    mirrored = spread(flipped(group))
+    record, mirrored = group[0], flipped(group)
     return [
         group.label,
         str(len(group)),
-        spread(stats.accuracies(group, "test")),
-        f"**{mirrored}**" if mirrored else "not evaluated",
+        stats.spread(stats.accuracies(group, "test")),
+        f"**{stats.spread(mirrored)}**" if mirrored else "not evaluated",
         f"{record.parameters:,}",
         str(record.spec["epochs"]),
         *(f"{value:.0f} s" for value in seconds(group)),
@@ -108,7 +106,7 @@ def rows() -> list[list[str]]:
             f"{p.accuracy:.2f}%",
             f"{p.parameters:,}" if p.parameters else "",
             f"{p.epochs:,}" if p.epochs else "",
-            f"{petaflop(p.parameters, 50_000 * p.epochs):.3g}" if p.parameters and p.epochs else "",
+            f"{p.petaflop:.3g}" if p.petaflop else "",
             p.source,
         ]
         for p in PUBLISHED
@@ -141,12 +139,8 @@ def picture(groups: list[Group]) -> Picture:
         for group in groups
         if flipped(group)
     ]
-    published = [
-        Point(p.network, petaflop(p.parameters, 50_000 * p.epochs), p.accuracy)
-        for p in PUBLISHED
-        if p.parameters and p.epochs
-    ]
-    lines = [(p.network, p.accuracy) for p in PUBLISHED if not p.parameters]
+    published = [Point(p.network, p.petaflop, p.accuracy) for p in PUBLISHED if p.petaflop]
+    lines = [(p.network, p.accuracy) for p in PUBLISHED if not p.petaflop]
     told = ", ".join(f"{p.label} {p.accuracy:.1f}% for {p.petaflop:.3g} petaFLOP" for p in ours)
     alt = f"Test accuracy against petaFLOP of training, with published fully connected networks: {told}"
     return Picture(PICTURE, alt, Points(ours, published, lines), _paint, 6)

@@ -72,7 +72,7 @@ def _pictures(
     if not groups:
         return
     best = stats.ranked(groups)[0]
-    run = best[stats.accuracies(best, "validation").index(max(stats.accuracies(best, "validation")))]
+    run = max(best, key=lambda record: stats.accuracies([record], "validation"))
     # The first, as it takes the most memory: it is given back before matplotlib is loaded.
     if mistakes := plots.mistakes(run, cifar10.CLASSES, lambda indices: _test_images(data, indices)):
         yield mistakes

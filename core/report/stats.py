@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import fmean, median_high, stdev
 from typing import Any, NamedTuple
 
@@ -82,6 +82,12 @@ def shown(value: Any) -> str:
 def percent(value: float) -> str:
     """'57.12%' for 0.5712."""
     return f"{100 * value:.2f}%"
+
+
+def spread(accuracies: Sequence[float]) -> str:
+    """'57.12 ± 0.31%', mean and sample standard deviation; '57.12%' of one value."""
+    deviation = f" ± {100 * stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+    return f"{100 * fmean(accuracies):.2f}{deviation}%"
 
 
 def seconds(record: Finished) -> float:

@@ -43,10 +43,13 @@ class Run:
         record = read_record(self.record) if self.record.exists() and self.weights.exists() else None
         return record if isinstance(record, Finished) else None
 
-    def finished(self) -> Finished | None:
-        """The result, unless the run is being trained again."""
+    def finished(self, begun: Begun | None = None) -> Finished | None:
+        """The result, unless the run is being trained again: there are resume points, or it is one of `begun`."""
         # The cheap question first: a folder may hold 10,000 runs, and to look for resume points reads all their names.
-        return self.result() if self.record.exists() and not self.resume_points() else None
+        if not self.record.exists():
+            return None
+        again = self.resume_points() if begun is None else (self.folder.name, self.spec_id) in begun
+        return None if again else self.result()
 
 
 def under_way(out: Path) -> Begun:

@@ -23,6 +23,7 @@ RULES = {
     "remote": {"errors", "spec", "data", "runs", "session"},
     "session": {"errors", "spec", "functional", "data", "compile", "runs", "train"},
     "sweep": {"errors", "spec", "runs", "report"},
+    "cli": {"errors", "sweep"},
     "terminal": {"spec", "data", "report", "runs", "sweep"},
     "spec": {"errors"},
     "errors": set(),

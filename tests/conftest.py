@@ -30,6 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 REMOTE = ROOT.parent / "shared" / "dvc-remote"
 EXPERIMENTS = sweep.experiments(SUITES)
 
+# A run of Muon, clipped and in bfloat16: one compilation serves all tests that use it.
+MUON = {"widths": [256, 128, 64], "optimizer": "muon", "schedule": "one-cycle", "clip": 1.0, "precision": "bfloat16"}
+
 # With the first gradient autograd starts a thread for each GPU; afterwards no process can be forked to compile. Here it
 # finds none. Once a test has traced with fake tensors, torch pretends that there is one.
 torch.zeros((), requires_grad=True).backward()

@@ -54,25 +54,31 @@ def test_each_has_the_files_and_numbers_that_it_has_alone(together, runs, tmp_pa
 
 @compiles
 @pytest.mark.slow
-def test_a_compiled_step_is_that_of_each_member_alone(runs, invented):
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "clip": 0.5}], ids=str)
+def test_a_compiled_step_is_that_of_each_member_alone(runs, invented, changes):
     """Gradients, as the first moments hold them, statistics and losses; that draws are the same to the bit when they
-    are vmapped and compiled is tested in test_prng.py."""
+    are vmapped and compiled is tested in test_prng.py. Muon's weights are near: see test_optim.py."""
     cpu = torch.device("cpu")
+    runs = [(name, resolve({**spec, **changes})) for name, spec in runs]
     trainings = [Training(spec, invented, cpu) for _, spec in runs]
     alone = [Training(spec, invented, cpu) for _, spec in runs]
     for training in trainings + alone:
         spec = training.spec
         training.data["order"].copy_(epoch_order(training.examples, spec["batch_size"], spec["seed"], 0))
+    before = [{name: p.clone() for name, p in each.state["params"].items()} for each in alone]
     trees = stack(trainings)
     made = fused.fuse(runs[0][1], *trees)
     assert made.mode == "compiled, cohort of 3"
     made.advance()
-    for mine, theirs in zip(trainings, alone, strict=True):
+    for mine, theirs, old in zip(trainings, alone, before, strict=True):
         fused.fuse(theirs.spec, theirs.state, theirs.data, theirs.hyper, compiled=False).advance()
         one, other = flatten(mine.state), flatten(theirs.state)
         for name in one:
             if name.startswith(("opt/", "stats/", "metrics/", "step")):
                 torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-5)
+        for name in theirs.state["opt"].get("momentum", {}):
+            new, expected = mine.state["params"][name], theirs.state["params"][name]
+            assert (new - expected).norm() < 0.1 * (expected - old[name]).norm()
 
 
 @pytest.mark.parametrize("member", [0, 1])

@@ -20,7 +20,7 @@ from core.runs.record import ResumePoint, read_record
 from core.runs.resume import KEEP, ResumeError
 from core.session import Interrupted, run_experiment
 from core.spec import resolve, spec_id
-from tests.conftest import EXPERIMENTS, ROOT
+from tests.conftest import EXPERIMENTS, MUON, ROOT
 
 
 def run_of(out, name, **changes):
@@ -141,12 +141,45 @@ def test_bfloat16_compiled_stopped_and_with_another_number_of_threads(start, dat
     assert finish("cut", "ALL") == own
 
 
+@pytest.mark.slow
+@pytest.mark.longest
+def test_muon_with_clipping_compiled_stopped_and_with_another_number_of_threads(start, data_dir, tmp_path):
+    """Held to AVX-512, for the reason given above. The negative control loses the momentum of the hidden layers."""
+    changes = {**MUON, "epochs": 2, "batch_size": 128}
+    patch = f"import experiments; experiments.SUITES['muon'] = {{'muon': {changes}}}"
+    options = {"env": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, "patch": patch}
+
+    def begin(out, **how):
+        command = ("run", "muon", "--device", "cpu", "--data", data_dir)
+        return start(*command, out=tmp_path / out, **options, **how)
+
+    def finish(out, **how):
+        process = begin(out, **how)
+        assert process.wait() == 0, process.output()
+        record = read_record(run(out).record)
+        assert record.environment.mode == "compiled"
+        return record.digest
+
+    def run(out):
+        return Run(tmp_path / out, "muon", spec_id(resolve(changes)))
+
+    whole = finish("whole")
+    assert finish("two threads", threads=2) == whole
+    process = begin("cut")
+    process.until("epoch 1")
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 130, process.output()
+    shutil.copytree(tmp_path / "cut", tmp_path / "control")
+    assert finish("cut") == whole
+    for path in run("control").resume_points():
+        edit(path, drop=["opt/momentum/"])
+    assert finish("control") != whole
+
+
 def test_bfloat16_on_amx_records_the_threads(monkeypatch, tmp_path, invented, small_spec):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_bf16": True})
     cpu, threads = torch.device("cpu"), f"{torch.get_num_threads()} threads"
-    assert environment(cpu, "compiled", bfloat16=True).hardware.endswith(
-        f" amx_bf16, {torch.get_num_threads()} threads"
-    )
+    assert environment(cpu, "compiled", bfloat16=True).hardware.endswith(f" amx_bf16, {threads}")
     assert environment(cpu, "compiled").hardware.endswith(" amx_bf16")
     record = run_experiment("x", small_spec(epochs=1, optimizer="muon"), tmp_path, invented, "cpu", compiled=False)
     assert record.environment.hardware.endswith(threads), "the products inside Muon are in bfloat16"

@@ -101,7 +101,7 @@ def parse(argv: list[str], data: Path, default: str) -> argparse.Namespace:
     """The command and its options; `run` where none is named. The arguments are those of `parser`.
 
     Raises:
-        UserError: they are none.
+        UserError: an option is unknown, or has a value that it does not take.
     """
     named = argv[:1] and argv[0] in (*COMMANDS, "-h", "--help")
     return parser(data, default).parse_args(argv if named else ["run", *argv])

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import signal
 import tempfile
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -94,10 +96,13 @@ def connected(address: str) -> Iterator[Any]:
         import ray
     except ImportError:
         raise ClusterError("Ray is not installed: `uv run --group ray main.py ...` has it") from None
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, log_to_driver=False, include_dashboard=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, which exits at once
     try:
         yield ray
     finally:
@@ -126,15 +131,15 @@ def train(
         on_held: called for a run that another process is at work on, which is left out.
 
     Raises:
-        ClusterError: there is no cluster, or a worker has other software. core.runs.store.StoreError: a file cannot be
-            written.
+        ClusterError: there is no cluster, it lacks the device, or a worker has other software.
+        core.runs.store.StoreError: a file cannot be written.
     """
     begun = under_way(out)
     left = [[run for run in group if force or not _files(out, run).finished(begun)] for group in groups]
     waiting = deque(filter(None, left))
     tasks: dict[Any, tuple[Group, contextlib.ExitStack]] = {}  # with the locks of their runs
     with connected(address) as ray, contextlib.ExitStack() as held:
-        chosen = "cuda" if device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU")) else "cpu"
+        chosen = _device(device, ray.cluster_resources())
         task = ray.remote(num_cpus=1, num_gpus=int(chosen == "cuda"), max_retries=-1)(work)
         arrays = ray.put([t.numpy() for t in data])
         while waiting or tasks:
@@ -156,6 +161,13 @@ def train(
 def _files(out: Path, run: tuple[str, Spec]) -> Run:
     name, spec = run
     return Run(out, name, spec_id(spec))
+
+
+def _device(asked: str, resources: dict[str, float]) -> str:
+    gpus = resources.get("GPU", 0)
+    if asked == "mps" or (asked == "cuda" and not gpus):
+        raise ClusterError(f"the cluster has no {'GPU' if asked == 'cuda' else 'device mps'}")
+    return "cuda" if gpus and asked != "cpu" else "cpu"
 
 
 def _at_once(resources: dict[str, float], device: str) -> int:

@@ -87,8 +87,8 @@ def test_what_decides_no_bit_does_not_count(core):
         (core / name / "new.py").write_text("x = 1\n")
         (core / name / "deeper").mkdir()
         (core / name / "deeper" / "new.py").write_text("x = 1\n")
-    names = ("export", "images", "predict", "session", "sweep", "terminal", "verify", "errors", "spec", "runs/store")
-    for name in (f"{name}.py" for name in names):
+    names = ("cli", "export", "images", "predict", "remote", "session", "sweep", "terminal", "verify", "errors", "spec")
+    for name in (f"{name}.py" for name in (*names, "runs/store")):
         with open(core / name, "a") as file:
             file.write("x = 1\n")
     (core / "functional" / "notes.txt").write_text("x = 1\n")

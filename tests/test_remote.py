@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,35 @@ def test_without_ray_a_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(remote.ClusterError, match="uv run --group ray"), remote.connected("local"):
         pass
+
+
+def test_sigterm_is_handled_as_before(monkeypatch):
+    """Ray replaces the handler when it connects."""
+
+    def init(*_, **__):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+
+    ray = types.SimpleNamespace(init=init, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with remote.connected("local"):
+            assert signal.getsignal(signal.SIGTERM) == before
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "chosen"), [("auto", 0, "cpu"), ("auto", 2, "cuda"), ("cpu", 2, "cpu"), ("cuda", 2, "cuda")]
+)
+def test_the_device_is_one_that_the_cluster_has(asked, gpus, chosen):
+    assert remote._device(asked, {"CPU": 4, "GPU": gpus}) == chosen
+
+
+@pytest.mark.parametrize("asked", ["cuda", "mps"])
+def test_a_device_that_the_cluster_lacks_is_refused(asked):
+    with pytest.raises(remote.ClusterError, match=r"^the cluster has no "):
+        remote._device(asked, {"CPU": 4})
 
 
 def test_what_a_worker_returns_is_written_whole_or_refused(tmp_path):

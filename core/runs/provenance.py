@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_HASHED = (
     "runs",
     "report",
+    "cli.py",
     "export.py",
     "images.py",
     "predict.py",

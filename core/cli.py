@@ -8,7 +8,6 @@ from typing import NoReturn
 from core import sweep
 from core.errors import UserError
 
-COMMANDS = ("run", "evaluate", "predict", "export", "verify", "list", "report")
 OVERRIDES = ("epochs", "batch_size", "lr", "precision", "seed")  # the keys of a spec that are options, too
 
 
@@ -19,14 +18,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def parser(data: Path, default: str) -> argparse.ArgumentParser:
-    """The parser of the command line; it says `command` and the options of that command.
+def parse(argv: list[str], data: Path, default: str) -> argparse.Namespace:
+    """The `command`, which is `run` where none is named, and its options.
 
     Args:
-        data: where CIFAR-10 is if --data does not say. default: the suite that `run` trains if no name is given.
+        data: where CIFAR-10 is if --data does not say.
+        default: the suite that `run` trains if no name is given.
+
+    Raises:
+        UserError: an option is unknown, or has a value that it does not take.
     """
     top = Parser(prog="main.py", description="CIFAR-10 with fully connected networks.")
-    commands = top.add_subparsers(dest="command", metavar="{" + ",".join(COMMANDS) + "}")
+    commands = top.add_subparsers(dest="command")
     shared = Parser(add_help=False)
     shared.add_argument("--out", type=Path, default=".", metavar="DIR", help="where results.md and checkpoints/ are")
     where = Parser(add_help=False)
@@ -94,14 +97,6 @@ def parser(data: Path, default: str) -> argparse.ArgumentParser:
     commands.add_parser("list", parents=[shared], help="show the suites and their specs, with an estimate")
     report = commands.add_parser("report", parents=[shared], help="rebuild results.md from the records")
     report.add_argument("--group-by", metavar="KEY", help="add a table of means by the values of a key of the spec")
-    return top
 
-
-def parse(argv: list[str], data: Path, default: str) -> argparse.Namespace:
-    """The command and its options; `run` where none is named. The arguments are those of `parser`.
-
-    Raises:
-        UserError: an option is unknown, or has a value that it does not take.
-    """
-    named = argv[:1] and argv[0] in (*COMMANDS, "-h", "--help")
-    return parser(data, default).parse_args(argv if named else ["run", *argv])
+    named = argv[:1] and argv[0] in (*commands.choices, "-h", "--help")
+    return top.parse_args(argv if named else ["run", *argv])

@@ -60,9 +60,10 @@ def _principal_components(images: Tensor, examples: _Same) -> tuple[Tensor, Tens
         # Integers of at most 8 bits and a sign: every sum below is exact, in whatever order it is added up.
         x = (images[chunk.to(images.device)].cpu().short() - 128).view(-1, 96, 2, 16)
         left, right = x[:, :, 0], x[:, :, 1].flip(2)
-        halves = torch.stack([left + right, left - right]).view(2, -1, 1536).float()
-        products += halves.mT @ halves
-        sums += halves[0].double().sum(0)
+        symmetric, antisymmetric = (half.reshape(-1, 1536).float() for half in (left + right, left - right))
+        products[0] += symmetric.t() @ symmetric  # one by one: faster than as a batch
+        products[1] += antisymmetric.t() @ antisymmetric
+        sums += symmetric.double().sum(0)
     middle = sums / (2 * n)  # of an image less 128, alike on both sides
     center = (middle * scale).view(96, 16)
     covariance = products / (2 * n)

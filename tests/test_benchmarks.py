@@ -59,8 +59,7 @@ def test_contestants_in_each_precision():
 
 
 def test_a_missing_package_is_named_with_the_command(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jax" else find(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jax" else name)
     for kind in harness.NEEDS:
         assert harness.missing(kind) == "skipped: jax not installed (`uv sync --group peers`)"
     assert harness.missing("eager") is None

@@ -176,7 +176,7 @@ def test_more_than_sixteen_bits_are_refused_rather_than_cut_off(tmp_path, mode, 
 def test_what_is_no_file_of_a_fair_size(tmp_path, strange):
     make_strange, reason = STRANGE[strange]
     make_strange(tmp_path / "x.png")
-    with pytest.raises(ImageError, match=f"^cannot read {tmp_path / 'x.png'} as an image: {reason}"):
+    with pytest.raises(ImageError, match=f"^cannot read {tmp_path / 'x.png'} as an image: (it has )?{reason}"):
         images.read(tmp_path / "x.png")
 
 

@@ -284,7 +284,7 @@ STRANGE = {
     "device": (lambda path: path.symlink_to("/dev/zero"), "it is not a regular file"),
     "folder": (os.mkdir, "it is not a regular file"),
     "loop": (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
-    "200 GB": (sparse, "it has 214,748,364,800 bytes"),
+    "200 GB": (sparse, "214,748,364,800 bytes"),
 }
 PLACES = {
     "record": (f"checkpoints/x/{ID}.json", read_record),

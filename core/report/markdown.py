@@ -308,10 +308,9 @@ def _records(groups: list[Group], pictures: Mapping[str, plots.Picture]) -> str:
     picture = pictures.get(published.PICTURE)
     return (
         "\n## Records\n\nTrained on all 50,000 images, as the published networks are: these runs have no validation "
-        "accuracy and take part in no choice. Their specs were chosen by the validation split of other runs. Means "
-        "over n seeds ± the standard deviation of one. Training is the time of all steps; with compilation, that of "
-        "the whitening and of the first step too, of the run that compiled it. PetaFLOP are 6 operations a parameter "
-        "and example, and the whitening of each image.\n\n"
+        "accuracy and take part in no choice. Means over n seeds ± the standard deviation of one. Training is the time "
+        "of all steps; with compilation, that of the whitening and of the first step too, of the run that compiled it. "
+        "PetaFLOP are 6 operations a parameter and example, and the whitening of each image.\n\n"
         + _grid(published.HEADINGS, map(published.row, groups[:ROWS]))
         + f"\n{len(groups) - ROWS:,} more are left out.\n" * (len(groups) > ROWS)
         + "\nPublished results without convolution; no time is known for any of them:\n\n"

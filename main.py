@@ -101,9 +101,14 @@ def train_on_cluster(args: argparse.Namespace, runs: list[sweep.Run], display: t
     with quick_imports():
         from core import remote
     data, groups = load_data(args), sweep.cohorts(runs, args.cohort or 1)
+
+    def left_out(run: sweep.Run, held: UserError) -> None:
+        name, spec = run
+        leave_out(display.tally.label(name, spec["seed"]), held)
+
     with display.cluster() as ended:
-        options = {"device": args.device, "compiled": not args.no_compile, "force": args.force, "on_held": leave_out}
-        for record in remote.train(groups, args.out, data, args.ray, **options):
+        options = {"device": args.device, "compiled": not args.no_compile, "force": args.force}
+        for record in remote.train(groups, args.out, data, args.ray, on_held=left_out, **options):
             ended()
             yield record
 
@@ -155,24 +160,28 @@ def train_and_tell(args: argparse.Namespace, runs: list[sweep.Run], display: ter
             status = status if isinstance(record, Finished) else 1
     except KeyboardInterrupt as error:
         again = "without --force, " * args.force + "the same command goes on from there"
-        tally = display.tally
-        said = str(error) or f"stopped between two runs, {tally.done:,} of {tally.total:,} done" * bool(tally.done)
+        done = f"{display.tally.done:,} of {display.tally.total:,} done"
+        said = str(error) or f"stopped between two runs, {done}" * bool(display.tally.done)
+        said = f"stopped with {done}, and nothing kept of the others" if args.ray else said
         warn(f"{said}; {again}" if said else "stopped before the first step")
         status = 130
     return status
 
 
-def measured(out: Path, device: str = "auto") -> sweep.Measured:
-    """What this machine has measured, from the records under `out`."""
+def measured(out: Path, device: str = "auto", threads: int | None = None) -> sweep.Measured:
+    """What this machine has measured with so many threads, by default PyTorch's, from the records under `out`."""
     with quick_imports():
+        from torch import get_num_threads
+
         from core.compile.device import pick_device
         from core.runs import provenance
-    return sweep.Measured(read_records(out), provenance.device_name(pick_device(device)))
+    name = provenance.device_name(pick_device(device))
+    return sweep.Measured(read_records(out), name, threads or get_num_threads())
 
 
 def dry_run(args: argparse.Namespace, runs: list[sweep.Run]) -> int:
     """Show each run with what it will take; write nothing."""
-    known, label = measured(args.out, args.device), sweep.Tally(runs).label
+    known, label = measured(args.out, args.device, 1 if args.ray else None), sweep.Tally(runs).label
     mode, todo, begun = "eager" if args.no_compile else "compiled", [], files.under_way(args.out)
     for run in runs:
         name, spec = run
@@ -195,12 +204,13 @@ def evaluate_command(args: argparse.Namespace) -> int:
     ]
     if not paths:
         raise UserError(f"no checkpoint under {args.out / 'checkpoints'}; `uv run main.py` trains some")
-    networks = [predict.load(path) for path in paths]  # a bad one is found before the data is read
+    for path in paths:  # a bad one is found before the data is read
+        predict.load(path)
     data, device = prepare(args.device, lambda: load_data(args))
     status = 0
-    for path, network in zip(paths, networks, strict=True):
-        flip = args.tta == "flip"
-        found = predict.evaluate(path, network.to(device), data.test_images, data.test_labels, flip)
+    for path in paths:
+        network = predict.load(path, device)
+        found = predict.evaluate(path, network, data.test_images, data.test_labels, args.tta == "flip")
         status = max(status, 0 if found.same else 1)
         (terminal.evaluation_as_json if args.json else terminal.evaluation)(path, network.about, found)
     return status

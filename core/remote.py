@@ -1,6 +1,7 @@
 """Runs on many machines: Ray (https://docs.ray.io) hands them to workers, and this process alone writes their files."""
 
 import contextlib
+import functools
 import os
 import signal
 import tempfile
@@ -13,13 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from core.data import loader
 from core.data.cifar10 import DIRECTORY_HASH, Cifar10
 from core.errors import UserError
 from core.runs import record as records
 from core.runs.files import Begun, Run, under_way
 from core.runs.provenance import CODE
 from core.runs.record import Finished, Record
-from core.runs.store import Held, StoreError, atomic_write, delete
+from core.runs.store import Held, StoreError, atomic_write, delete, reserve
 from core.session import TooLarge, run_cohort
 from core.spec import Spec, spec_id
 
@@ -57,11 +59,12 @@ class Trained(NamedTuple):
 SOFTWARE = Software(CODE, str(torch.__version__), DIRECTORY_HASH)
 
 
-def work(group: Group, arrays: list[Any], software: Software, device: str, compiled: bool) -> list[Trained]:
+def work(group: Group, stored: list[Any], software: Software, device: str, compiled: bool) -> list[Trained]:
     """Train a group in a folder of its own: what a worker does.
 
     Args:
-        arrays: the tensors of core.data.cifar10.Cifar10, as NumPy arrays that are mapped from Ray's object store.
+        stored: one reference to the tensors of core.data.cifar10.Cifar10, as NumPy arrays in Ray's object store; in a
+            list, so that Ray hands over the reference itself.
 
     Raises:
         ClusterError: this worker has other software. core.session.TooLarge: as `run_cohort`.
@@ -72,15 +75,23 @@ def work(group: Group, arrays: list[Any], software: Software, device: str, compi
     if different:
         raise ClusterError(f"a worker on {os.uname().nodename} has another {', another '.join(different)}: update it")
     torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes into the images
-        data = Cifar10(*map(torch.from_numpy, arrays))
+    data = _mapped(stored[0], device)
     with tempfile.TemporaryDirectory() as out:
         ended = run_cohort(group, out, data, device, compiled=compiled, checkpoint_every=10**9)
         files = [Run(Path(out), record.name, record.spec_id).weights for record in ended]
         return [
             Trained(records.encode(r), f.read_bytes() if f.exists() else b"") for r, f in zip(ended, files, strict=True)
         ]
+
+
+@functools.lru_cache(maxsize=1)  # the runs of a worker share the images, and with them what core.data.whitening keeps
+def _mapped(stored: Any, device: str) -> Cifar10:
+    """The data in the object store, mapped into this process, or a copy on its GPU."""
+    import ray
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes into the images
+        return loader.place(Cifar10(*map(torch.from_numpy, ray.get(stored))), torch.device(device))
 
 
 @contextlib.contextmanager
@@ -117,13 +128,14 @@ def train(
     device: str = "auto",
     compiled: bool = True,
     force: bool = False,
-    on_held: Callable[[str, Held], None] = lambda name, held: None,
+    on_held: Callable[[tuple[str, Spec], Held], None] = lambda run, held: None,
 ) -> Iterator[Record]:
     """Train groups of runs on a cluster, each as a task of one CPU core, or of one GPU where the cluster has any, and
     yield their records as they come.
 
-    A task that loses its worker or its node is done again, as often as it takes. Of a run, nothing is written but its
-    end: the record and the weights, by this process; what is already finished under `out` is not trained again.
+    A task that loses its worker or its node is done again, as often as it takes: for ever, where it is the run that
+    kills its worker, as one does that needs more memory than a node has. Of a run, nothing is written but its end: the
+    record and the weights, by this process; what is already finished under `out` is not trained again.
 
     Args:
         data: on the CPU. It goes into the object store once, from where each node maps it.
@@ -134,19 +146,31 @@ def train(
         ClusterError: there is no cluster, it lacks the device, or a worker has other software.
         core.runs.store.StoreError: a file cannot be written.
     """
-    begun = under_way(out)
-    left = [[run for run in group if force or not _files(out, run).finished(begun)] for group in groups]
-    waiting = deque(filter(None, left))
+    begun, waiting = under_way(out), deque(groups)
     tasks: dict[Any, tuple[Group, contextlib.ExitStack]] = {}  # with the locks of their runs
     with connected(address) as ray, contextlib.ExitStack() as held:
         chosen = _device(device, ray.cluster_resources())
         task = ray.remote(num_cpus=1, num_gpus=int(chosen == "cuda"), max_retries=-1)(work)
-        arrays = ray.put([t.numpy() for t in data])
+        stored = [ray.put([t.numpy() for t in data])]
         while waiting or tasks:
             while waiting and len(tasks) < AHEAD * _at_once(ray.cluster_resources(), chosen):
-                locks = held.enter_context(contextlib.ExitStack())
-                if group := [run for run in waiting.popleft() if _lock(run, out, locks, on_held)]:
-                    tasks[task.remote(group, arrays, SOFTWARE, chosen, compiled)] = group, locks
+                locks, group = held.enter_context(contextlib.ExitStack()), []
+                for name, spec in waiting.popleft():
+                    run = Run(out, name, spec_id(spec))
+                    try:
+                        locks.enter_context(run.lock())
+                    except Held as error:
+                        on_held((name, spec), error)
+                        continue
+                    # Asked with the lock held: another process may have finished it by now.
+                    if record := None if force else run.finished(begun):
+                        yield record
+                    else:
+                        group.append((name, spec))
+                if group:
+                    tasks[task.remote(group, stored, SOFTWARE, chosen, compiled)] = group, locks
+                else:
+                    locks.close()
             for ended in ray.wait(list(tasks), timeout=1)[0] if tasks else ():
                 group, locks = tasks.pop(ended)
                 with locks:
@@ -156,11 +180,6 @@ def train(
                         if not isinstance(error.cause, TooLarge):
                             raise error.cause from None
                         waiting.extendleft([run] for run in reversed(group))  # one by one
-
-
-def _files(out: Path, run: tuple[str, Spec]) -> Run:
-    name, spec = run
-    return Run(out, name, spec_id(spec))
 
 
 def _device(asked: str, resources: dict[str, float]) -> str:
@@ -173,16 +192,6 @@ def _device(asked: str, resources: dict[str, float]) -> str:
 def _at_once(resources: dict[str, float], device: str) -> int:
     """How many tasks a cluster with these resources runs at once."""
     return max(1, int(resources.get("GPU" if device == "cuda" else "CPU", 1)))
-
-
-def _lock(run: tuple[str, Spec], out: Path, locks: contextlib.ExitStack, on_held: Callable[[str, Held], None]) -> bool:
-    """Keep a run for this process; False where another one has it."""
-    try:
-        locks.enter_context(_files(out, run).lock())
-    except Held as error:
-        on_held(run[0], error)
-        return False
-    return True
 
 
 def keep(out: Path, trained: Trained, begun: Begun = frozenset()) -> Record:
@@ -200,6 +209,9 @@ def keep(out: Path, trained: Trained, begun: Begun = frozenset()) -> Record:
         raise StoreError(f"a worker returned no record ({error})") from None
     run = Run(out, record.name, spec_id(record.spec))
     if isinstance(record, Finished):
+        if run.record.exists():  # of other weights: between the two writes there must be none
+            reserve(run.weights, len(trained.weights), 1)
+            delete(run.record)
         atomic_write(run.weights, trained.weights)
         atomic_write(run.record, trained.record)
         if (record.name, run.spec_id) in begun:

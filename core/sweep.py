@@ -196,12 +196,15 @@ class Estimate(NamedTuple):
 class Measured:
     """How long finished runs took on one device, for each unit of work."""
 
-    def __init__(self, records: Iterable[Record], device_name: str) -> None:
+    def __init__(self, records: Iterable[Record], device_name: str, threads: int) -> None:
+        """`threads`: as many as the runs on a CPU must have had."""
         self.seconds: dict[Any, float] = defaultdict(float)
         self.work: dict[Any, int] = defaultdict(int)
         for record in records:
-            if isinstance(record, Finished) and record.environment.device_name == device_name:
-                for key in self._keys(record.spec, record.environment.mode):
+            there = record.environment
+            here = there.device_name == device_name and (there.device != "cpu" or there.threads == threads)
+            if isinstance(record, Finished) and here:
+                for key in self._keys(record.spec, there.mode):
                     self.seconds[key] += stats.seconds(record)
                     self.work[key] += work(record.spec)
 

@@ -15,6 +15,8 @@ OFFICIAL = {
     "lr-5e-4": "1bb560989863",
     "lr-1e-4": "833789983205",
     "baseline": "d3d8b29e540c",
+    "minute": "0f3562a6363f",
+    "ten-minutes": "9c2030e28979",
 }
 
 

@@ -43,6 +43,7 @@ NETWORKS = {
     "bfloat16": {"precision": "bfloat16"},
     "whitened": {"whiten": 64, "norm": "none", "activation": "gelu", "dropout": 0},
     "linear": {"activation": "tanh", "widths": []},
+    "blocks": {"expansion": 2, "norm": "layer", "activation": "relu", "widths": [32, 32]},
 }
 
 

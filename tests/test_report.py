@@ -367,6 +367,12 @@ def test_a_record_that_was_not_evaluated_with_mirror_images_says_so():
     assert not published.picture(groups).content.ours
 
 
+def test_the_picture_shows_the_most_accurate_of_very_many():
+    groups = stats.groups([on_all(f"x{i}", 0.5, 0.5 + i / 100) for i in range(2 * plots.BARS)])
+    shown = {p.label for p in published.picture(groups).content.ours}
+    assert shown == {f"x{i}" for i in range(plots.BARS, 2 * plots.BARS)}
+
+
 def test_the_picture_of_the_records(tmp_path):
     write(tmp_path, [on_all("minute", 0.7, 0.71), on_all("hour", 0.78, 0.79, epochs=9)])
     rebuild.rebuild(tmp_path, SUITES)

@@ -7,11 +7,11 @@ import torch
 
 from core import predict
 from core.data.whitening import _principal_components, whitening
-from core.functional import augment, model
+from core.functional import augment, model, step
 from core.runs import checkpoint
 from core.session import run_experiment
 from core.spec import resolve
-from core.train import Training
+from core.train import Training, fit
 
 MEAN, STD = (np.array(values)[:, None, None] for values in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
 EPS = 0.01
@@ -84,14 +84,14 @@ def test_it_is_folded_into_the_checkpoint(invented, tmp_path, small_spec, change
     path = tmp_path / "checkpoints" / "x" / f"{record.spec_id}.safetensors"
     found = predict.load(path)
     assert found.digest() == record.digest
-    training = Training(spec, invented, torch.device("cpu"))
+    training = Training(spec, invented, torch.device("cpu"), "eager")
+    for _ in fit([training]):
+        pass
     assert record.whitening == checkpoint.digest(training.whitening)
     x = augment.normalise(invented.test_images)
-    expected, _ = model.forward(*model.init(spec, 5), augment.whiten(x, training.whitening, "float32"), spec)
-    params, stats = model.init(spec, 5)
-    folded = model.fold(params, training.whitening)
-    logits, _ = model.forward(folded, stats, x, model.folded(spec))
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    unfolded = augment.whiten(x, training.whitening, "float32")
+    expected, _ = model.forward(*step.trained(training.state), unfolded, spec)
+    torch.testing.assert_close(found(invented.test_images), expected, rtol=0, atol=1e-4)
     module = predict.as_module(found.spec)
     module.load_state_dict(safetensors.torch.load_file(path), strict=True)
     torch.testing.assert_close(module.eval()(x), found(invented.test_images), rtol=1e-4, atol=1e-4)

@@ -129,8 +129,8 @@ def muon(grads: Tensors, opt: OptState, params: Tensors, hyper: Tensors, step: T
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """Roughly U V^T of a matrix U S V^T, in bfloat16: its singular values become numbers around 1, from 0.7 to 1.2, by
-    five Newton-Schulz iterations in bfloat16."""
+    """Roughly U V^T of a matrix U S V^T: its singular values become numbers around 1, from 0.7 to 1.2, by five
+    Newton-Schulz iterations in bfloat16."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.bfloat16()
     x = x.t() if tall else x

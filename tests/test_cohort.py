@@ -54,7 +54,7 @@ def test_each_has_the_files_and_numbers_that_it_has_alone(together, runs, tmp_pa
 
 @compiles
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "clip": 0.5}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "clip": 0.5, "dropout": 0.0}], ids=str)
 def test_a_compiled_step_is_that_of_each_member_alone(runs, invented, changes):
     """Gradients, as the first moments hold them, statistics and losses; that draws are the same to the bit when they
     are vmapped and compiled is tested in test_prng.py. Muon's weights are near: see test_optim.py."""

@@ -77,9 +77,8 @@ def test_what_decides_the_bits_of_mkl_is_recorded_and_compared(call, tmp_path):
 @pytest.mark.slow
 @pytest.mark.longest
 def test_the_default_network_compiled_stopped_killed_and_resumed(start, data_dir, tmp_path):
-    """The main job's own network: not stopped at all; compiled anew, as nothing can be written into the project; with
-    two threads; stopped by SIGTERM in the middle of its epoch, then killed, then left alone; and, as the negative
-    control, with a state that lost its moments on the way."""
+    """The main job's own network: not stopped at all; with two threads; stopped by SIGTERM in the middle of its epoch,
+    then killed, then left alone."""
     changes = {"epochs": 2, "batch_size": 128}
     options = ("run", "lr-1e-3", "--epochs", 2, "--batch-size", 128, "--device", "cpu", "--data", data_dir)
 
@@ -95,50 +94,44 @@ def test_the_default_network_compiled_stopped_killed_and_resumed(start, data_dir
         return process.wait(), process.output()
 
     whole, _ = finish("whole")
-    home, patch = tmp_path / "home", "import pathlib, core.compile.cache as c\nc.PROJECT = pathlib.Path('/sys/x')"
-    cold, output = finish("cold", env={"XDG_CACHE_HOME": str(home)}, patch=patch)
-    assert re.search(rf"cannot write /sys/x/.cache \(.*\): compiled steps are kept in {home}", output)
-    assert list(home.rglob("*.so")), "nothing was compiled"
-    assert cold == whole
     assert finish("two threads", threads=2)[0] == whole
     status, output = cut("cut", "epoch 1", signal.SIGTERM)
     assert status == 130
     assert "goes on from there" in output
-    shutil.copytree(tmp_path / "cut", tmp_path / "control")
     assert cut("cut", "resumed after step", signal.SIGKILL)[0] == -signal.SIGKILL
     resumed, output = finish("cut")
     assert "resumed after step" in output
     assert resumed == whole
-
-    for path in run_of(tmp_path / "control", "lr-1e-3", **changes).resume_points():
-        tensors, about = checkpoint.load(path, ResumePoint, lambda _, path=path: shapes(path))
-        lost = {name: torch.zeros_like(t) if "exp_avg/" in name else t for name, t in tensors.items()}
-        checkpoint.save(path, lost, about)
-    assert finish("control")[0] != whole
 
 
 @pytest.mark.slow
 @pytest.mark.longest
 def test_bfloat16_compiled_stopped_and_with_another_number_of_threads(start, data_dir, tmp_path):
     """On AMX, oneDNN shares the terms of a sum between threads, so there the number of threads is recorded as deciding
-    the bits; held to AVX-512 it does not."""
+    the bits; held to AVX-512 it does not. With two threads it is compiled anew, as nothing can be written into the
+    project."""
     changes = {"epochs": 2, "batch_size": 500, "precision": "bfloat16"}
     options = ("run", "baseline", "--precision", "bfloat16", "--epochs", 2, "--batch-size", 500, "--device", "cpu")
     options = (*options, "--data", data_dir)
 
-    def finish(out, isa="AVX512_CORE_BF16", **how):
-        process = start(*options, out=tmp_path / out, env={"ONEDNN_MAX_CPU_ISA": isa}, **how)
+    def finish(out, isa="AVX512_CORE_BF16", home=None, **how):
+        env = {"ONEDNN_MAX_CPU_ISA": isa} | ({"XDG_CACHE_HOME": str(home)} if home else {})
+        process = start(*options, out=tmp_path / out, env=env, **how)
         assert process.wait() == 0, process.output()
-        return digest(tmp_path / out, "baseline", **changes)
+        return digest(tmp_path / out, "baseline", **changes), process.output()
 
-    whole = finish("whole")
-    assert finish("two threads", threads=2) == whole
-    own = finish("own", "ALL")
+    whole, _ = finish("whole")
+    home, patch = tmp_path / "home", "import pathlib, core.compile.cache as c\nc.PROJECT = pathlib.Path('/sys/x')"
+    again, output = finish("two threads", threads=2, home=home, patch=patch)
+    assert re.search(rf"cannot write /sys/x/.cache \(.*\): compiled steps are kept in {home}", output)
+    assert list(home.rglob("*.so")), "nothing was compiled"
+    assert again == whole
+    own, _ = finish("own", "ALL")
     process = start(*options, out=tmp_path / "cut", env={"ONEDNN_MAX_CPU_ISA": "ALL"})
     process.until("epoch 1")
     process.signal(signal.SIGTERM)
     assert process.wait() == 130, process.output()
-    assert finish("cut", "ALL") == own
+    assert finish("cut", "ALL")[0] == own
 
 
 @pytest.mark.slow

@@ -150,9 +150,8 @@ def test_compiled_steps_repeat_bit_for_bit(compiled):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"shift_fill": "reflect", "shift": 5},
-        {"cutout": 8, "mixup": 0.5, "optimizer": "nesterov", "clip": 0.5, "schedule": "one-cycle"},
-        {"rotate": 15, "zoom": 0.2},
+        {"shift_fill": "reflect", "shift": 5, "cutout": 8, "mixup": 0.5},
+        {"rotate": 15, "zoom": 0.2, "optimizer": "nesterov", "clip": 0.5, "schedule": "one-cycle"},
     ],
     ids=str,
 )

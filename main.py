@@ -18,6 +18,7 @@ import gc
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def train(
             if len(group) > 1:  # some of them, or all one by one, may do
                 groups.extendleft([run] for run in reversed(group))
             else:
-                leave_out(labels[0], error)
+                leave_out(display.tally, group[0], error)
             continue
         except Interrupted as error:
             raise KeyboardInterrupt(str(error)) from None
@@ -91,8 +92,9 @@ def train(
             raise KeyboardInterrupt(f"stopped after {labels[-1]}")
 
 
-def leave_out(label: str, held: UserError) -> None:
-    warn(f"{label} is being trained by {held}; taking the next one")
+def leave_out(tally: sweep.Tally, run: sweep.Run, held: UserError) -> None:
+    name, spec = run
+    warn(f"{tally.label(name, spec['seed'])} is being trained by {held}; taking the next one")
 
 
 def train_on_cluster(args: argparse.Namespace, runs: list[sweep.Run], display: terminal.Display) -> Iterator[Record]:
@@ -101,14 +103,10 @@ def train_on_cluster(args: argparse.Namespace, runs: list[sweep.Run], display: t
     with quick_imports():
         from core import remote
     data, groups = load_data(args), sweep.cohorts(runs, args.cohort or 1)
-
-    def left_out(run: sweep.Run, held: UserError) -> None:
-        name, spec = run
-        leave_out(display.tally.label(name, spec["seed"]), held)
-
+    left_out = partial(leave_out, display.tally)
+    options = {"device": args.device, "compiled": not args.no_compile, "force": args.force, "on_held": left_out}
     with display.cluster() as ended:
-        options = {"device": args.device, "compiled": not args.no_compile, "force": args.force}
-        for record in remote.train(groups, args.out, data, args.ray, on_held=left_out, **options):
+        for record in remote.train(groups, args.out, data, args.ray, **options):
             ended()
             yield record
 
@@ -204,7 +202,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     ]
     if not paths:
         raise UserError(f"no checkpoint under {args.out / 'checkpoints'}; `uv run main.py` trains some")
-    for path in paths:  # a bad one is found before the data is read
+    for path in paths:  # a bad one is found before the data is read; all at once might be more than memory holds
         predict.load(path)
     data, device = prepare(args.device, lambda: load_data(args))
     status = 0

@@ -154,20 +154,12 @@ def train(
         stored = [ray.put([t.numpy() for t in data])]
         while waiting or tasks:
             while waiting and len(tasks) < AHEAD * _at_once(ray.cluster_resources(), chosen):
-                locks, group = held.enter_context(contextlib.ExitStack()), []
-                for name, spec in waiting.popleft():
-                    run = Run(out, name, spec_id(spec))
-                    try:
-                        locks.enter_context(run.lock())
-                    except Held as error:
-                        on_held((name, spec), error)
-                        continue
-                    # Asked with the lock held: another process may have finished it by now.
-                    if record := None if force else run.finished(begun):
-                        yield record
-                    else:
-                        group.append((name, spec))
-                if group:
+                locks = held.enter_context(contextlib.ExitStack())
+                mine = [run for run in waiting.popleft() if _lock(run, out, locks, on_held)]
+                # Asked with the locks held: another process may have finished one by now.
+                done = [None if force else _files(out, run).finished(begun) for run in mine]
+                yield from filter(None, done)
+                if group := [run for run, record in zip(mine, done, strict=True) if record is None]:
                     tasks[task.remote(group, stored, SOFTWARE, chosen, compiled)] = group, locks
                 else:
                     locks.close()
@@ -182,6 +174,11 @@ def train(
                         waiting.extendleft([run] for run in reversed(group))  # one by one
 
 
+def _files(out: Path, run: tuple[str, Spec]) -> Run:
+    name, spec = run
+    return Run(out, name, spec_id(spec))
+
+
 def _device(asked: str, resources: dict[str, float]) -> str:
     gpus = resources.get("GPU", 0)
     if asked == "mps" or (asked == "cuda" and not gpus):
@@ -192,6 +189,21 @@ def _device(asked: str, resources: dict[str, float]) -> str:
 def _at_once(resources: dict[str, float], device: str) -> int:
     """How many tasks a cluster with these resources runs at once."""
     return max(1, int(resources.get("GPU" if device == "cuda" else "CPU", 1)))
+
+
+def _lock(
+    run: tuple[str, Spec],
+    out: Path,
+    locks: contextlib.ExitStack,
+    on_held: Callable[[tuple[str, Spec], Held], None],
+) -> bool:
+    """Keep a run for this process; False where another one has it."""
+    try:
+        locks.enter_context(_files(out, run).lock())
+    except Held as error:
+        on_held(run, error)
+        return False
+    return True
 
 
 def keep(out: Path, trained: Trained, begun: Begun = frozenset()) -> Record:

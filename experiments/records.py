@@ -6,7 +6,8 @@ uv run main.py run hour                             an hour
 uv run main.py run minute-ablation --seeds 3        what each ingredient is worth: about half an hour
 
 The recipes train on all images, and so have no validation accuracy. What they are made of was chosen with the
-validation split: `minute-ablation` has the runs of `minute` with it, benchmarks/README.md the search.
+validation split: `minute-ablation` has the runs of `minute` with it, benchmarks/README.md the search. Only `hour` is a
+guess so far.
 """
 
 from typing import Any

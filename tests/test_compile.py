@@ -177,7 +177,7 @@ def test_another_shape_compiles_and_in_this_process_too(small_spec, step_inputs,
 def test_residual_blocks_compiled(small_spec, step_inputs):
     """Near the eager step, and the same bits on one thread and on two: layer norm reduces along the other axis than
     batch norm. The batch is no multiple of what a vector holds."""
-    spec = small_spec(norm="layer", activation="gelu", expansion=4, widths=[32], batch_size=50, dropout=0.0)
+    spec = small_spec(norm="layer", activation="gelu", expansion=4, widths=[32], batch_size=50)
     start, data, hyper = step_inputs(spec)
     threads, after = torch.get_num_threads(), []
     try:

@@ -78,7 +78,7 @@ def test_what_decides_the_bits_of_mkl_is_recorded_and_compared(call, tmp_path):
 @pytest.mark.longest
 def test_the_default_network_compiled_stopped_killed_and_resumed(start, data_dir, tmp_path):
     """The main job's own network: not stopped at all; with two threads; stopped by SIGTERM in the middle of its epoch,
-    then killed, then left alone."""
+    then killed, then left alone; and, as the negative control, with a state that lost its moments on the way."""
     changes = {"epochs": 2, "batch_size": 128}
     options = ("run", "lr-1e-3", "--epochs", 2, "--batch-size", 128, "--device", "cpu", "--data", data_dir)
 
@@ -98,10 +98,15 @@ def test_the_default_network_compiled_stopped_killed_and_resumed(start, data_dir
     status, output = cut("cut", "epoch 1", signal.SIGTERM)
     assert status == 130
     assert "goes on from there" in output
+    shutil.copytree(tmp_path / "cut", tmp_path / "control")
     assert cut("cut", "resumed after step", signal.SIGKILL)[0] == -signal.SIGKILL
     resumed, output = finish("cut")
     assert "resumed after step" in output
     assert resumed == whole
+
+    for path in run_of(tmp_path / "control", "lr-1e-3", **changes).resume_points():
+        edit(path, drop=["opt/exp_avg/"])
+    assert finish("control")[0] != whole
 
 
 @pytest.mark.slow

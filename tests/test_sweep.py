@@ -154,7 +154,7 @@ def test_parameters_are_those_of_the_network(name):
 def test_an_estimate_is_what_was_measured_here():
     """Seconds in proportion to epochs for the same shape; to parameters, too, for another; nothing from elsewhere."""
     here = make("a", lr=1e-3)
-    epochs, (name, threads) = here.spec["epochs"], (here.environment.device_name, here.environment.threads)
+    name, threads, epochs = here.environment.device_name, here.environment.threads, here.spec["epochs"]
     took = sum(epoch.seconds for epoch in here.history)
     known = sweep.Measured([here, failed("b")], name, threads)
     assert known.estimate([here.spec]).seconds == pytest.approx(took)

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from core import predict
 from core.data import cifar10
 from core.functional import model, step
-from core.report import markdown, metrics, rebuild
+from core.report import metrics, rebuild, text
 from core.runs import checkpoint
 from core.runs.files import Run
 from core.runs.record import Finished, Metrics
@@ -108,7 +108,7 @@ def test_metrics_are_the_means_of_the_rows_of_the_tables(tmp_path):
         write(tmp_path, [make(f"x{i}", seed=seed, validation=0.3 + i / 100, test=0.5 + seed / 100) for i in range(40)])
     write(tmp_path, [on_all("record", seed=seed, test=0.7 + seed / 100) for seed in (0, 1)])
     rebuild.rebuild(tmp_path, {})
-    best = {f"x{i}" for i in range(40 - markdown.ROWS, 40)}
+    best = {f"x{i}" for i in range(40 - text.ROWS, 40)}
     means = found(tmp_path)
     assert means.pop(metrics.ALL) == {"record": 0.705}
     assert {split: values.keys() for split, values in means.items()} == {"test": best, "validation": best}

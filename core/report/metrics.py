@@ -2,7 +2,7 @@
 
 import json
 
-from core.report import markdown, stats
+from core.report import stats, text
 
 METRICS = "checkpoints/metrics.json"
 SPLITS = ("test", "validation")
@@ -18,8 +18,8 @@ def metrics(groups: list[stats.Group], whole: list[stats.Group]) -> str:
         groups: experiments with a validation split.
         whole: those trained on all images: a test accuracy apart from the others, which had fewer images.
     """
-    best = stats.ranked(groups)[: markdown.ROWS]
-    means = {split: _means(best, split) for split in SPLITS} | {ALL: _means(whole[: markdown.ROWS], "test")}
+    best = stats.ranked(groups)[: text.ROWS]
+    means = {split: _means(best, split) for split in SPLITS} | {ALL: _means(whole[: text.ROWS], "test")}
     return json.dumps(means, indent=1, sort_keys=True) + "\n"
 
 

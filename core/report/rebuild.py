@@ -6,6 +6,7 @@ from typing import Any
 
 from core.data import cifar10
 from core.report import markdown, metrics, plots, published, sheet, stats
+from core.report.comparisons import Suites
 from core.runs import store
 from core.runs.files import Run
 from core.runs.record import Record, read_records
@@ -18,7 +19,7 @@ SUITES = 10  # pictures of suites, at most
 
 def rebuild(
     out: Path,
-    suites: markdown.Suites,
+    suites: Suites,
     data: Path | None = None,
     redraw: bool = False,
     group_by: str | None = None,
@@ -45,7 +46,7 @@ def rebuild(
     if group_by is not None and group_by not in FIELDS:
         raise SpecError(f"cannot group by {group_by!r}: it is no key of a spec{nearest(group_by, list(FIELDS))}")
     with store.locked(out / "checkpoints" / "results.lock"):
-        records = sorted(read_records(out), key=markdown.order)
+        records = sorted(read_records(out), key=stats.order)
         groups, whole = map(stats.groups, stats.by_validation(records))
         shown = {}
         for picture in _pictures(out, groups, whole, suites, data):
@@ -64,7 +65,7 @@ def rebuild(
 
 
 def _pictures(
-    out: Path, groups: list[stats.Group], whole: list[stats.Group], suites: markdown.Suites, data: Path | None
+    out: Path, groups: list[stats.Group], whole: list[stats.Group], suites: Suites, data: Path | None
 ) -> Iterator[plots.Picture]:
     """The pictures that a report of these groups has, of which `whole` were trained on all images."""
     if whole:

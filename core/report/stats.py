@@ -57,6 +57,13 @@ def grouped_by(finished: Iterable[Finished], key: str) -> list[Group]:
     return [Group(each, shown(each[0].spec[key])) for each in runs]
 
 
+def order(record: Record) -> tuple:
+    """Sorts the records: by network, deeper first, so a baseline stands below the runs it is compared with; then by
+    learning rate."""
+    spec = record.spec
+    return -len(spec["widths"]), spec["widths"], spec["norm"], -spec["lr"], record.name, spec["seed"]
+
+
 def ranked(groups: Iterable[Group]) -> list[Group]:
     """The groups, the best mean validation accuracy first."""
     return sorted(groups, key=lambda group: -accuracy(group, "validation"))

@@ -1,0 +1,216 @@
+"""What results.md says of experiments beside each other: the choice of the learning rate, what paid, the baseline."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from core.report import stats, text
+from core.report.stats import Group
+from core.spec import FIELDS, Spec, canonical
+
+Suites = Mapping[str, Mapping[str, Spec]]
+
+SETS = 5  # of experiments that are compared, at most
+VERDICTS = {"paid": "Paid", "cost": "Cost accuracy", "cannot be told": "Cannot be told apart from chance"}
+ABLATION, BASELINE = "ablation", "baseline"  # suites, and the experiment that the full network is compared with
+
+
+def _points(difference: stats.Difference) -> str:
+    return f"{100 * difference.mean:+.2f} ± {100 * difference.half:.2f}"
+
+
+def _compared(a: str, b: str, difference: stats.Difference, more: bool = False) -> str:
+    """The sentence for a comparison, without its full stop; with `more`, also what it takes to tell two apart."""
+    if difference.mean < 0:
+        a, b, difference = b, a, difference._replace(mean=-difference.mean)
+    how = f"{text.seeds(difference.seeds)}, paired" if difference.paired else "sampling error"
+    points = f"{100 * difference.mean:.2f} ± {100 * difference.half:.2f} points ({how})"
+    if difference.told:
+        return f"{a} beats {b} by {points}"
+    return f"{a} and {b} cannot be told apart: {points}{_more_seeds(difference) * more}"
+
+
+def _more_seeds(difference: stats.Difference) -> str:
+    """What it takes to find a difference that is worth finding."""
+    if not difference.paired:
+        return ""
+    more = stats.needed(difference.deviation) - difference.seeds
+    worth = f"a difference of {100 * stats.DIFFERENCE:g} points"
+    if more <= 0:
+        return f"; {worth} would most likely have been seen"
+    return f"; about {more:,} more seed{'s' * (more > 1)} would be needed to see {worth}"
+
+
+UNPAIRED = (
+    "Fewer than two seeds of both cannot be paired: there the range is the sampling error of two accuracies as if each "
+    "had been measured on other images. `--seeds 5` tells more."
+)
+
+
+def _images(a: Group, b: Group) -> str:
+    """The sentence for a comparison image by image; nothing where the records do not say which images were right."""
+    found = stats.image_by_image(a, b)
+    if found is None:
+        return ""
+    p = "p < 0.0001" if found.p < 1e-4 else f"p = {found.p:.2g}"
+    return (
+        f" Image by image, {a.label} alone is right on {found.first:,} of {found.n:,} and {b.label} alone on "
+        f"{found.second:,} (the networks of seed {found.seed}; exact McNemar test: {p})."
+    )
+
+
+def choices(groups: list[Group]) -> list[str]:
+    """What is to be said of each set of groups that differ in the learning rate alone, the best set first."""
+    sets: dict[str, dict[float, Group]] = defaultdict(dict)
+    for group in groups:
+        spec = group[0].spec
+        # One spec may have run under two names.
+        sets[canonical({**spec, "seed": 0, "lr": 0})].setdefault(spec["lr"], group)
+    rivals = sorted(
+        (stats.ranked(found.values()) for found in sets.values() if len(found) > 1),
+        key=lambda ranking: -stats.accuracy(ranking[0], "validation"),
+    )
+    return text.first(
+        [_choice(ranking) for ranking in rivals], "The same was asked of {} more sets of learning rates.\n", SETS
+    )
+
+
+def _choice(ranking: list[Group]) -> str:
+    best, others = ranking[0], ranking[1:]
+    shown = others[: text.LINES]
+    validation = [stats.compare(best, other, "validation") for other in shown]
+    ahead = [found.told and found.mean > 0 for found in validation]
+    close = [other.label for other, is_behind in zip(shown, ahead, strict=True) if not is_behind]
+    if close:
+        sure = f"It is not sure: {text.listed(close)} may be as good."
+    else:
+        sure = "It beats all the others." if len(others) == len(shown) else f"It beats the next {len(shown)}."
+    names = [group.label for group in sorted(ranking, key=lambda group: stats.order(group[0]))]
+    sentences = [f"- {_compared(best.label, o.label, d, more=True)}." for o, d in zip(shown, validation, strict=True)]
+    on_test = [
+        f"- {_compared(best.label, other.label, stats.compare(best, other, 'test'))}.{_images(best, other)}"
+        for other in shown
+    ]
+    return (
+        "\n".join(
+            [
+                f"Of {text.listed(names)}, which differ in the learning rate alone, the mean validation accuracy "
+                f"chooses **{best.label}** ({stats.shown(best[0].spec['lr'])}): "
+                f"{stats.percent(stats.accuracy(best, 'validation'))} over {text.seeds(len(best))}. {sure}\n\n"
+                "On validation:\n",
+                *sentences,
+                *[f"- {len(others) - len(shown):,} more are further behind."] * (len(others) > len(shown)),
+                "\nOn test, which took no part in the choice, "
+                f"{best.label} reaches {stats.percent(stats.accuracy(best, 'test'))}:\n",
+                *on_test,
+                *["\n" + UNPAIRED] * (not all(found.paired for found in validation)),
+            ]
+        )
+        + "\n"
+    )
+
+
+def _one_change(a: Spec, b: Spec) -> str | None:
+    """The key, but for the seed, in which two specs differ, if it is one."""
+    keys = [key for key in a if key != "seed" and a[key] != b[key]]
+    return keys[0] if len(keys) == 1 else None
+
+
+def _verdict(worth: stats.Difference) -> str:
+    if not (worth.told and worth.paired):  # one seed says nothing of others
+        return "cannot be told"
+    return "paid" if worth.mean > 0 else "cost"
+
+
+class Worth(NamedTuple):
+    """What one change is worth: the network that has it against the one that has not."""
+
+    key: str
+    added: bool  # to the reference, which has not got it; or removed from the reference, which has
+    reference: Group
+    member: Group
+
+    @property
+    def both(self) -> tuple[Group, Group]:
+        """With the change, and without."""
+        return (self.member, self.reference) if self.added else (self.reference, self.member)
+
+    @property
+    def how(self) -> str:
+        """Where the comparison was made: with all else as in the baseline, or as in the full network."""
+        return f"in {self.reference.label}"
+
+    def points(self, split: str) -> stats.Difference:
+        return stats.compare(*self.both, split)
+
+    def row(self) -> list[str]:
+        has, lacks = (stats.shown(group[0].spec[self.key]) for group in self.both)
+        validation = self.points("validation")
+        return [
+            f"`{self.key}`: {has}, not {lacks}",
+            self.how,
+            _points(validation),
+            _points(self.points("test")),
+            str(validation.seeds),
+            _verdict(validation),
+        ]
+
+
+def _worths(groups: list[Group], suites: Suites) -> list[Worth]:
+    """The changes of the suites that are called ablation, or end so: what their experiments have other than the first,
+    the plain network, or other than the last, which has it all."""
+    worths = []
+    for suite in (list(suites[name]) for name in suites if name.endswith(ABLATION) and suites[name]):
+        references = [(g, g[0].name == suite[0]) for g in groups if g[0].name in (suite[0], suite[-1])]
+        members = [g for g in groups if g[0].name in suite[1:-1]]
+        pairs = [(r, m, _one_change(r[0].spec, m[0].spec), added) for r, added in references for m in members]
+        worths += [Worth(key, added, r, m) for r, m, key, added in pairs if key]
+    return sorted(worths, key=lambda worth: (list(FIELDS).index(worth.key), not worth.added))
+
+
+def what_paid(groups: list[Group], suites: Suites) -> str:
+    """What each of these changes is worth, with a verdict by validation."""
+    worths = _worths(groups, suites)
+    if not worths:
+        return ""
+    verdicts: dict[str, dict[str, list[str]]] = {verdict: defaultdict(list) for verdict in VERDICTS}
+    for worth in worths:
+        verdicts[_verdict(worth.points("validation"))][worth.key].append(worth.how)
+    lines = [
+        f"- {VERDICTS[verdict]}: {text.listed([f'`{key}` ({text.listed(how)})' for key, how in keys.items()])}.\n"
+        for verdict, keys in verdicts.items()
+        if keys
+    ]
+    rows = [worth.row() for worth in worths[: text.ROWS]]
+    unpaired = f"\n{UNPAIRED}\n" * (not all(worth.points("validation").paired for worth in worths))
+    return (
+        "\n## What paid\n\nEach comparison is of two networks that differ in one thing: the accuracy with it less the "
+        "accuracy without it, in points, with its 95% interval, paired over the seeds that both have. A change paid, "
+        "or cost, where this interval on validation does not contain 0, over two seeds at least; test took no part in "
+        "the verdict.\n\n"
+        + "".join(lines)
+        + "\n"
+        + text.grid(("change", "", "validation", "test", "seeds", "verdict"), rows)
+        + unpaired
+    )
+
+
+def bought(groups: list[Group]) -> str:
+    """What the best network with batch norm has over the baseline, where there is one."""
+    base = next((group for group in groups if group[0].name == BASELINE), None)
+    if base is None:
+        return ""
+    spec = base[0].spec
+    others = [g for g in groups if g[0].spec["norm"] == "batch" and g[0].spec["epochs"] == spec["epochs"]]
+    if not others:
+        return ""
+    best = stats.ranked(others)[0]
+    gap, base_gap = (100 * (stats.accuracy(g, "train") - stats.accuracy(g, "test")) for g in (best, base))
+    return (
+        "\n## What the network bought over the baseline\n\n"
+        f"`baseline` has the hidden widths {spec['widths']} and {spec['activation']}, without batch norm or dropout. "
+        f"Of the networks with batch norm, {best.label} is the best by validation. On test, "
+        f"{_compared(best.label, base.label, stats.compare(best, base, 'test'))}: {best.label} reaches "
+        f"{stats.percent(stats.accuracy(best, 'test'))}, {base.label} {stats.percent(stats.accuracy(base, 'test'))}, "
+        f"and the gap between train and test goes from {base_gap:.1f} to {gap:.1f} points.{_images(best, base)}\n"
+    )

@@ -193,8 +193,10 @@ class Display:
 
     def ended(self, record: Record) -> None:
         """Count a run that has ended, and say what it reached: one of several in a line."""
-        tally, label = self.tally, self.tally.label(record.name, record.seed)
-        tally.add(record, self.seconds)
+        tally, label, seconds = self.tally, self.tally.label(record.name, record.seed), self.seconds
+        if seconds and not self.elsewhere and isinstance(record, Finished):
+            seconds = max(seconds, stats.seconds(record))  # this call has seen only the end of a resumed run
+        tally.add(record, seconds)
         if not isinstance(record, Finished):
             warn(f"{label} failed: {record.error}")
         elif tally.total > 1:

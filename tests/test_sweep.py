@@ -206,6 +206,14 @@ def test_progress_tells_the_time_left_and_the_best_mean(tally):
     assert terminal.progress(tally) == "4 of 4 done; best so far b, mean validation of 2 seeds 51.00%"
 
 
+def test_a_resumed_run_counts_with_the_time_of_all_its_steps(capsys):
+    display = terminal.Display(sweep.runs({"a": {}}, {"epochs": 3}, range(3)), verbose=False, started=0.0)
+    for seed, (seconds, left) in enumerate([(2.0, "20 s"), (11.75, "11 s")]):
+        display.seconds = seconds
+        display.ended(make("a", seed=seed, epochs=3))  # 9.75 s of training
+        assert f"{seed + 1} of 3 done, about {left} left" in capsys.readouterr().out
+
+
 def test_a_table_has_a_row_for_each_experiment(tally, capsys):
     for seed in range(2):
         for name in "ab":

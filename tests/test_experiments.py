@@ -17,6 +17,7 @@ OFFICIAL = {
     "baseline": "d3d8b29e540c",
     "minute": "0f3562a6363f",
     "ten-minutes": "9c2030e28979",
+    "hour": "fc6ecd2c8021",
 }
 
 

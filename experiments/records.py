@@ -3,7 +3,7 @@
 uv run main.py run minute                           a minute of training
 uv run main.py run ten-minutes                      ten minutes
 uv run main.py run hour                             an hour
-uv run main.py run minute-ablation --seeds 3        what each ingredient is worth: about half an hour
+uv run main.py run minute-ablation --seeds 3        what each ingredient is worth: about forty minutes
 
 The recipes train on all images, and so have no validation accuracy. What they are made of was chosen with the
 validation split: `minute-ablation` has the runs of `minute` with it, benchmarks/README.md the search.

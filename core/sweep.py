@@ -265,7 +265,7 @@ class Tally:
         return f"{name} seed {seed}" if self.seeds else name
 
     def add(self, record: Record, seconds: float = 0.0) -> None:
-        """Count a run that has ended; `seconds` is what it took in this call, 0 where it was finished already."""
+        """Count a run that has ended; `seconds` is what it took, 0 where it was finished already."""
         self.done += 1
         self._left -= work(record.spec)
         self._worked += work(record.spec) if seconds else 0

@@ -7,7 +7,8 @@ uv run main.py run two-hours                        two hours: not measured yet
 uv run main.py run minute-ablation --seeds 3        what each ingredient is worth: about forty minutes
 
 The recipes train on all images, and so have no validation accuracy. What they are made of was chosen with the
-validation split: `minute-ablation` has the runs of `minute` with it, benchmarks/README.md the search.
+validation split: `minute-ablation` has the runs of `minute` with it, benchmarks/README.md the search. Widths, dropout
+and epochs of `hour` and `two-hours` are guesses.
 """
 
 from typing import Any

@@ -15,7 +15,7 @@ import safetensors.numpy
 from msgspec.structs import replace
 
 from core.data import cifar10 as dataset
-from core.report import markdown, plots, published, rebuild, sheet, stats
+from core.report import best_run, markdown, plots, published, rebuild, sheet, stats
 from core.runs.record import UNSET, Answers, Failed, Finished, Flipped, Mistake, decode, encode
 from core.runs.store import StoreError
 from core.spec import FIELDS, SpecError, resolve, spec_id
@@ -557,10 +557,10 @@ def test_only_what_has_changed_is_written(tmp_path, drawings):
     write(tmp_path, [replace(THREE[0], parameters=7)])  # in the tables, but in no picture
     rebuild.rebuild(tmp_path, SUITES)
     assert [n for n, path in files(tmp_path).items() if path.read_bytes() != before[n]] == ["results.md", "results.csv"]
-    assert drawings[3:] == [plots.FILTERS]
+    assert drawings[3:] == [best_run.FILTERS]
     write(tmp_path, [edit_history(THREE[0], val_loss=1.0)])  # the other way round
     rebuild.rebuild(tmp_path, SUITES)
-    assert drawings[4:] == [plots.FILTERS, plots.CURVES]
+    assert drawings[4:] == [best_run.FILTERS, plots.CURVES]
     write(tmp_path, THREE)
     rebuild.rebuild(tmp_path, SUITES)
     assert {name: path.read_bytes() for name, path in files(tmp_path).items()} == before
@@ -775,7 +775,7 @@ def test_the_pictures_are_those_of_the_best_by_validation(tmp_path, whole):
     first = records[1].answers.mistakes[0]
     label, predicted = dataset.CLASSES[first.label], dataset.CLASSES[first.predicted]
     assert f"| {first.index} | {label} | {predicted} | 99.0000% |" in best
-    for path in (plots.CONFUSION, plots.MISTAKES, plots.FILTERS):
+    for path in (best_run.CONFUSION, best_run.MISTAKES, best_run.FILTERS):
         assert re.search(rf"!\[[^\]]{{30,}}\]\({path}\)", best), "it has a text for who cannot see it"
     for path in files(tmp_path).values():
         assert path.stat().st_size < 300_000, path
@@ -783,7 +783,7 @@ def test_the_pictures_are_those_of_the_best_by_validation(tmp_path, whole):
 
 def test_the_confusion_matrix_is_the_mean_over_the_seeds_that_have_one():
     group = stats.groups([answered(make("a", test=0.5)), answered(make("a", seed=1, test=0.7)), make("a", seed=2)])[0]
-    content = plots.confusion(group, dataset.CLASSES).content
+    content = best_run.confusion(group, dataset.CLASSES).content
     assert content.percent[9] == pytest.approx([40, 0, 0, 0, 0, 0, 0, 0, 0, 60])
     assert "mean of 2 seeds" in content.title
 
@@ -825,7 +825,7 @@ def test_weights_that_cannot_be_used_are_not_drawn(tmp_path, data):
     write(tmp_path, [THREE[0]])
     (tmp_path / "checkpoints" / "lr-1e-3" / f"{THREE[0].spec_id}.safetensors").write_bytes(data)
     rebuild.rebuild(tmp_path, SUITES)
-    assert not (tmp_path / plots.FILTERS).exists()
+    assert not (tmp_path / best_run.FILTERS).exists()
 
 
 # results.csv, and a table by a key

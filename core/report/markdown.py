@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from statistics import fmean, median_high
 
-from core.report import comparisons, plots, published, sheet, stats, text
+from core.report import best_run, comparisons, plots, published, sheet, stats, text
 from core.report.comparisons import Suites
 from core.report.stats import Group
 from core.runs.record import Finished, Record
@@ -106,7 +106,7 @@ def _place(record: Finished) -> str:
 
 def _best(best: Group, pictures: Mapping[str, plots.Picture]) -> Iterator[str]:
     """The pictures of the best experiment, each with its numbers."""
-    shown = [path for path in (plots.CONFUSION, plots.MISTAKES, plots.FILTERS) if path in pictures]
+    shown = [path for path in (best_run.CONFUSION, best_run.MISTAKES, best_run.FILTERS) if path in pictures]
     if not shown:
         return
     yield f"\n## The best experiment by validation: {best.label}\n"
@@ -114,13 +114,13 @@ def _best(best: Group, pictures: Mapping[str, plots.Picture]) -> Iterator[str]:
         picture = pictures[path]
         yield "\n" + text.picture(picture)
         content = picture.content
-        if isinstance(content, plots.Confusion):
-            rows = plots.confusion_rows(content)
+        if isinstance(content, best_run.Confusion):
+            rows = best_run.confusion_rows(content)
             yield text.folded(
                 "The numbers: of 100 images of a class (row), so many are taken for (column)",
                 text.grid(("", *content.classes), rows),
             )
-        elif isinstance(content, plots.Mistakes):
+        elif isinstance(content, best_run.Mistakes):
             rows = [
                 [str(m.index), content.classes[m.label], content.classes[m.predicted], f"{100 * m.probability:.4f}%"]
                 for m in content.mistakes

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from core.data import cifar10
-from core.report import markdown, metrics, plots, published, sheet, stats
+from core.report import best_run, markdown, metrics, plots, published, sheet, stats
 from core.report.comparisons import Suites
 from core.runs import store
 from core.runs.files import Run
@@ -75,10 +75,10 @@ def _pictures(
     best = stats.ranked(groups)[0]
     run = max(best, key=lambda record: stats.accuracies([record], "validation"))
     # The first, as it takes the most memory: it is given back before matplotlib is loaded.
-    if mistakes := plots.mistakes(run, cifar10.CLASSES, lambda indices: _test_images(data, indices)):
+    if mistakes := best_run.mistakes(run, cifar10.CLASSES, lambda indices: _test_images(data, indices)):
         yield mistakes
-    yield plots.filters(run, lambda: _first_layer(Run(out, run.name, run.spec_id).weights))
-    if confusion := plots.confusion(best, cifar10.CLASSES):
+    yield best_run.filters(run, lambda: _first_layer(Run(out, run.name, run.spec_id).weights))
+    if confusion := best_run.confusion(best, cifar10.CLASSES):
         yield confusion
     compared = {suite: [group for group in groups if group[0].name in names] for suite, names in suites.items()}
     several = [suite for suite, members in compared.items() if len({group[0].name for group in members}) > 1]

@@ -43,8 +43,8 @@ from core.runs.store import delete, reserve
 from core.spec import Spec, SpecError, reads_bfloat16, resolve, spec_id, static_key
 from core.train import Diverged, Event, Training, compile_ahead, fit
 
-# How many runs `--cohort auto` trains together. On a CPU one by one is as fast (benchmarks/test_cohort.py); for
-# CUDA nothing is measured yet.
+# How many runs `--cohort auto` trains together. On a CPU only a few small networks gain (benchmarks/test_cohort.py); on
+# CUDA it is not measured yet.
 COHORT = {"cuda": 16}
 
 OnEvent = Callable[[Event], None]
@@ -165,8 +165,8 @@ def run_cohort(
         last = _last_common_step(left)
         with _failing(left):
             for session in left:
-                step = session.begin(allow_inexact, last, len(left))
-                todo[step, session.environment.mode.split(",")[0]].append(session)
+                at = session.begin(allow_inexact, last, len(left))
+                todo[at, session.environment.mode.split(",")[0]].append(session)
             for together in todo.values():
                 with _failing(together):
                     _train(together, should_stop, checkpoint_every, allow_inexact)
@@ -342,7 +342,7 @@ class Session:
             core.train.Diverged: a loss is NaN or infinite.
         """
         training = self.training
-        # All in evaluation mode, unlike the train numbers of the history. Here the test split is read, once.
+        # All in evaluation mode, unlike the train numbers of the history. The test split is used here alone.
         answers = {split: training.answers(split) for split in training.splits}
         metrics = {split: Metrics(**step.summary(found)) for split, found in answers.items()}
         flipped = {s: Metrics(**step.summary(training.answers(s, flip=True))) for s in answers if s != "train"}

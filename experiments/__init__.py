@@ -7,12 +7,12 @@ new module with a SUITE to the list below, then `uv run main.py run NAME`. A lis
 
 from typing import Any
 
-from experiments import ablation, learning_rate, recipes, records
+from experiments import ablation, baseline, learning_rate, records
 
 DEFAULT = "learning-rate"
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
     DEFAULT: learning_rate.SUITE,
-    **recipes.SUITES,
+    **baseline.SUITES,
     "ablation": ablation.SUITE,
     **records.SUITES,
 }

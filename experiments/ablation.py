@@ -7,10 +7,10 @@ The first and the last are the same runs as in the suites baseline and learning-
 
 from typing import Any
 
+from experiments import baseline
 from experiments.learning_rate import SUITE as LEARNING_RATES
-from experiments.recipes import SUITES as RECIPES
 
-BASELINE = RECIPES["baseline"]["baseline"]
+BASELINE = baseline.SUITES["baseline"]["baseline"]
 FULL = LEARNING_RATES["lr-1e-3"]
 
 SUITE: dict[str, dict[str, Any]] = {

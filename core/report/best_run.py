@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 CONFUSION, MISTAKES, FILTERS = (
     f"checkpoints/best-{what}" for what in ("confusion.svg", "mistakes.png", "first-layer.png")
 )
+SHOWN, COLUMNS = 12, 4  # mistakes, and how many of them in a row
 UNITS = 8  # rows and columns of a contact sheet
 LEVELS = 15  # of a colour in a contact sheet: more cannot be seen, and make a large file
 
@@ -78,12 +79,12 @@ def mistakes(record: Finished, classes: Sequence[str], load_images: Callable[[li
     """
     if record.answers is UNSET or not record.answers.mistakes:
         return None
-    found = record.answers.mistakes[:12]
+    found = record.answers.mistakes[:SHOWN]
     title = (
         f"{plots.short(record.name)}, seed {record.seed}: what the image shows,\nthen the answer and its probability"
     )
     alt = f"The {len(found)} test images that {record.name} gets most confidently wrong; the table below names them"
-    rows = math.ceil(len(found) / 4)
+    rows = math.ceil(len(found) / COLUMNS)
     return plots.Picture(
         MISTAKES,
         alt,
@@ -95,8 +96,8 @@ def mistakes(record: Finished, classes: Sequence[str], load_images: Callable[[li
 
 
 def _paint_mistakes(figure: "Figure", content: Mistakes, images: Any) -> None:
-    rows = math.ceil(len(content.mistakes) / 4)
-    axes = figure.subplots(rows, 4, squeeze=False).ravel()
+    rows = math.ceil(len(content.mistakes) / COLUMNS)
+    axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for ax in axes:
         ax.axis("off")
     for ax, mistake, image in zip(axes, content.mistakes, images, strict=False):
@@ -114,7 +115,7 @@ class Filters(NamedTuple):
 
 
 def filters(record: Finished, load_weights: Callable[[], Any]) -> plots.Picture:
-    """The weights of the first layer of a run as images: those units that have the largest.
+    """The weights of the first layer of a run as images: of the units with the largest norms.
 
     Args:
         load_weights: the first layer's weights, float [units, 3072]; None where they are not there.

@@ -157,8 +157,8 @@ class Worth(NamedTuple):
 
 
 def _worths(groups: list[Group], suites: Suites) -> list[Worth]:
-    """The changes of the suites that are called ablation, or end so: what their experiments have other than the first,
-    the plain network, or other than the last, which has it all."""
+    """The changes of the suites whose name ends with ablation: the experiments that differ in one key from the first of
+    their suite, the plain network, or from the last, which has it all."""
     worths = []
     for suite in (list(suites[name]) for name in suites if name.endswith(ABLATION) and suites[name]):
         references = [(g, g[0].name == suite[0]) for g in groups if g[0].name in (suite[0], suite[-1])]
@@ -196,7 +196,7 @@ def what_paid(groups: list[Group], suites: Suites) -> str:
 
 
 def bought(groups: list[Group]) -> str:
-    """What the best network with batch norm has over the baseline, where there is one."""
+    """What the best network with batch norm and as many epochs has over the baseline, where there is one."""
     base = next((group for group in groups if group[0].name == BASELINE), None)
     if base is None:
         return ""
@@ -209,7 +209,8 @@ def bought(groups: list[Group]) -> str:
     return (
         "\n## What the network bought over the baseline\n\n"
         f"`baseline` has the hidden widths {spec['widths']} and {spec['activation']}, without batch norm or dropout. "
-        f"Of the networks with batch norm, {best.label} is the best by validation. On test, "
+        f"Of the networks with batch norm that were trained for as many epochs, {best.label} is the best by "
+        f"validation. On test, "
         f"{_compared(best.label, base.label, stats.compare(best, base, 'test'))}: {best.label} reaches "
         f"{stats.percent(stats.accuracy(best, 'test'))}, {base.label} {stats.percent(stats.accuracy(base, 'test'))}, "
         f"and the gap between train and test goes from {base_gap:.1f} to {gap:.1f} points.{_images(best, base)}\n"

@@ -136,8 +136,9 @@ def _records(groups: list[Group], pictures: Mapping[str, plots.Picture]) -> str:
     return (
         "\n## Records\n\nTrained on all 50,000 images, as the published networks are: these runs have no validation "
         "accuracy and take part in no choice. Means over n seeds ± the standard deviation of one. Training is the time "
-        "of all steps; with compilation, that of the whitening and of the first step too, of the run that compiled it. "
-        "PetaFLOP are 6 operations a parameter and example, and the whitening of each image.\n\n"
+        "of all steps; with compilation, the longest time to a first step among the runs is added, which is that of "
+        "the whitening and of the compilation, unless its step had been compiled before. PetaFLOP are 6 operations a "
+        "parameter and example, and the whitening of each image.\n\n"
         + text.grid(published.HEADINGS, map(published.row, groups[: text.ROWS]))
         + f"\n{len(groups) - text.ROWS:,} more are left out.\n" * (len(groups) > text.ROWS)
         + "\nPublished results without convolution; no time is known for any of them:\n\n"
@@ -186,7 +187,7 @@ def markdown(
         records: sorted by core.report.stats.order. pictures: by path, those that are on disk. Others as
             core.report.rebuild.rebuild has them.
     """
-    finished, whole = stats.by_validation(records)
+    finished, whole = stats.with_and_without_validation(records)
     groups, recipes = stats.ranked(stats.groups(finished)), stats.groups(whole)
     best = groups[: text.ROWS]
     parts = [INTRODUCTION, _table(COLUMNS, best)]

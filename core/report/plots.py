@@ -1,5 +1,5 @@
-"""The pictures of a report, and those that compare experiments. Each is as wide as a phone can show: one column, few
-elements, large letters."""
+"""What a picture is and how it is drawn, and the pictures that compare experiments. Each is as wide as a phone can
+show: one column, few elements, large letters."""
 
 import hashlib
 import io

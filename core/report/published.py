@@ -30,7 +30,7 @@ class Published(NamedTuple):
 
     @property
     def petaflop(self) -> float | None:
-        """As of the runs here; None where the paper does not say enough."""
+        """Computed as for the runs here; None where the paper does not say enough."""
         return petaflop(self.parameters, 50_000 * self.epochs) if self.parameters and self.epochs else None
 
 
@@ -62,8 +62,8 @@ def flipped(group: Group) -> list[float]:
 
 
 def seconds(group: Group) -> tuple[float, float]:
-    """The mean time of all steps of a run; and with the whitening and the longest first step, which is that of the run
-    that compiled."""
+    """The mean time of all steps of a run; and with the longest time to a first step, which is that of the run that
+    compiled, if any did."""
     training = fmean(map(stats.seconds, group))
     return training, training + max(record.first_step_seconds for record in group)
 

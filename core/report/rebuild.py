@@ -47,7 +47,7 @@ def rebuild(
         raise SpecError(f"cannot group by {group_by!r}: it is no key of a spec{nearest(group_by, list(FIELDS))}")
     with store.locked(out / "checkpoints" / "results.lock"):
         records = sorted(read_records(out), key=stats.order)
-        groups, whole = map(stats.groups, stats.by_validation(records))
+        groups, whole = map(stats.groups, stats.with_and_without_validation(records))
         shown = {}
         for picture in _pictures(out, groups, whole, suites, data):
             there = plots.identifier(picture) in _on_disk(out / picture.path)

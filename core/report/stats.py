@@ -42,7 +42,7 @@ def groups(finished: Iterable[Finished]) -> list[Group]:
     return made
 
 
-def by_validation(records: Iterable[Record]) -> tuple[list[Finished], list[Finished]]:
+def with_and_without_validation(records: Iterable[Record]) -> tuple[list[Finished], list[Finished]]:
     """The finished runs that have a validation split, and so take part in choices; and those that have none."""
     finished = [record for record in records if isinstance(record, Finished)]
     return [r for r in finished if r.metrics.validation], [r for r in finished if not r.metrics.validation]

@@ -9,7 +9,7 @@ from core.spec import resolve, spec_id
 from experiments import DEFAULT, SUITES
 from tests.conftest import EXPERIMENTS
 
-# The experiments whose records are in the repository.
+# Experiments with records in the repository.
 OFFICIAL = {
     "lr-1e-3": "44136fa355b3",
     "lr-5e-4": "1bb560989863",
@@ -18,6 +18,7 @@ OFFICIAL = {
     "minute": "0f3562a6363f",
     "ten-minutes": "9c2030e28979",
     "hour": "fc6ecd2c8021",
+    "gpu": "eb56bcef5f81",
 }
 
 

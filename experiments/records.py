@@ -24,7 +24,6 @@ MINUTE: dict[str, Any] = {
     "epochs": 38,
     "optimizer": "adamw",
     "lr": 2e-3,
-    "schedule": "cosine",
     "warmup_epochs": 2.0,
     "weight_decay": 0.1,
     "label_smoothing": 0.1,
@@ -39,6 +38,7 @@ TEN_MINUTES: dict[str, Any] = {
     "shift": 4,
     "shift_fill": "reflect",
     "epochs": 280,
+    "schedule": "cosine",
     "ema": 0.9995,
 }
 

@@ -15,9 +15,10 @@ OFFICIAL = {
     "lr-5e-4": "1bb560989863",
     "lr-1e-4": "833789983205",
     "baseline": "d3d8b29e540c",
-    "minute": "0f3562a6363f",
+    "minute": "a5153dabdb0a",
     "ten-minutes": "9c2030e28979",
     "hour": "fc6ecd2c8021",
+    "two-hours": "da1cedf624f1",
     "gpu": "eb56bcef5f81",
 }
 

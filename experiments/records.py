@@ -3,7 +3,7 @@
 uv run main.py run minute                           a minute of training
 uv run main.py run ten-minutes                      ten minutes
 uv run main.py run hour                             an hour
-uv run main.py run two-hours                        two hours: not measured yet
+uv run main.py run two-hours                        two hours: no better than an hour
 uv run main.py run gpu                              six minutes on an NVIDIA H200; more than a day on two CPU cores
 uv run main.py run minute-ablation --seeds 3        what each ingredient of `minute` is worth: about forty minutes
 

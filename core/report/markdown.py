@@ -133,6 +133,7 @@ def _records(groups: list[Group], pictures: Mapping[str, plots.Picture]) -> str:
     if not groups:
         return ""
     picture = pictures.get(published.PICTURE)
+    groups = sorted(groups, key=lambda group: published.work(group[0]))
     return (
         "\n## Records\n\nTrained on all 50,000 images, as the published networks are: these runs have no validation "
         "accuracy and take part in no choice. Means over n seeds ± the standard deviation of one. Training is the time "

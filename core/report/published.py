@@ -68,6 +68,11 @@ def seconds(group: Group) -> tuple[float, float]:
     return training, training + max(record.first_step_seconds for record in group)
 
 
+def _machine(record: Finished) -> str:
+    where = record.environment
+    return where.device_name + f", {where.threads} threads" * (where.device == "cpu")
+
+
 HEADINGS = (
     "recipe",
     "n",
@@ -94,7 +99,7 @@ def row(group: Group) -> list[str]:
         str(record.spec["epochs"]),
         *(f"{value:.0f} s" for value in seconds(group)),
         f"{work(record):.3g}",
-        ", ".join(sorted({f"{r.environment.device_name}, {r.environment.threads} threads" for r in group})),
+        "; ".join(sorted({_machine(record) for record in group})),
     ]
 
 
@@ -140,7 +145,7 @@ def picture(groups: list[Group]) -> Picture:
         if flipped(group)
     ]
     best = sorted(ours, key=lambda p: -p.accuracy)[: plots.BARS]
-    ours = [p for p in ours if p in best]
+    ours = sorted((p for p in ours if p in best), key=lambda p: p.petaflop)
     published = [Point(p.network, p.petaflop, p.accuracy) for p in PUBLISHED if p.petaflop]
     lines = [(p.network, p.accuracy) for p in PUBLISHED if not p.petaflop]
     told = ", ".join(f"{p.label} {p.accuracy:.1f}% for {p.petaflop:.3g} petaFLOP" for p in ours)

@@ -155,17 +155,19 @@ def picture(groups: list[Group]) -> Picture:
 
 def _paint(figure: "Figure", content: Points, _: Any) -> None:
     ax = figure.subplots()
-    for points, marker, color, label, side in (
-        (content.ours, "o", "C0", "here, with mirror images", "center"),
-        (content.published, "D", "C1", "published", "right"),
+    for points, marker, color, label, side, step in (
+        (content.ours, "o", "C0", "here, with mirror images", "center", 15),  # neighbours' labels at two heights
+        (content.published, "D", "C1", "published", "right", 0),
     ):
         ax.plot([p.petaflop for p in points], [p.accuracy for p in points], marker, color=color, label=label)
-        for p in points:
-            place = (p.petaflop, p.accuracy)
-            ax.annotate(plots.short(p.label), place, (0, 7), textcoords="offset points", ha=side)
+        for i, p in enumerate(points):
+            place, above = (p.petaflop, p.accuracy), (0, 7 + step * (i % 2))
+            ax.annotate(plots.short(p.label), place, above, textcoords="offset points", ha=side)
     for label, accuracy in content.lines:
         ax.axhline(accuracy, color="C1", linestyle=":")
-        ax.annotate(label, (0.01, accuracy), (0, -14), ax.get_yaxis_transform(), "offset points")
+        ax.annotate(
+            plots.short(label), (0.99, accuracy), (0, -14), ax.get_yaxis_transform(), "offset points", ha="right"
+        )
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
     ax.margins(0.1)

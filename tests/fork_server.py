@@ -10,6 +10,7 @@ files, and answers its process id; {"wait": pid} answers its exit status. Other 
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -32,6 +33,7 @@ def child(argv, stdout, stderr, data, env, whole, threads, patch):
 
         for key, value in env.items():
             os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which ignores it
         torch.set_num_threads(threads)
         load = cifar10.load
         cifar10.load = lambda folder, *rest: data[whole] if folder == FOLDER else load(folder, *rest)

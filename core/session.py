@@ -43,8 +43,8 @@ from core.runs.store import delete, reserve
 from core.spec import Spec, SpecError, reads_bfloat16, resolve, spec_id, static_key
 from core.train import Diverged, Event, Training, compile_ahead, fit
 
-# How many runs `--cohort auto` trains together. On a CPU only a few small networks gain (benchmarks/test_cohort.py); on
-# CUDA it is not measured yet.
+# How many runs `--cohort auto` trains together. On a CPU only cohorts of a few small networks are faster than one by
+# one (benchmarks/test_cohort.py); on CUDA it is not measured yet.
 COHORT = {"cuda": 16}
 
 OnEvent = Callable[[Event], None]

@@ -5,11 +5,11 @@ uv run main.py run ten-minutes                      ten minutes
 uv run main.py run hour                             an hour
 uv run main.py run two-hours                        two hours: no better than an hour
 uv run main.py run gpu                              six minutes on an NVIDIA H200; more than a day on two CPU cores
-uv run main.py run minute-ablation --seeds 3        what each ingredient of `minute` is worth: about forty minutes
+uv run main.py run minute-ablation --seeds 3        what each ingredient of `minute` is worth: about half an hour
 
 The recipes train on all images, and so have no validation accuracy. The suite `minute-ablation` trains `minute` and its
 variants with the validation split held out; benchmarks/README.md has the search. Widths, dropout and epochs of `hour`,
-`two-hours` and `gpu` are guesses, and so are mixup and the average of the weights of `gpu`.
+`two-hours` and `gpu` are guesses, but for the fourth layer of `gpu`; so are its mixup and the average of its weights.
 """
 
 from typing import Any

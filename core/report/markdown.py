@@ -133,12 +133,11 @@ def _records(groups: list[Group], pictures: Mapping[str, plots.Picture]) -> str:
     if not groups:
         return ""
     picture = pictures.get(published.PICTURE)
-    groups = sorted(groups, key=lambda group: published.work(group[0]))
     return (
         "\n## Records\n\nTrained on all 50,000 images, as the published networks are: these runs have no validation "
         "accuracy and take part in no choice. Means over n seeds ± the standard deviation of one. Training is the time "
-        "of all steps; with compilation, the longest time to a first step among the runs is added, which is that of "
-        "the whitening and of the compilation, unless its step had been compiled before. PetaFLOP are 6 operations a "
+        "of all steps. With compilation, the longest time to a first step among the runs is added: for whitening and "
+        "compilation, or for whitening alone where the step had been compiled before. PetaFLOP are 6 operations a "
         "parameter and example, and the whitening of each image.\n\n"
         + text.grid(published.HEADINGS, map(published.row, groups[: text.ROWS]))
         + f"\n{len(groups) - text.ROWS:,} more are left out.\n" * (len(groups) > text.ROWS)
@@ -189,7 +188,8 @@ def markdown(
             core.report.rebuild.rebuild has them.
     """
     finished, whole = stats.with_and_without_validation(records)
-    groups, recipes = stats.ranked(stats.groups(finished)), stats.groups(whole)
+    groups = stats.ranked(stats.groups(finished))
+    recipes = sorted(stats.groups(whole), key=lambda group: published.work(group[0]))
     best = groups[: text.ROWS]
     parts = [INTRODUCTION, _table(COLUMNS, best)]
     if len(best) < len(groups):

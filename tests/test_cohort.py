@@ -54,12 +54,12 @@ def test_each_has_the_files_and_numbers_that_it_has_alone(together, runs, tmp_pa
 
 @compiles
 @pytest.mark.slow
-def test_a_compiled_step_is_that_of_each_member_alone(runs, invented):
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "clip": 0.5, "dropout": 0.0}], ids=str)
+def test_a_compiled_step_is_that_of_each_member_alone(runs, invented, changes):
     """Gradients, as the first moments hold them, statistics and losses; that draws are the same to the bit when they
-    are vmapped and compiled is tested in test_prng.py. Muon trains the hidden matrix, whose weights are only near (see
-    test_optim.py), and AdamW the rest."""
+    are vmapped and compiled is tested in test_prng.py. Muon's weights are near: see test_optim.py."""
     cpu = torch.device("cpu")
-    runs = [(name, resolve({**spec, "optimizer": "muon", "clip": 0.5})) for name, spec in runs]
+    runs = [(name, resolve({**spec, **changes})) for name, spec in runs]
     trainings = [Training(spec, invented, cpu) for _, spec in runs]
     alone = [Training(spec, invented, cpu) for _, spec in runs]
     for training in trainings + alone:

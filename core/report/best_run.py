@@ -56,7 +56,7 @@ def _paint_confusion(figure: "Figure", content: Confusion, _: Any) -> None:
     ax.set(xlabel="taken for", ylabel="true class")
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-    figure.suptitle(content.title, x=0.01, horizontalalignment="left")
+    plots.heading(figure, content.title)
 
 
 def confusion_rows(content: Confusion) -> Iterable[list[str]]:
@@ -106,7 +106,7 @@ def _paint_mistakes(figure: "Figure", content: Mistakes, images: Any) -> None:
         ax.set_title(
             f"{content.classes[mistake.label]}\n{said} {100 * mistake.probability:.0f}%", fontsize=12, loc="center"
         )
-    figure.suptitle(content.title, x=0.01, horizontalalignment="left")
+    plots.heading(figure, content.title)
 
 
 class Filters(NamedTuple):
@@ -139,4 +139,4 @@ def _paint_filters(figure: "Figure", content: Filters, weights: Any) -> None:
     ax = figure.subplots()
     ax.axis("off")
     ax.imshow(contact, interpolation="nearest")
-    figure.suptitle(content.title, x=0.01, horizontalalignment="left")
+    plots.heading(figure, content.title)

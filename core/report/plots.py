@@ -85,6 +85,16 @@ def short(label: str) -> str:
     return label if len(label) <= LABEL else f"{label[:half]}…{label[1 - half :]}"
 
 
+def heading(figure: "Figure", text: str) -> None:
+    """A title over the whole picture, from its left edge."""
+    figure.suptitle(text, x=0.01, horizontalalignment="left")
+
+
+def legend(figure: "Figure", ax: Any) -> None:
+    """What the lines and points of `ax` are, below the whole picture."""
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+
+
 def _whole_numbers(axis: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -173,7 +183,7 @@ def _paint_curves(figure: "Figure", content: Curves, _: Any) -> None:
         ax.grid(alpha=0.3)
     axes[0].set_title(content.title)
     if content.curves:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        legend(figure, axes[0])
 
 
 # Intervals
@@ -222,5 +232,5 @@ def _paint_intervals(figure: "Figure", content: Intervals, _: Any) -> None:
     ax.set_ylim(len(content.bars) - 0.5, -0.5)  # the first is on top
     ax.grid(alpha=0.3, axis="x")
     ax.set_xlabel("accuracy (%)")
-    figure.suptitle(content.title, x=0.01, horizontalalignment="left")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    heading(figure, content.title)
+    legend(figure, ax)

@@ -145,7 +145,7 @@ def picture(groups: list[Group]) -> Picture:
         if flipped(group)
     ]
     best = sorted(ours, key=lambda p: -p.accuracy)[: plots.BARS]
-    ours = sorted((p for p in ours if p in best), key=lambda p: p.petaflop)
+    ours = sorted(best, key=lambda p: p.petaflop)
     published = [Point(p.network, p.petaflop, p.accuracy) for p in PUBLISHED if p.petaflop]
     lines = [(p.network, p.accuracy) for p in PUBLISHED if not p.petaflop]
     told = ", ".join(f"{p.label} {p.accuracy:.1f}% for {p.petaflop:.3g} petaFLOP" for p in ours)
@@ -174,4 +174,4 @@ def _paint(figure: "Figure", content: Points, _: Any) -> None:
     ax.set(xlabel="petaFLOP of training", ylabel="test accuracy (%)")
     ax.grid(alpha=0.3)
     ax.set_title("accuracy against arithmetic; dotted: without FLOP")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    plots.legend(figure, ax)

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from core.code_hash import CODE
 from core.data import loader
 from core.data.cifar10 import DIRECTORY_HASH, Cifar10
 from core.errors import UserError
 from core.runs import record as records
 from core.runs.files import Begun, Run, under_way
-from core.runs.provenance import CODE
 from core.runs.record import Finished, Record
 from core.runs.store import Held, StoreError, atomic_write, delete, reserve
 from core.session import TooLarge, run_cohort

@@ -12,7 +12,7 @@ FILES = [*sorted((ROOT / "core").rglob("*.py")), *sorted((ROOT / "experiments").
 RULES = {
     "functional": {"spec"},
     "data": {"errors", "runs", "functional"},  # functional: how images are normalised, which whitening starts from
-    "runs": {"errors", "spec"},
+    "runs": {"code_hash", "errors", "spec"},
     "compile": {"errors", "spec", "functional", "runs"},
     "report": {"errors", "spec", "runs", "data"},  # data: the names of the classes, and the test images that it shows
     "train": {"errors", "spec", "functional", "data", "compile"},  # no files, so no runs; no terminal
@@ -20,12 +20,13 @@ RULES = {
     "images": {"errors", "runs"},
     "export": {"errors", "runs", "data", "predict"},
     "verify": {"errors", "spec", "runs", "session"},
-    "remote": {"errors", "spec", "data", "runs", "session"},
+    "remote": {"code_hash", "errors", "spec", "data", "runs", "session"},
     "session": {"errors", "spec", "functional", "data", "compile", "runs", "train"},
     "sweep": {"errors", "spec", "runs", "report"},
     "cli": {"errors", "sweep"},
     "terminal": {"spec", "data", "report", "runs", "sweep"},
     "spec": {"errors"},
+    "code_hash": {"errors"},
     "errors": set(),
 }
 

@@ -25,13 +25,14 @@ from typing import Any
 from core import cli, sweep, terminal
 from core.data import cifar10
 from core.errors import UserError
+from core.report.catalog import Catalog
 from core.report.rebuild import rebuild
 from core.runs import files
 from core.runs.record import Finished, Record, read_records
 from core.runs.store import Held
 from core.spec import resolve, spec_id
 from core.terminal import say, warn
-from experiments import DEFAULT, SUITES
+from experiments import ABLATIONS, DEFAULT, SUITES
 
 ROOT = Path(__file__).resolve().parent
 
@@ -132,7 +133,7 @@ def run_command(args: argparse.Namespace) -> int:
         for _ in read_records(args.out):  # so is a record that cannot be read
             pass
         status = train_and_tell(args, todo, display)
-    rebuild(args.out, suites(), args.data)
+    rebuild(args.out, catalog(), args.data)
     terminal.table(display.tally)
     return status
 
@@ -280,7 +281,7 @@ def verify_command(args: argparse.Namespace) -> int:
 
 def list_command(args: argparse.Namespace) -> int:
     """Show the suites, with what one seed of each experiment takes."""
-    found = [(suite, members, dict(sweep.runs(members, {}))) for suite, members in suites().items()]
+    found = [(suite, members, dict(sweep.runs(members, {}))) for suite, members in catalog().suites.items()]
     known = measured(args.out)
     for suite, members, specs in found:
         default = " (the default)" if suite == DEFAULT else ""
@@ -291,14 +292,16 @@ def list_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def suites() -> dict[str, sweep.Experiments]:
-    """The suites, with their grids expanded."""
-    catalog = sweep.catalog(SUITES)
-    return {suite: catalog[suite] for suite in SUITES}
+def catalog() -> Catalog:
+    """What experiments/ says, with grids expanded."""
+    expanded = sweep.catalog(SUITES)
+    found = Catalog({suite: expanded[suite] for suite in SUITES}, ABLATIONS, DEFAULT)
+    found.check()
+    return found
 
 
 def report_command(args: argparse.Namespace) -> int:
-    count = len(rebuild(args.out, suites(), ROOT / "data", redraw=True, group_by=args.group_by))
+    count = len(rebuild(args.out, catalog(), ROOT / "data", redraw=True, group_by=args.group_by))
     say(f"{args.out / 'results.md'} rebuilt from {count} records")
     return 0
 

@@ -124,7 +124,9 @@ def parse_seeds(text: str) -> Sequence[int]:
     return seeds
 
 
-def runs(experiments: Experiments, overrides: Mapping[str, Any], seeds: Sequence[int] | None = None) -> list[Run]:
+def runs(
+    experiments: Mapping[str, Mapping[str, Any]], overrides: Mapping[str, Any], seeds: Sequence[int] | None = None
+) -> list[Run]:
     """The runs of these experiments, resolved: all of them with the first seed, then with the next, so that a sweep
     that is stopped early has compared all of them.
 

@@ -25,3 +25,4 @@ SUITE: dict[str, dict[str, Any]] = {
     "full-leaky_relu": {**FULL, "activation": "relu"},
     "lr-1e-3": FULL,
 }
+ENDS = {"plain": "baseline", "full": "lr-1e-3"}

@@ -91,3 +91,4 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
         "minute-full": MINUTE,
     },
 }
+ABLATIONS = {"minute-ablation": {"plain": "minute-plain", "full": "minute-full"}}

@@ -16,6 +16,7 @@ from core import predict
 from core.data import cifar10
 from core.functional import model, step
 from core.report import metrics, rebuild, text
+from core.report.catalog import Catalog
 from core.runs import checkpoint
 from core.runs.files import Run
 from core.runs.record import Finished, Metrics
@@ -80,7 +81,7 @@ def train(project, spec, data):
     write(project, [replace(record, metrics=replace(record.metrics, test=test))])
     path = Run(project, "x", about.spec_id).weights
     checkpoint.save(path, weights, about)
-    rebuild.rebuild(project, {})
+    rebuild.rebuild(project, Catalog())
     return path
 
 
@@ -107,7 +108,7 @@ def test_metrics_are_the_means_of_the_rows_of_the_tables(tmp_path):
     for seed in (0, 1):
         write(tmp_path, [make(f"x{i}", seed=seed, validation=0.3 + i / 100, test=0.5 + seed / 100) for i in range(40)])
     write(tmp_path, [on_all("record", seed=seed, test=0.7 + seed / 100) for seed in (0, 1)])
-    rebuild.rebuild(tmp_path, {})
+    rebuild.rebuild(tmp_path, Catalog())
     best = {f"x{i}" for i in range(40 - text.ROWS, 40)}
     means = found(tmp_path)
     assert means.pop(metrics.ALL) == {"record": 0.705}
@@ -117,7 +118,7 @@ def test_metrics_are_the_means_of_the_rows_of_the_tables(tmp_path):
 
 def test_failed_runs_have_no_metrics(tmp_path):
     write(tmp_path, [failed("a")])
-    rebuild.rebuild(tmp_path, {})
+    rebuild.rebuild(tmp_path, Catalog())
     assert found(tmp_path) == {"test": {}, metrics.ALL: {}, "validation": {}}
 
 
@@ -130,7 +131,7 @@ def test_dvc_compares_two_commits(project):
     for more in (0, 0.05):
         write(project, [make(GRID, test=0.5 + more, validation=0.5 + more, lr=0.01), make(PLUS, test=0.4, epochs=12)])
         write(project, [on_all("record", test=0.7)])
-        rebuild.rebuild(project, {})
+        rebuild.rebuild(project, Catalog())
         commit(project)
     # Names with dots, equals and plus signs are whole.
     shown = columns(dvc(project, "metrics", "show"))
@@ -203,6 +204,6 @@ def test_weights_go_through_a_remote(project, small_spec, invented, tmp_path):
     assert isinstance(run.finished(), Finished)
     network = predict.load(there)
     assert predict.evaluate(there, network, invented.test_images, invented.test_labels).same
-    rebuild.rebuild(clone, {})
+    rebuild.rebuild(clone, Catalog())
     assert git(clone, "status", "--porcelain") == ""
     assert all(torch.equal(network.params[name], t) for name, t in model.init(small_spec(), 0)[0].items())

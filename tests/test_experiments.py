@@ -6,7 +6,7 @@ import re
 import pytest
 
 from core.spec import resolve, spec_id
-from experiments import DEFAULT, SUITES
+from experiments import ABLATIONS, DEFAULT, SUITES
 from tests.conftest import EXPERIMENTS
 
 # Experiments with records in the repository.
@@ -55,7 +55,7 @@ def test_the_baseline_lacks_what_the_others_have():
 def test_the_ablation_changes_one_thing_at_a_time():
     """Added to the baseline, or taken from the full network; the two ends are the official runs themselves."""
     specs = {name: resolve(spec) for name, spec in SUITES["ablation"].items()}
-    baseline, full = specs.pop("baseline"), specs.pop("lr-1e-3")
+    baseline, full = (specs.pop(ABLATIONS["ablation"][end]) for end in ("plain", "full"))
     assert [spec_id(baseline), spec_id(full)] == [OFFICIAL["baseline"], OFFICIAL["lr-1e-3"]]
     keys = {"depth": "widths", "norm": "norm", "dropout": "dropout", "leaky_relu": "activation"}
     assert {key for key in full if full[key] != baseline[key]} == set(keys.values())
@@ -76,10 +76,10 @@ def test_the_records_train_on_all_images_and_their_ablation_does_not():
 def test_the_ablation_of_the_minute_takes_one_ingredient_away_at_a_time():
     """All of those that the recipe has: between the plain network and the full recipe nothing else differs."""
     specs = {name: resolve(spec) for name, spec in SUITES["minute-ablation"].items()}
-    names, full, plain = list(specs), specs["minute-full"], specs["minute-plain"]
-    assert (names[0], names[-1]) == ("minute-plain", "minute-full")
+    ends = ABLATIONS["minute-ablation"]
+    full, plain = specs[ends["full"]], specs[ends["plain"]]
     ingredients = {key for key in full if full[key] != plain[key]}
-    assert set(names[1:-1]) == {f"minute-{key}" for key in ingredients}
+    assert set(specs) - set(ends.values()) == {f"minute-{key}" for key in ingredients}
     for key in ingredients:
         assert specs[f"minute-{key}"] == {**full, key: resolve({})[key]}
 

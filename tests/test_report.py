@@ -15,7 +15,9 @@ import safetensors.numpy
 from msgspec.structs import replace
 
 from core.data import cifar10 as dataset
+from core.errors import UserError
 from core.report import best_run, markdown, plots, published, rebuild, sheet, stats
+from core.report.catalog import Catalog
 from core.runs.record import UNSET, Answers, Failed, Finished, Flipped, Mistake, decode, encode
 from core.runs.store import StoreError
 from core.spec import FIELDS, SpecError, resolve, spec_id
@@ -137,10 +139,12 @@ EXPERIMENTS = {
     "lr-1e-4": {"epochs": 2, "lr": 1e-4},
     "baseline": {"epochs": 2, "widths": [512], "norm": "none", "activation": "relu", "dropout": 0.0},
 }
-SUITES = {
-    "learning-rate": {name: EXPERIMENTS[name] for name in ("lr-1e-3", "lr-5e-4", "lr-1e-4")},
-    "baseline": {"baseline": EXPERIMENTS["baseline"]},
-}
+SUITES = Catalog(
+    {
+        "learning-rate": {name: EXPERIMENTS[name] for name in ("lr-1e-3", "lr-5e-4", "lr-1e-4")},
+        "baseline": {"baseline": EXPERIMENTS["baseline"]},
+    }
+)
 THREE = [
     # The best on test is not the best on validation.
     make("lr-1e-3", lr=1e-3, validation=0.55, test=0.59),
@@ -268,27 +272,33 @@ def test_the_baseline_is_compared_with_the_best_by_validation():
     assert "lr-5e-4 beats baseline by 4.50 ± 1.38 points (sampling error): lr-5e-4 reaches 57.50%, " in bought
     assert "baseline 53.00%, and the gap" in bought
     assert "from 27.0 to 12.5 points" in bought
+    assert bought.strip().startswith(
+        "baseline has the hidden widths 512, the activation relu, the norm none and dropout 0. "
+    )
     assert "What the network bought" not in markdown.markdown(THREE, SUITES)
     assert "What the network bought" not in markdown.markdown([BASELINE], SUITES)
 
 
 PLAIN = {"widths": [512], "norm": "none", "activation": "relu", "dropout": 0.0}
-ABLATION = {
-    "learning-rate": {"lr-1e-3": {}},
-    "ablation": {
-        "baseline": PLAIN,
-        "plus": {**PLAIN, "norm": "batch"},
-        "minus": {"norm": "none"},
-        "deep": {**PLAIN, "widths": [1024, 512, 256]},
-        "dropped": {"dropout": 0.0},
-        "both": {**PLAIN, "norm": "batch", "dropout": 0.2},
-        "mistyped": {"dropuot": 0.0},
-        "lr-1e-3": {},
+ABLATION = Catalog(
+    {
+        "learning-rate": {"lr-1e-3": {}},
+        "what pays": {
+            "baseline": PLAIN,
+            "plus": {**PLAIN, "norm": "batch"},
+            "minus": {"norm": "none"},
+            "deep": {**PLAIN, "widths": [1024, 512, 256]},
+            "dropped": {"dropout": 0.0},
+            "both": {**PLAIN, "norm": "batch", "dropout": 0.2},
+            "mistyped": {"dropuot": 0.0},
+            "lr-1e-3": {},
+        },
     },
-}
+    {"what pays": {"plain": "baseline", "full": "lr-1e-3"}},
+)
 
 
-def test_what_paid_follows_from_the_specs():
+def test_a_verdict_names_the_values_and_where_they_were_compared():
     """Whatever the names; the verdict is that of validation."""
     values = {
         "baseline": [0.50, 0.51, 0.505],
@@ -299,25 +309,51 @@ def test_what_paid_follows_from_the_specs():
         "dropped": [0.59, 0.581, 0.5856],
         "both": [0.6, 0.6, 0.6],
     }
-    records = [run for name, v in values.items() for run in seeds_of(name, v, **ABLATION["ablation"][name])]
-    paid = section(markdown.markdown(records, ABLATION), "What paid")
+    specs = ABLATION.suites["what pays"]
+    records = [run for name, v in values.items() for run in seeds_of(name, v, **specs[name])]
+    worth = section(markdown.markdown(records, ABLATION), "What each change is worth")
     table = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in paid.splitlines() if line.startswith("|")
+        [cell.strip() for cell in line.strip("|").split("|")] for line in worth.splitlines() if line.startswith("|")
     ]
     # 2.9 ± 0.25: 3.0, 2.8 and 2.9 have the deviation 0.1, and 4.3027 * 0.1 / sqrt(3) is 0.248
     assert table[2:] == [
-        ["`widths`: 1024-512-256, not 512", "in baseline", "+0.17 ± 4.36", "+0.17 ± 4.36", "3", "cannot be told"],
-        ["`norm`: batch, not none", "in baseline", "+2.90 ± 0.25", "+2.90 ± 0.25", "3", "paid"],
-        ["`norm`: batch, not none", "in lr-1e-3", "+2.93 ± 0.14", "+2.93 ± 0.14", "3", "paid"],
-        ["`dropout`: 0.2, not 0", "in lr-1e-3", "-1.05 ± 0.13", "-1.05 ± 0.13", "3", "cost"],
+        ["`widths` 512 → 1024-512-256", "baseline", "+0.17 ± 4.36", "+0.17 ± 4.36", "3", "not significant"],
+        ["`norm` none → batch", "baseline", "+2.90 ± 0.25", "+2.90 ± 0.25", "3", "helped"],
+        ["`norm` none → batch", "lr-1e-3", "+2.93 ± 0.14", "+2.93 ± 0.14", "3", "helped"],
+        ["`dropout` 0 → 0.2", "lr-1e-3", "-1.05 ± 0.13", "-1.05 ± 0.13", "3", "hurt"],
     ]
-    assert "- Paid: `norm` (in baseline and in lr-1e-3).\n" in paid
-    assert "- Cost accuracy: `dropout` (in lr-1e-3).\n" in paid
-    assert "- Cannot be told apart from chance: `widths` (in baseline).\n" in paid
-    assert "--seeds" not in paid
-    single = section(markdown.markdown([r for r in records if r.seed == 0], ABLATION), "What paid")
+    assert (
+        "- Helped: `norm` none → batch in baseline (+2.90 ± 0.25) and `norm` none → batch in lr-1e-3 (+2.93 ± 0.14).\n"
+        "- Hurt: `dropout` 0 → 0.2 in lr-1e-3 (-1.05 ± 0.13).\n"
+        "- Not significant: `widths` 512 → 1024-512-256 in baseline (+0.17 ± 4.36).\n"
+    ) in worth
+    assert "--seeds" not in worth
+    single = section(markdown.markdown([r for r in records if r.seed == 0], ABLATION), "What each change is worth")
     assert "`--seeds 5` tells more" in single
-    assert "## What paid" not in markdown.markdown(records, SUITES)
+
+
+def test_what_a_full_network_lacks_is_a_change_like_any_other():
+    """The recipe has no dropout, its variant has: that the variant is worse is a verdict on having it."""
+    records = [*seeds_of("full", [0.7, 0.71], dropout=0.0), *seeds_of("full-dropout", [0.68, 0.69], dropout=0.2)]
+    catalog = Catalog({"x": {"full": {"dropout": 0.0}, "full-dropout": {}}}, {"x": {"full": "full"}})
+    worth = section(markdown.markdown(records, catalog), "What each change is worth")
+    assert "- Helped: `dropout` 0.2 → 0 in full (+2.00 ± 0.02).\n" in worth
+
+
+def test_a_suite_is_an_ablation_if_it_says_so_whatever_its_name():
+    names = {"first": {"dropout": 0.0}, "second": {}, "third": {"dropout": 0.5}}
+    records = [run for name, spec in names.items() for run in seeds_of(name, [0.5, 0.6], **spec)]
+    assert "is worth" not in markdown.markdown(records, Catalog({"my-ablation": names}))
+    assert "## What each change is worth" in markdown.markdown(
+        records, Catalog({"mine": names}, {"mine": {"plain": "first"}})
+    )
+
+
+@pytest.mark.parametrize("ablations", [{"y": {}}, {"x": {"plain": "b"}}, {"x": {"first": "a"}}])
+def test_an_ablation_that_names_nothing_is_refused(ablations):
+    Catalog({"x": {"a": {}}}, {"x": {"full": "a"}}).check()
+    with pytest.raises(UserError, match="ABLATIONS in experiments/"):
+        Catalog({"x": {"a": {}}}, ablations).check()
 
 
 # Runs on all images
@@ -696,7 +732,7 @@ def test_two_thousand_runs_make_a_small_report(tmp_path):
     """In the worst case: all of them different, and with many epochs."""
     runs = [make(f"{'x' * 80}{i}", lr=0.001 * (i + 1), epochs=40, validation=0.0002 * i + 0.1) for i in range(2000)]
     write(tmp_path, runs)
-    assert len(rebuild.rebuild(tmp_path, {})) == 2000
+    assert len(rebuild.rebuild(tmp_path, Catalog())) == 2000
     assert (tmp_path / "results.md").stat().st_size < 100_000
     assert all(path.stat().st_size < 300_000 for path in files(tmp_path).values() if path.suffix != ".csv")
     assert len(list(csv.DictReader((tmp_path / sheet.RUNS).open()))) == 2000
@@ -750,7 +786,7 @@ def test_how_to_reproduce_names_the_options_of_a_run():
 
 
 def test_an_experiment_that_has_become_invalid_spoils_no_report():
-    plain, gone, _ = commands(THREE, {**SUITES, "other": {"lr-1e-3": {"learning_rate": 1e-3}}})
+    plain, gone, _ = commands(THREE, Catalog({**SUITES.suites, "other": {"lr-1e-3": {"learning_rate": 1e-3}}}))
     assert plain == "uv run main.py run lr-5e-4 lr-1e-4"
     assert gone.startswith("# lr-1e-3 (")
 

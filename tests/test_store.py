@@ -163,6 +163,7 @@ def test_no_update_under_a_lock_is_lost(tmp_path):
 REPORT = """
 import sys
 from pathlib import Path
+from core.report.catalog import Catalog
 from core.report.rebuild import rebuild
 from core.runs.files import Run
 from core.runs.record import write_record
@@ -172,7 +173,7 @@ for seed in range(int(sys.argv[2]), int(sys.argv[2]) + 4):
     run = Run(Path(sys.argv[1]), record.name, record.spec_id)
     run.folder.mkdir(parents=True)
     write_record(run.record, record)
-    rebuild(Path(sys.argv[1]), {})
+    rebuild(Path(sys.argv[1]), Catalog())
 """
 
 

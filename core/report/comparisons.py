@@ -1,18 +1,17 @@
-"""What results.md says of experiments beside each other: the choice of the learning rate, what paid, the baseline."""
+"""What results.md says of experiments beside each other: the choice of the learning rate, the worth of each change,
+the baseline."""
 
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from core.report import stats, text
+from core.report.catalog import Catalog
 from core.report.stats import Group
 from core.spec import FIELDS, Spec, canonical
 
-Suites = Mapping[str, Mapping[str, Spec]]
-
 SETS = 5  # of experiments that are compared, at most
-VERDICTS = {"paid": "Paid", "cost": "Cost accuracy", "cannot be told": "Cannot be told apart from chance"}
-ABLATION, BASELINE = "ablation", "baseline"  # suites, and the experiment that the full network is compared with
+VERDICTS = {"helped": "Helped", "hurt": "Hurt", "unclear": "Not significant"}
+BASELINE = "baseline"  # the experiment that the networks with batch norm are compared with
 
 
 def _points(difference: stats.Difference) -> str:
@@ -118,80 +117,88 @@ def _one_change(a: Spec, b: Spec) -> str | None:
 
 def _verdict(worth: stats.Difference) -> str:
     if not (worth.told and worth.paired):  # one seed says nothing of others
-        return "cannot be told"
-    return "paid" if worth.mean > 0 else "cost"
+        return "unclear"
+    return "helped" if worth.mean > 0 else "hurt"
 
 
 class Worth(NamedTuple):
-    """What one change is worth: the network that has it against the one that has not."""
+    """What one change of one key is worth: the network after the change against the network before it.
+
+    Attributes:
+        key: the key of the spec whose value changes.
+        before, after: equal in all else but the seed.
+        reference: which of the two is the plain or the full network of its suite.
+    """
 
     key: str
-    added: bool  # to the reference, which has not got it; or removed from the reference, which has
+    before: Group
+    after: Group
     reference: Group
-    member: Group
 
     @property
-    def both(self) -> tuple[Group, Group]:
-        """With the change, and without."""
-        return (self.member, self.reference) if self.added else (self.reference, self.member)
-
-    @property
-    def how(self) -> str:
-        """Where the comparison was made: with all else as in the baseline, or as in the full network."""
-        return f"in {self.reference.label}"
+    def change(self) -> str:
+        """'`dropout` 0 → 0.2'."""
+        old, new = (stats.shown(group[0].spec[self.key]) for group in (self.before, self.after))
+        return f"`{self.key}` {old} → {new}"
 
     def points(self, split: str) -> stats.Difference:
-        return stats.compare(*self.both, split)
+        return stats.compare(self.after, self.before, split)
+
+    def summary(self) -> str:
+        """'`dropout` 0 → 0.2 in lr-1e-3 (+2.39 ± 1.18)'."""
+        return f"{self.change} in {self.reference.label} ({_points(self.points('validation'))})"
 
     def row(self) -> list[str]:
-        has, lacks = (stats.shown(group[0].spec[self.key]) for group in self.both)
         validation = self.points("validation")
         return [
-            f"`{self.key}`: {has}, not {lacks}",
-            self.how,
+            self.change,
+            self.reference.label,
             _points(validation),
             _points(self.points("test")),
             str(validation.seeds),
-            _verdict(validation),
+            VERDICTS[_verdict(validation)].lower(),
         ]
 
 
-def _worths(groups: list[Group], suites: Suites) -> list[Worth]:
-    """The changes of the suites whose name ends with ablation: the experiments that differ in one key from the first of
-    their suite, the plain network, or from the last, which has it all."""
+def _worths(groups: list[Group], catalog: Catalog) -> list[Worth]:
+    """The changes of all ablations: what is added to a plain network, and what a full one has."""
     worths = []
-    for suite in (list(suites[name]) for name in suites if name.endswith(ABLATION) and suites[name]):
-        references = [(g, g[0].name == suite[0]) for g in groups if g[0].name in (suite[0], suite[-1])]
-        members = [g for g in groups if g[0].name in suite[1:-1]]
-        pairs = [(r, m, _one_change(r[0].spec, m[0].spec), added) for r, added in references for m in members]
-        worths += [Worth(key, added, r, m) for r, m, key, added in pairs if key]
-    return sorted(worths, key=lambda worth: (list(FIELDS).index(worth.key), not worth.added))
+    for suite, ends in catalog.ablations.items():
+        plain, full = ends.get("plain"), ends.get("full")
+        for reference in groups:
+            if reference[0].name not in (plain, full):
+                continue
+            for member in groups:
+                if member[0].name not in catalog.suites[suite] or member[0].name in (plain, full):
+                    continue
+                if key := _one_change(reference[0].spec, member[0].spec):
+                    pair = (reference, member) if reference[0].name == plain else (member, reference)
+                    worths.append(Worth(key, *pair, reference))
+    order = list(FIELDS)
+    return sorted(worths, key=lambda worth: (order.index(worth.key), worth.reference is not worth.before))
 
 
-def what_paid(groups: list[Group], suites: Suites) -> str:
-    """What each of these changes is worth, with a verdict by validation."""
-    worths = _worths(groups, suites)
+def changes(groups: list[Group], catalog: Catalog) -> str:
+    """What each change of an ablation is worth, with a verdict by validation."""
+    worths = _worths(groups, catalog)
     if not worths:
         return ""
-    verdicts: dict[str, dict[str, list[str]]] = {verdict: defaultdict(list) for verdict in VERDICTS}
+    verdicts: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
     for worth in worths:
-        verdicts[_verdict(worth.points("validation"))][worth.key].append(worth.how)
-    lines = [
-        f"- {VERDICTS[verdict]}: {text.listed([f'`{key}` ({text.listed(how)})' for key, how in keys.items()])}.\n"
-        for verdict, keys in verdicts.items()
-        if keys
-    ]
+        verdicts[_verdict(worth.points("validation"))].append(worth.summary())
+    lines = [f"- {VERDICTS[verdict]}: {text.listed(found)}.\n" for verdict, found in verdicts.items() if found]
     rows = [worth.row() for worth in worths[: text.ROWS]]
-    unpaired = f"\n{UNPAIRED}\n" * (not all(worth.points("validation").paired for worth in worths))
+    paired = all(worth.points("validation").paired for worth in worths)
     return (
-        "\n## What paid\n\nEach comparison is of two networks that differ in one thing: the accuracy with it less the "
-        "accuracy without it, in points, with its 95% interval, paired over the seeds that both have. A change paid, "
-        "or cost, where this interval on validation does not contain 0, over two seeds at least; test took no part in "
-        "the verdict.\n\n"
+        "\n## What each change is worth\n\nEach row compares two networks that differ in one key of the spec. "
+        "`dropout` 0 → 0.2 stands for the accuracy with dropout 0.2 minus the accuracy with dropout 0. The difference "
+        "is in points, with its 95% interval, paired over the seeds that both have. The column `in` names "
+        "the network that has all the other values. A change helped, or hurt, if the interval on validation does not "
+        "contain 0 and there are at least two seeds. Test has no part in the verdict.\n\n"
         + "".join(lines)
         + "\n"
-        + text.grid(("change", "", "validation", "test", "seeds", "verdict"), rows)
-        + unpaired
+        + text.grid(("change", "in", "validation", "test", "seeds", "verdict"), rows)
+        + ("" if paired else f"\n{UNPAIRED}\n")
     )
 
 
@@ -208,7 +215,8 @@ def bought(groups: list[Group]) -> str:
     gap, base_gap = (100 * (stats.accuracy(g, "train") - stats.accuracy(g, "test")) for g in (best, base))
     return (
         "\n## What the network bought over the baseline\n\n"
-        f"`baseline` has the hidden widths {spec['widths']} and {spec['activation']}, without batch norm or dropout. "
+        f"{base.label} has the hidden widths {stats.shown(spec['widths'])}, the activation {spec['activation']}, the "
+        f"norm {spec['norm']} and dropout {stats.shown(spec['dropout'])}. "
         f"Of the networks with batch norm that were trained for as many epochs, {best.label} is the best by "
         f"validation. On test, "
         f"{_compared(best.label, base.label, stats.compare(best, base, 'test'))}: {best.label} reaches "

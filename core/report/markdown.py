@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from statistics import fmean, median_high
 
 from core.report import best_run, comparisons, plots, published, sheet, stats, text
-from core.report.comparisons import Suites
+from core.report.catalog import Catalog
 from core.report.stats import Group
 from core.runs.record import Finished, Record
 from core.spec import Spec, SpecError, resolve
@@ -67,9 +67,9 @@ def _resolved(spec: Spec) -> Spec:
         return {}
 
 
-def _commands(groups: list[Group], suites: Suites) -> list[str]:
+def _commands(groups: list[Group], catalog: Catalog) -> list[str]:
     """What trains these runs again; experiments that take the same options share a line."""
-    known = {name: spec for suite in suites.values() for name, spec in suite.items()}
+    known = {name: spec for suite in catalog.suites.values() for name, spec in suite.items()}
     names: dict[str, list[str]] = defaultdict(list)
     gone = []
     for group in groups:
@@ -177,7 +177,7 @@ def _legend(groups: list[Group]) -> str:
 
 def markdown(
     records: list[Record],
-    suites: Suites,
+    catalog: Catalog,
     pictures: Mapping[str, plots.Picture] = {},
     group_by: str | None = None,
 ) -> str:
@@ -218,7 +218,7 @@ def markdown(
         parts.append(f"\n{len(values) - text.ROWS:,} more values are left out.\n" * (len(values) > text.ROWS))
     if choices := comparisons.choices(groups):
         parts += ["\n## Choice of the learning rate\n\n", "\n".join(choices)]
-    parts += [comparisons.what_paid(groups, suites), comparisons.bought(groups), _records(recipes, pictures)]
+    parts += [comparisons.changes(groups, catalog), comparisons.bought(groups), _records(recipes, pictures)]
     compared = [picture for picture in pictures.values() if isinstance(picture.content, plots.Intervals)]
     if compared:
         parts.append("\n## The suites\n")
@@ -230,6 +230,6 @@ def markdown(
         parts.append(f"The numbers are in [learning-curves.csv]({plots.CURVES_TABLE}).\n")
     if finished or whole:
         places = text.first(sorted({_place(r) for r in finished + whole}), "- and {} more")
-        commands = "\n".join(_commands(best + recipes[: text.ROWS], suites))
+        commands = "\n".join(_commands(best + recipes[: text.ROWS], catalog))
         parts.append(f"\n## Reproduce\n\n```sh\n{commands}\n```\n\nMade on:\n\n" + "\n".join(places) + "\n")
     return "".join(parts)

@@ -6,7 +6,7 @@ from typing import Any
 
 from core.data import cifar10
 from core.report import best_run, markdown, metrics, plots, published, sheet, stats
-from core.report.comparisons import Suites
+from core.report.catalog import Catalog
 from core.runs import store
 from core.runs.files import Run
 from core.runs.record import Record, read_records
@@ -19,7 +19,7 @@ SUITES = 10  # pictures of suites, at most
 
 def rebuild(
     out: Path,
-    suites: Suites,
+    catalog: Catalog,
     data: Path | None = None,
     redraw: bool = False,
     group_by: str | None = None,
@@ -31,7 +31,7 @@ def rebuild(
     results.md shows it as long as it is the right one.
 
     Args:
-        suites: what the names of experiments stand for now, in their suites.
+        catalog: what the names of experiments stand for now.
         data: the folder of CIFAR-10.
         redraw: draw the pictures even where those on disk say that they are right.
         group_by: a key of the spec; results.md then also has a table by its values.
@@ -49,7 +49,7 @@ def rebuild(
         records = sorted(read_records(out), key=stats.order)
         groups, whole = map(stats.groups, stats.with_and_without_validation(records))
         shown = {}
-        for picture in _pictures(out, groups, whole, suites, data):
+        for picture in _pictures(out, groups, whole, catalog, data):
             there = plots.identifier(picture) in _on_disk(out / picture.path)
             if (redraw or not there) and (drawn := plots.draw(picture)):
                 _update(out / picture.path, drawn)
@@ -60,12 +60,12 @@ def rebuild(
                 _update(out / plots.CURVES_TABLE, plots.curves_as_table(picture.content).encode())
         _update(out / sheet.RUNS, sheet.runs(records).encode())
         _update(out / metrics.METRICS, metrics.metrics(groups, whole).encode())
-        _update(out / "results.md", markdown.markdown(records, suites, shown, group_by).encode())
+        _update(out / "results.md", markdown.markdown(records, catalog, shown, group_by).encode())
     return records
 
 
 def _pictures(
-    out: Path, groups: list[stats.Group], whole: list[stats.Group], suites: Suites, data: Path | None
+    out: Path, groups: list[stats.Group], whole: list[stats.Group], catalog: Catalog, data: Path | None
 ) -> Iterator[plots.Picture]:
     """The pictures that a report of these groups has, of which `whole` were trained on all images."""
     if whole:
@@ -80,7 +80,7 @@ def _pictures(
     yield best_run.filters(run, lambda: _first_layer(Run(out, run.name, run.spec_id).weights))
     if confusion := best_run.confusion(best, cifar10.CLASSES):
         yield confusion
-    compared = {suite: [group for group in groups if group[0].name in names] for suite, names in suites.items()}
+    compared = {suite: [group for group in groups if group[0].name in names] for suite, names in catalog.suites.items()}
     several = [suite for suite, members in compared.items() if len({group[0].name for group in members}) > 1]
     for suite in several[:SUITES]:
         yield plots.intervals(suite, compared[suite])

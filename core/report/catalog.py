@@ -1,0 +1,34 @@
+"""What a report knows of experiments/."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from core.errors import UserError
+from core.spec import Spec
+
+
+class Catalog(NamedTuple):
+    """The experiments of a project.
+
+    Attributes:
+        suites: by the name of a suite its experiments, grids expanded: their specs by their names.
+        ablations: the suites that are one, each with the names of its "plain" and its "full" experiment, or of one of
+            the two. The other experiments of the suite are compared with these.
+        default: the suite whose learning curves are drawn.
+    """
+
+    suites: Mapping[str, Mapping[str, Spec]] = {}
+    ablations: Mapping[str, Mapping[str, str]] = {}
+    default: str = ""
+
+    def check(self) -> None:
+        """Raise UserError where an ablation names a suite or an experiment that does not exist."""
+        for suite, references in self.ablations.items():
+            if suite not in self.suites:
+                raise UserError(f"ABLATIONS in experiments/ names the suite {suite!r}, but there is no such suite")
+            for role, name in references.items():
+                if role not in ("plain", "full") or name not in self.suites[suite]:
+                    raise UserError(
+                        f"ABLATIONS in experiments/ says {role} = {name!r} of the suite {suite!r}; expected plain or "
+                        "full, and an experiment of this suite"
+                    )

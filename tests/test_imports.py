@@ -14,7 +14,13 @@ RULES = {
     "data": {"errors", "runs", "functional"},  # functional: how images are normalised, which whitening starts from
     "runs": {"code_hash", "errors", "spec"},
     "compile": {"errors", "spec", "functional", "runs"},
-    "report": {"errors", "spec", "runs", "data"},  # data: the names of the classes, and the test images that it shows
+    "report": {
+        "code_hash",
+        "errors",
+        "spec",
+        "runs",
+        "data",
+    },  # data: its identity, classes, images
     "train": {"errors", "spec", "functional", "data", "compile"},  # no files, so no runs; no terminal
     "predict": {"errors", "spec", "functional", "runs"},
     "images": {"errors", "runs"},

@@ -14,6 +14,8 @@ import pytest
 import safetensors.numpy
 from msgspec.structs import replace
 
+from core import code_hash
+from core.code_hash import CODE
 from core.data import cifar10 as dataset
 from core.errors import UserError
 from core.report import best_run, markdown, plots, published, rebuild, sheet, stats
@@ -62,6 +64,7 @@ def make(name, test=0.57, validation=0.56, train=0.7, **changes):
             "threads": 2,
             "python": "3.11.7",
             "git": "0123456789ab",
+            "code": CODE,
         },
         "parameters": 3809034,
         "history": history,
@@ -354,6 +357,84 @@ def test_an_ablation_that_names_nothing_is_refused(ablations):
     Catalog({"x": {"a": {}}}, {"x": {"full": "a"}}).check()
     with pytest.raises(UserError, match="ABLATIONS in experiments/"):
         Catalog({"x": {"a": {}}}, ablations).check()
+
+
+# Runs of other code, or on other data
+
+
+def elsewhere(record, code=CODE, data=dataset.DIRECTORY_HASH):
+    """The record as a run of other code or on other data leaves it."""
+    return replace(record, data=data, environment=replace(record.environment, code=code))
+
+
+def tables(text):
+    """The rows of all tables with a column `n`, by heading."""
+    found = []
+    for block in text.split("\n\n"):
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line[0] == "|"]
+        found += [dict(zip(lines[0], line, strict=True)) for line in lines[2:] if "n" in lines[0]]
+    return found
+
+
+OTHER = {"code": "0" * 12}, {"data": "other"}, {"code": ""}
+
+
+@pytest.mark.parametrize("other", OTHER, ids=str)
+def test_runs_of_other_code_or_data_are_never_averaged(tmp_path, other):
+    """They take part in no choice, comparison, metric or curve, and the report says how to train them anew."""
+    mine = seeds_of("lr-1e-3", [0.5, 0.52], lr=1e-3)
+    others = [elsewhere(run, **other) for run in seeds_of("lr-1e-3", [0.6, 0.6, 0.7, 0.72], lr=1e-3)[2:]]
+    rival = elsewhere(make("lr-5e-4", lr=5e-4, validation=0.9), **other)
+    write(tmp_path, [*mine, *others, rival])
+    rebuild.rebuild(tmp_path, SUITES)
+    text = (tmp_path / "results.md").read_text()
+    first, *apart = tables(text)
+    assert (first["experiment"], first["n"]) == ("lr-1e-3", "2")
+    assert first["validation"].startswith("51.00 ± 1.41%")
+    what, said = next(iter(other.items()))
+    assert {row[what] for row in apart} == {said or "unknown"}
+    assert {row["code" if what == "data" else "data"] for row in apart} == {"this"}
+    ns = [("lr-1e-3", "2", "71.00 ± 1.41%"), ("lr-5e-4", "1", "90.00%")]
+    if not said:  # nobody knows whether two runs of unknown code are of the same
+        ns[:1] = [("lr-1e-3", "1", "70.00%"), ("lr-1e-3", "1", "72.00%")]
+    assert [(row["experiment"], row["n"], row["validation"]) for row in apart] == ns
+    assert "\n3 finished runs are of other code or on other data, and not in this table: see [Runs of other" in text
+    anew = section(text, markdown.APART)
+    assert "uv run main.py run lr-5e-4 --force" in anew
+    assert f"uv run main.py run lr-1e-3 --seed{'s 2,3' if said else ' 2'} --force" in anew
+    assert "## Choice" not in text
+    assert "uv run main.py run lr-1e-3 --seeds 2\n" in section(text, "Reproduce")
+    assert '"lr-1e-3": 0.51' in (tmp_path / "checkpoints" / "metrics.json").read_text()
+    assert "lr-5e-4" not in (tmp_path / plots.CURVES_TABLE).read_text()
+    current = [(row["seed"], row["current"]) for row in csv.DictReader((tmp_path / sheet.RUNS).open())]
+    assert current == [("0", "True"), ("1", "True"), ("2", "False"), ("3", "False"), ("0", "False")]
+
+
+def test_code_with_the_same_numbers_is_the_same_code(monkeypatch):
+    old = "0123456789ab"
+    records = [make("x", seed=seed) for seed in (0, 1)] + [elsewhere(make("x", seed=2), old)]
+    assert [row["n"] for row in cells(markdown.markdown(records, SUITES))] == ["2"]
+    monkeypatch.setattr(code_hash, "SAME_NUMBERS", {CODE, old})
+    text = markdown.markdown(records, SUITES)
+    assert [row["n"] for row in cells(text)] == ["3"]
+    assert markdown.APART not in text
+
+
+def test_two_other_codes_are_not_averaged_with_each_other():
+    records = [elsewhere(make("x", seed=seed), f"{seed:012x}") for seed in range(3)]
+    text = markdown.markdown([*records, failed("y")], SUITES)
+    assert [(row["n"], row["code"]) for row in tables(text)] == [("1", f"{seed:012x}") for seed in range(3)]
+    assert "\ny, seed 0, failed: " in text
+    assert "\ny, seed 0, failed (other code or data): " in markdown.markdown([elsewhere(failed("y"), "1" * 12)], SUITES)
+
+
+def test_a_folder_of_runs_on_other_data_alone_has_a_whole_report():
+    records = [elsewhere(run, data="mine") for run in THREE]
+    text = markdown.markdown(records, SUITES)
+    assert "The data are not CIFAR-10: mine." in text
+    assert "## Choice of the learning rate" in text
+    assert markdown.APART not in text
+    assert "not CIFAR-10" not in markdown.markdown(THREE, SUITES)
 
 
 # Runs on all images

@@ -4,6 +4,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from statistics import fmean, median_high
 
+from core.code_hash import same_numbers
+from core.data.cifar10 import DIRECTORY_HASH
 from core.report import best_run, comparisons, plots, published, sheet, stats, text
 from core.report.catalog import Catalog
 from core.report.stats import Group
@@ -67,8 +69,8 @@ def _resolved(spec: Spec) -> Spec:
         return {}
 
 
-def _commands(groups: list[Group], catalog: Catalog) -> list[str]:
-    """What trains these runs again; experiments that take the same options share a line."""
+def _commands(groups: list[Group], catalog: Catalog, force: str = "") -> list[str]:
+    """What trains these runs again; experiments that take the same options share a line. `force` ends each line."""
     known = {name: spec for suite in catalog.suites.values() for name, spec in suite.items()}
     names: dict[str, list[str]] = defaultdict(list)
     gone = []
@@ -81,8 +83,8 @@ def _commands(groups: list[Group], catalog: Catalog) -> list[str]:
             names["".join(options) + _seeds_option([r.seed for r in group], now["seed"])].append(name)
         else:
             gone.append(f"# {name} ({group[0].spec_id}): its spec is in its record, and in experiments/ no more")
-    commands = [f"uv run main.py run {' '.join(those)}{options}" for options, those in names.items()]
-    return [*text.first(commands + gone, "# and {} more", text.ROWS - 1), "uv run main.py evaluate"]
+    commands = [f"uv run main.py run {' '.join(those)}{options}{force}" for options, those in names.items()]
+    return text.first(commands + gone, "# and {} more", text.ROWS - 1)
 
 
 def _seeds_option(seeds: list[int], now: int) -> str:
@@ -147,13 +149,53 @@ def _records(groups: list[Group], pictures: Mapping[str, plots.Picture]) -> str:
     )
 
 
+def _apart(results: stats.Results, catalog: Catalog) -> str:
+    """The runs of other code or on other data, and how to train them anew."""
+    if not results.apart:
+        return ""
+
+    def code(group: Group) -> str:
+        return "this" if same_numbers(group[0].environment.code) else group[0].environment.code or "unknown"
+
+    columns: list[Column] = [
+        ("experiment", lambda g: g.label),
+        ("n", lambda g: f"{len(g):,}"),
+        ("validation", lambda g: _spread(g, "validation") if g[0].metrics.validation else "none"),
+        ("test", lambda g: _spread(g, "test")),
+        ("epochs", lambda g: str(g[0].spec["epochs"])),
+        ("code", code),
+        ("data", lambda g: "this" if g[0].data == results.data else g[0].data[:12]),
+    ]
+    left_out = len(results.apart) - text.ROWS
+    commands = "\n".join(_commands(results.apart, catalog, " --force"))
+    return (
+        f"\n## {APART}\n\nOther code or other data can give other numbers. These runs are therefore in no other table, "
+        "mean, choice, comparison or picture of this report. A row has the runs whose code gives the same numbers and "
+        "whose data are the same. In [results.csv]"
+        f"({sheet.RUNS}) their column `current` is False.\n\n"
+        + _table(columns, results.apart[: text.ROWS])
+        + (f"\n{left_out:,} more are left out.\n" if left_out > 0 else "")
+        + f"\nThis trains them anew, with this code on CIFAR-10:\n\n```sh\n{commands}\n```\n"
+    )
+
+
 # The whole
 
-INTRODUCTION = (
-    "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit. Accuracies are measured in "
-    "evaluation mode on all 45,000 train, 5,000 validation and 10,000 test images; the test split is read once, at the "
-    "end of a run. Every choice below is made by validation.\n\n"
-)
+APART = "Runs of other code or other data"
+HEADER = "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit."
+
+
+def _introduction(results: stats.Results) -> str:
+    images = "45,000 train, 5,000 validation and 10,000 test"
+    if results.compared:
+        splits = results.compared[0][0].metrics
+        n = [split.n for split in (splits.train, splits.validation, splits.test) if split]
+        images = f"{n[0]:,} train, {n[1]:,} validation and {n[2]:,} test"
+    other = "" if results.data == DIRECTORY_HASH else f" The data are not CIFAR-10: {results.data[:12]}."
+    return (
+        f"{HEADER} Accuracies are measured in evaluation mode on all {images} images; the test split is read once, at "
+        f"the end of a run. Every choice below is made by validation.{other}\n\n"
+    )
 
 
 def _legend(groups: list[Group]) -> str:
@@ -187,11 +229,12 @@ def markdown(
         records: sorted by core.report.stats.order. pictures: by path, those that are on disk. Others as
             core.report.rebuild.rebuild has them.
     """
-    finished, whole = stats.with_and_without_validation(records)
-    groups = stats.ranked(stats.groups(finished))
-    recipes = sorted(stats.groups(whole), key=lambda group: published.work(group[0]))
+    results = stats.results(records)
+    groups = stats.ranked(results.compared)
+    finished = [record for group in groups for record in group]
+    recipes = sorted(results.whole, key=lambda group: published.work(group[0]))
     best = groups[: text.ROWS]
-    parts = [INTRODUCTION, _table(COLUMNS, best)]
+    parts = [_introduction(results), _table(COLUMNS, best)]
     if len(best) < len(groups):
         left = len(finished) - sum(map(len, best))
         parts.append(
@@ -199,13 +242,24 @@ def markdown(
             "finished runs, are left out.\n"
         )
     parts.append(_legend(best))
-    failures = [f"\n{r.name}, seed {r.seed}, failed: {r.error}.\n" for r in records if not isinstance(r, Finished)]
+    if results.apart:
+        count = sum(map(len, results.apart))
+        anchor = APART.lower().replace(" ", "-")
+        parts.append(
+            f"\n{count:,} finished {'run is' if count == 1 else 'runs are'} of other code or on other data, and not in "
+            f"this table: see [{APART}](#{anchor}).\n"
+        )
+    failures = [
+        f"\n{r.name}, seed {r.seed}, failed{'' if results.has(r) else ' (other code or data)'}: {r.error}.\n"
+        for r in records
+        if not isinstance(r, Finished)
+    ]
     parts += text.first(failures, "\n{} more runs failed.\n")
     inexact = [
         f"\n{r.name}, seed {r.seed}, is not bitwise: it went on from a resume point where its bits are not those of "
         "an uninterrupted run (--resume-anyway, or in another cohort).\n"
-        for r in finished + whole
-        if not r.bitwise
+        for r in records
+        if isinstance(r, Finished) and not r.bitwise
     ]
     parts += text.first(inexact, "\n{} more runs were resumed in this way.\n")
     if group_by:
@@ -228,8 +282,9 @@ def markdown(
     if plots.CURVES in pictures:
         parts.append(f"\n## Learning curves\n\n{text.picture(pictures[plots.CURVES])}\n")
         parts.append(f"The numbers are in [learning-curves.csv]({plots.CURVES_TABLE}).\n")
-    if finished or whole:
-        places = text.first(sorted({_place(r) for r in finished + whole}), "- and {} more")
-        commands = "\n".join(_commands(best + recipes[: text.ROWS], catalog))
+    parts.append(_apart(results, catalog))
+    if groups or recipes:
+        places = text.first(sorted({_place(r) for group in groups + recipes for r in group}), "- and {} more")
+        commands = "\n".join([*_commands(best + recipes[: text.ROWS], catalog), "uv run main.py evaluate"])
         parts.append(f"\n## Reproduce\n\n```sh\n{commands}\n```\n\nMade on:\n\n" + "\n".join(places) + "\n")
     return "".join(parts)

@@ -47,9 +47,9 @@ def rebuild(
         raise SpecError(f"cannot group by {group_by!r}: it is no key of a spec{nearest(group_by, list(FIELDS))}")
     with store.locked(out / "checkpoints" / "results.lock"):
         records = sorted(read_records(out), key=stats.order)
-        groups, whole = map(stats.groups, stats.with_and_without_validation(records))
+        results = stats.results(records)
         shown = {}
-        for picture in _pictures(out, groups, whole, catalog, data):
+        for picture in _pictures(out, results.compared, results.whole, catalog, data):
             there = plots.identifier(picture) in _on_disk(out / picture.path)
             if (redraw or not there) and (drawn := plots.draw(picture)):
                 _update(out / picture.path, drawn)
@@ -59,7 +59,7 @@ def rebuild(
             if isinstance(picture.content, plots.Curves):
                 _update(out / plots.CURVES_TABLE, plots.curves_as_table(picture.content).encode())
         _update(out / sheet.RUNS, sheet.runs(records).encode())
-        _update(out / metrics.METRICS, metrics.metrics(groups, whole).encode())
+        _update(out / metrics.METRICS, metrics.metrics(results.compared, results.whole).encode())
         _update(out / "results.md", markdown.markdown(records, catalog, shown, group_by).encode())
     return records
 

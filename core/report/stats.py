@@ -2,17 +2,20 @@
 
 import math
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import fmean, median_high, stdev
 from typing import Any, NamedTuple
 
+from core.code_hash import same_numbers
+from core.data.cifar10 import DIRECTORY_HASH
 from core.runs.record import UNSET, Finished, Record
 from core.spec import canonical
 
 
 class Group(list[Finished]):
-    """An experiment: runs of one name whose specs differ in the seed alone.
+    """An experiment: runs of one name whose specs differ in the seed alone, of code that gives the same numbers and on
+    the same data.
 
     `label` is the name, with the keys of the spec that tell the group from others of its name.
     """
@@ -28,24 +31,60 @@ MOST = 100_000  # seeds
 
 
 def groups(finished: Iterable[Finished]) -> list[Group]:
-    """The runs, grouped by name and by the spec without its seed, in the order of the first run of each group."""
-    found: dict[str, dict[str, list[Finished]]] = defaultdict(lambda: defaultdict(list))
+    """The runs, grouped by name, by the spec without its seed, by code and by data, in the order of the first run of
+    each group."""
+    found: dict[str, dict[tuple, list[Finished]]] = defaultdict(lambda: defaultdict(list))
+    codes: list[str] = []
     for record in finished:
-        found[record.name][canonical({**record.spec, "seed": 0})].append(record)
+        code = record.environment.code
+        same = next((known for known in codes if same_numbers(code, known)), None)
+        if same is None:
+            codes.append(code)
+            same = code or record.spec_id  # unknown code is like no other code, not even like itself
+        found[record.name][canonical({**record.spec, "seed": 0}), same, record.data].append(record)
     made = []
-    for name, same in found.items():
-        specs = [runs[0].spec for runs in same.values()]
+    for name, alike in found.items():
+        specs = [runs[0].spec for runs in alike.values()]
         different = [key for key in specs[0] if key != "seed" and any(s[key] != specs[0][key] for s in specs)]
-        for runs in same.values():
+        for runs in alike.values():
             keys = ", ".join(f"{key} {shown(runs[0].spec[key])}" for key in different)
             made.append(Group(runs, f"{name} ({keys})" if keys else name))
     return made
 
 
-def with_and_without_validation(records: Iterable[Record]) -> tuple[list[Finished], list[Finished]]:
-    """The finished runs that have a validation split, and so take part in choices; and those that have none."""
+class Results(NamedTuple):
+    """The finished runs as experiments, in the order of the records.
+
+    Attributes:
+        compared: they have a validation split, and so take part in choices.
+        whole: they were trained on all images, and have no validation accuracy.
+        apart: runs of other code or on other data. They take part in nothing, since that alone may change a number.
+        data: the data of the others.
+    """
+
+    compared: list[Group]
+    whole: list[Group]
+    apart: list[Group]
+    data: str
+
+    def has(self, record: Record) -> bool:
+        """Whether a run is of this code and on this data."""
+        return same_numbers(record.environment.code) and record.data == self.data
+
+
+def results(records: Iterable[Record]) -> Results:
+    """What is compared, and what is shown apart. The data are CIFAR-10, or where no run has that, what most have."""
     finished = [record for record in records if isinstance(record, Finished)]
-    return [r for r in finished if r.metrics.validation], [r for r in finished if not r.metrics.validation]
+    data = Counter(record.data for record in finished)
+    usual = max(data, key=lambda name: (name == DIRECTORY_HASH, data[name], name), default=DIRECTORY_HASH)
+    parts = Results([], [], [], usual)
+    ours = [record for record in finished if parts.has(record)]
+    return Results(
+        groups(record for record in ours if record.metrics.validation),
+        groups(record for record in ours if not record.metrics.validation),
+        groups(record for record in finished if not parts.has(record)),
+        usual,
+    )
 
 
 def grouped_by(finished: Iterable[Finished], key: str) -> list[Group]:

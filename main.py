@@ -141,7 +141,7 @@ def run_command(args: argparse.Namespace) -> int:
 def finished(args: argparse.Namespace, run: sweep.Run, begun: files.Begun) -> Finished | None:
     """The record of a run that need not be trained, unless it has been `begun` again."""
     name, spec = run
-    return None if args.force else files.Run(args.out, name, spec_id(spec)).finished(begun)
+    return None if args.force else files.Run(args.out, name, spec_id(spec)).finished(cifar10.DIRECTORY_HASH, begun)
 
 
 def train_and_tell(args: argparse.Namespace, runs: list[sweep.Run], display: terminal.Display) -> int:
@@ -209,7 +209,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     status = 0
     for path in paths:
         network = predict.load(path, device)
-        found = predict.evaluate(path, network, data.test_images, data.test_labels, args.tta == "flip")
+        found = predict.evaluate(path, network, data, args.tta == "flip")
         status = max(status, 0 if found.same else 1)
         (terminal.evaluation_as_json if args.json else terminal.evaluation)(path, network.about, found)
     return status
@@ -255,7 +255,7 @@ def verify_command(args: argparse.Namespace) -> int:
     with quick_imports():
         from core.verify import read_finished, verify
     runs = chosen(args)
-    recorded = [read_finished(name, spec, args.out) for name, spec in runs]
+    recorded = [read_finished(name, spec, args.out, cifar10.DIRECTORY_HASH) for name, spec in runs]
     args.cohort = 1
     args.no_compile = args.no_compile or all(record.environment.mode.startswith("eager") for record in recorded)
     status = 0

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from core.data.cifar10 import Cifar10
+from core.data.identity import data_identity
 from core.functional import augment, model, step
 from core.runs import checkpoint
 from core.runs.checkpoint import Shapes
@@ -81,8 +83,9 @@ class Evaluation(NamedTuple):
         found: as core.functional.step.evaluate returns it.
         flip: whether the probabilities were averaged over each image and its mirror image.
         recorded, digest: the test metrics, evaluated in the same way, and the digest of the weights in the record
-            beside the checkpoint, or in the checkpoint itself where there is no record. None where neither has such
-            metrics.
+            beside the checkpoint, or in the checkpoint itself where there is no record. `recorded` is None where
+            neither has such metrics, and where they are of other data.
+        other_data: the name of the data of the run, where it is not the data of this evaluation; else None.
         same: whether the weights and the right answers are those recorded, and the loss within 1e-4.
     """
 
@@ -90,24 +93,27 @@ class Evaluation(NamedTuple):
     flip: bool
     recorded: Metrics | None
     digest: str
+    other_data: str | None
     same: bool
 
 
-def evaluate(path: Path, network: Network, images: Tensor, labels: Tensor, flip: bool = False) -> Evaluation:
-    """Evaluate the network of a checkpoint, and compare with its record.
+def evaluate(path: Path, network: Network, data: Cifar10, flip: bool = False) -> Evaluation:
+    """Evaluate the network of a checkpoint on the test split, and compare with its record, if that is of the same data.
 
     Raises:
         core.runs.store.StoreError: there is a record, but damaged.
     """
     beside = path.with_suffix(".json")
     record = read_record(beside) if beside.exists() else None
-    test, digest = None if flip else network.about.test, network.about.digest
+    test, digest, trained_with = None if flip else network.about.test, network.about.digest, network.about.data
     if isinstance(record, Finished):
-        digest = record.digest
+        digest, trained_with = record.digest, record.data
         test = (record.flipped.test if record.flipped else None) if flip else record.metrics.test
-    found = network.evaluate(images, labels, flip)
+    other_data = None if trained_with == data_identity(data) else trained_with
+    test = None if other_data else test
+    found = network.evaluate(data.test_images, data.test_labels, flip)
     as_recorded = test is None or (found["correct"] == test.correct and abs(found["loss"] - test.loss) < 1e-4)
-    return Evaluation(found, flip, test, digest, as_recorded and digest == network.digest())
+    return Evaluation(found, flip, test, digest, other_data, as_recorded and digest == network.digest())
 
 
 class Residual(nn.Sequential):

@@ -17,6 +17,7 @@ import torch
 from core.code_hash import CODE
 from core.data import loader
 from core.data.cifar10 import DIRECTORY_HASH, Cifar10
+from core.data.identity import data_identity
 from core.errors import UserError
 from core.runs import record as records
 from core.runs.files import Begun, Run, under_way
@@ -146,7 +147,7 @@ def train(
         ClusterError: there is no cluster, it lacks the device, or a worker has other software.
         core.runs.store.StoreError: a file cannot be written.
     """
-    begun, waiting = under_way(out), deque(groups)
+    named, begun, waiting = data_identity(data), under_way(out), deque(groups)
     tasks: dict[Any, tuple[Group, contextlib.ExitStack]] = {}  # with the locks of their runs
     with connected(address) as ray, contextlib.ExitStack() as held:
         chosen = _device(device, ray.cluster_resources())
@@ -157,7 +158,7 @@ def train(
                 locks = held.enter_context(contextlib.ExitStack())
                 mine = [run for run in waiting.popleft() if _lock(run, out, locks, on_held)]
                 # Asked with the locks held: another process may have finished one by now.
-                done = [None if force else _files(out, run).finished(begun) for run in mine]
+                done = [None if force else _files(out, run).finished(named, begun) for run in mine]
                 yield from filter(None, done)
                 if group := [run for run, record in zip(mine, done, strict=True) if record is None]:
                     tasks[task.remote(group, stored, SOFTWARE, chosen, compiled)] = group, locks

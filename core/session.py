@@ -13,8 +13,8 @@ import torch
 from core.compile import cache
 from core.compile.device import emulates_bfloat16, pick_device
 from core.compile.fused import CompileError
-from core.data import loader
-from core.data.cifar10 import DIRECTORY_HASH, Cifar10
+from core.data import identity, loader
+from core.data.cifar10 import Cifar10
 from core.errors import UserError
 from core.functional import step
 from core.functional.tree import flatten
@@ -120,7 +120,8 @@ def run_cohort(
     Args:
         runs: names and specs; the specs differ only in core.spec.TENSORS, and not in `epochs`.
         out: where checkpoints/NAME/ID.json (the record) and ID.safetensors (the weights) go.
-        data: CIFAR-10; on `device` already, it is not copied.
+        data: images and labels as `Cifar10` describes them; on `device` already, they are not copied. The record names
+            what is in them; see core.data.identity.
         device: auto, cpu, cuda or mps.
         on_events: for each run what is called with its events; see `run_experiment`.
         should_stop: asked between steps; the runs then save and Interrupted is raised.
@@ -135,20 +136,25 @@ def run_cohort(
 
     Raises:
         core.spec.SpecError: a spec cannot be run, or not together with the others.
+        core.data.cifar10.DataError: the data cannot be trained on.
         core.compile.device.DeviceError: the device is not there.
         core.runs.store.Held: another process is at work on one of the runs.
         core.runs.store.StoreError: files cannot be written or read.
-        core.runs.resume.ResumeError: a run cannot go on bit for bit.
+        core.runs.files.OtherData: a run is finished already, with other data.
+        core.runs.resume.ResumeError: a run cannot go on bit for bit, or has begun with other data.
         TooLarge: memory does not suffice for more than one run.
         Interrupted: `should_stop` said so.
     """
     device = pick_device(device) if isinstance(device, str) else device
-    data, mode = loader.place(data, device), "compiled" if compiled else "eager"
+    identity.check(data)
+    named, mode = identity.data_identity(data), "compiled" if compiled else "eager"
+    data = loader.place(data, device)
     sessions = []
     for (name, spec), on_event in zip(runs, on_events or [lambda event: None] * len(runs), strict=True):
         check_name(name)
         spec = resolve(spec)
-        sessions.append(Session(Run(Path(out), name, spec_id(spec)), name, spec, data, device, on_event, mode))
+        loader.check(data.train_labels, spec)
+        sessions.append(Session(Run(Path(out), name, spec_id(spec)), name, spec, data, named, device, on_event, mode))
     shapes = {(static_key(session.spec), session.spec["epochs"]) for session in sessions}
     if len(shapes) > 1 or len({session.run.record for session in sessions}) < len(sessions):
         raise SpecError("these runs cannot be trained together: they differ in shape or epochs, or one is there twice")
@@ -159,7 +165,7 @@ def run_cohort(
             if force:
                 delete(*session.run.resume_points())
             else:
-                session.record = session.run.finished()
+                session.record = session.run.finished(named)
         todo: dict[tuple[int, str], list[Session]] = defaultdict(list)
         left = [session for session in sessions if session.record is None]
         last = _last_common_step(left)
@@ -230,10 +236,19 @@ class Session:
     """One run under its lock: it listens to `fit`, and keeps what happens in files."""
 
     def __init__(
-        self, run: Run, name: str, spec: Spec, data: Cifar10, device: torch.device, on_event: OnEvent, mode: str
+        self,
+        run: Run,
+        name: str,
+        spec: Spec,
+        data: Cifar10,
+        named: str,
+        device: torch.device,
+        on_event: OnEvent,
+        mode: str,
     ) -> None:
+        """`named`: the identity of `data`."""
         self.run, self.name, self.spec, self.on_event = run, name, spec, on_event
-        self.data, self.device = data, device
+        self.data, self.named, self.device = data, named, device
         self.environment = environment(device, mode, reads_bfloat16(spec))
         self.history: list[Epoch] = []
         self.progress = Progress()
@@ -247,7 +262,7 @@ class Session:
             "spec": self.spec,
             "spec_id": self.run.spec_id,
             "seed": self.spec["seed"],
-            "data": DIRECTORY_HASH,
+            "data": self.named,
             "environment": self.environment,
         }
 

@@ -286,6 +286,7 @@ def evaluation(path: Path, about: Any, evaluated: Any) -> None:
     numbers = f"{stats.percent(recorded.accuracy)}, {recorded.loss:.4f}" if recorded else "no such evaluation"
     if evaluated.same:
         verdict = "as recorded" if recorded else "the run did not evaluate in this way"
+        verdict = f"the run had other data: {evaluated.other_data}" if evaluated.other_data else verdict
     else:
         verdict = f"the run recorded {numbers}, weights {evaluated.digest[:12]}"
     mirrored = ", mirror images averaged in" * evaluated.flip

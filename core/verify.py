@@ -4,8 +4,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from core.data.cifar10 import Cifar10
+from core.data.identity import data_identity
 from core.errors import UserError
-from core.runs.files import Run
+from core.runs.files import OtherData, Run
 from core.runs.provenance import difference
 from core.runs.record import Finished, Record, read_record
 from core.session import Interrupted, run_experiment
@@ -27,20 +29,23 @@ class Verification(NamedTuple):
     reason: str | None
 
 
-def verify(name: str, spec: Spec, out: str | Path, *arguments: Any, compiled: bool = True) -> Verification:
+def verify(
+    name: str, spec: Spec, out: str | Path, data: Cifar10, *arguments: Any, compiled: bool = True
+) -> Verification:
     """Train a finished run again, in a temporary folder, and compare the bits with its record under `out`.
 
     Args:
-        arguments: data, device, on_event and should_stop, as `run_experiment` takes them.
+        arguments: device, on_event and should_stop, as `run_experiment` takes them.
 
     Raises:
-        core.errors.UserError: there is no finished run, or it was in a cohort. Whatever `run_experiment` raises.
+        core.errors.UserError: there is no finished run, it had other data, or it was in a cohort. Whatever
+            `run_experiment` raises.
     """
-    recorded = read_finished(name, spec, out)
+    recorded = read_finished(name, spec, out, data_identity(data))
     with tempfile.TemporaryDirectory() as elsewhere:
         compiled = compiled and not recorded.environment.mode.startswith("eager")
         try:
-            again = run_experiment(name, spec, elsewhere, *arguments, compiled=compiled, checkpoint_every=10**9)
+            again = run_experiment(name, spec, elsewhere, data, *arguments, compiled=compiled, checkpoint_every=10**9)
         except Interrupted:
             raise Interrupted(f"the verification of {name} was stopped and has kept nothing") from None
     if not isinstance(again, Finished):
@@ -50,13 +55,16 @@ def verify(name: str, spec: Spec, out: str | Path, *arguments: Any, compiled: bo
     return Verification(recorded, again, recorded.digest == again.digest, reason)
 
 
-def read_finished(name: str, spec: Spec, out: str | Path) -> Finished:
-    """The record of a finished run that can be made again alone; UserError where there is none."""
+def read_finished(name: str, spec: Spec, out: str | Path, data: str) -> Finished:
+    """The record of a finished run that can be made again alone, with data of this identity; UserError where there is
+    none."""
     path = Run(Path(out), name, spec_id(resolve(spec))).record
     record = read_record(path) if path.exists() else None
     if not isinstance(record, Finished):
         train = f"`uv run main.py run {name}`, with the same options, trains it"
         raise UserError(f"{name} has no finished run under {out}; {train}")
+    if record.data != data:
+        raise OtherData(f"{name} was trained with other data ({record.data}, now {data}): it cannot be verified")
     if "cohort" in record.environment.mode:
         raise UserError(f"{name} was trained in a cohort, whose bits no run alone has: it cannot be verified")
     return record

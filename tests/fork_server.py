@@ -30,12 +30,14 @@ def child(argv, stdout, stderr, data, env, whole, threads, patch):
 
         import main
         from core.data import cifar10
+        from core.data.identity import data_identity
 
         for key, value in env.items():
             os.environ.pop(key, None) if value is None else os.environ.update({key: value})
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which ignores it
         torch.set_num_threads(threads)
         load = cifar10.load
+        cifar10.DIRECTORY_HASH = data_identity(data[whole])  # what main.py takes for the data that `load` gives
         cifar10.load = lambda folder, *rest: data[whole] if folder == FOLDER else load(folder, *rest)
         exec(patch, {})
         status = main.main(argv)
@@ -61,6 +63,7 @@ def serve():
     import main  # noqa: F401
     from core import predict, session  # noqa: F401
     from core.data import cifar10
+    from core.data.identity import data_identity
     from core.report import plots
 
     everything = cifar10.load(FOLDER)
@@ -68,6 +71,8 @@ def serve():
         f"train_{what}": getattr(everything, f"train_{what}")[:TRAIN_IMAGES].clone() for what in ("images", "labels")
     }
     data = {True: everything, False: everything._replace(**few)}
+    for each in data.values():
+        data_identity(each)  # hashed here, so that no child has to
     plots.draw(plots.curves([]))  # matplotlib, too
     for line in sys.stdin:
         request = json.loads(line)

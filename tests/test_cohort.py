@@ -48,7 +48,7 @@ def test_each_has_the_files_and_numbers_that_it_has_alone(together, runs, tmp_pa
         close(record, alone)
         assert record.environment.mode == "eager, cohort of 3"
         run = Run(tmp_path / "cohort", name, record.spec_id)
-        assert run.finished() == record
+        assert run.finished(record.data) == record
         assert not run.resume_points()
 
 

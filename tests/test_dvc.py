@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from core import predict
 from core.data import cifar10
+from core.data.identity import data_identity
 from core.functional import model, step
 from core.report import metrics, rebuild, text
 from core.report.catalog import Catalog
@@ -76,8 +77,8 @@ def train(project, spec, data):
     params, stats = model.init(spec, spec["seed"])
     weights = {**params, **stats}
     test = Metrics(**step.evaluate(params, stats, data.test_images, data.test_labels, spec))
-    about = metadata(spec, weights, test)
-    record = replace(make("x", **spec), digest=about.digest)
+    about = metadata(spec, weights, test, data)
+    record = replace(make("x", **spec), digest=about.digest, data=about.data)
     write(project, [replace(record, metrics=replace(record.metrics, test=test))])
     path = Run(project, "x", about.spec_id).weights
     checkpoint.save(path, weights, about)
@@ -198,12 +199,12 @@ def test_weights_go_through_a_remote(project, small_spec, invented, tmp_path):
     git(project, "clone", "--quiet", project, clone)
     there = clone / path.relative_to(project)
     run = Run(clone, "x", path.stem)
-    assert run.finished() is None
+    assert run.finished(data_identity(invented)) is None
     dvc(clone, "pull")
     assert there.read_bytes() == saved
-    assert isinstance(run.finished(), Finished)
+    assert isinstance(run.finished(data_identity(invented)), Finished)
     network = predict.load(there)
-    assert predict.evaluate(there, network, invented.test_images, invented.test_labels).same
+    assert predict.evaluate(there, network, invented).same
     rebuild.rebuild(clone, Catalog())
     assert git(clone, "status", "--porcelain") == ""
     assert all(torch.equal(network.params[name], t) for name, t in model.init(small_spec(), 0)[0].items())

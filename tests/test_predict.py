@@ -6,6 +6,7 @@ import torch
 from msgspec.structs import replace
 
 from core import predict
+from core.data.identity import data_identity
 from core.functional import model, step
 from core.runs import checkpoint
 from core.runs.checkpoint import CheckpointError
@@ -17,12 +18,12 @@ from tests.test_checkpoint import signed
 from tests.test_report import make
 
 
-def metadata(spec, weights, test):
+def metadata(spec, weights, test, data):
     return Weights(
         name="x",
         spec=spec,
         spec_id=spec_id(spec),
-        data="15fc275e5cae.dir",
+        data=data_identity(data),
         environment=make("x").environment,
         seed=spec["seed"],
         digest=checkpoint.digest(weights),
@@ -42,7 +43,7 @@ def write_checkpoint(path, spec, data):
     }
     test = Metrics(**step.evaluate(params, stats, data.test_images, data.test_labels, network))
     weights = {**params, **stats}
-    checkpoint.save(path, weights, metadata(spec, weights, test))
+    checkpoint.save(path, weights, metadata(spec, weights, test, data))
     return params, stats
 
 
@@ -99,13 +100,13 @@ def test_evaluate_is_the_evaluation_of_the_run(saved, invented):
 
 
 def evaluate(path, invented):
-    return predict.evaluate(path, predict.load(path), invented.test_images, invented.test_labels)
+    return predict.evaluate(path, predict.load(path), invented)
 
 
 def record_beside(path, **changes):
     """The record of the run that left a checkpoint, with changes to its test metrics and its digest."""
     about = predict.load(path).about
-    record = make("x", **about.spec)
+    record = replace(make("x", **about.spec), data=about.data)
     test = replace(about.test, **{key: changes.pop(key) for key in ("loss", "accuracy", "correct") if key in changes})
     digest = changes.get("digest", about.digest)
     metrics = replace(record.metrics, test=test)
@@ -134,15 +135,27 @@ def test_a_checkpoint_is_compared_with_the_record_beside_it(saved, invented):
 def test_mirror_images_are_compared_with_mirror_images(saved, invented):
     path, spec, params, stats = saved
     images, labels = invented.test_images, invented.test_labels
-    alone = predict.evaluate(path, predict.load(path), images, labels, flip=True)
+    alone = predict.evaluate(path, predict.load(path), invented, flip=True)
     assert (alone.recorded, alone.same, alone.flip) == (None, True, True)
     expected = Metrics(**step.evaluate(params, stats, images, labels, spec, flip=True))
     for loss, same in ((expected.loss, True), (expected.loss + 1, False)):
         record_beside(path, flipped=Flipped(None, replace(expected, loss=loss)))
-        found = predict.evaluate(path, predict.load(path), images, labels, flip=True)
+        found = predict.evaluate(path, predict.load(path), invented, flip=True)
         assert (found.recorded.loss, found.same) == (loss, same)
     assert found.found["correct"] == expected.correct
-    assert predict.evaluate(path, predict.load(path), images, labels).same
+    assert evaluate(path, invented).same
+
+
+def test_numbers_of_other_data_are_not_compared(saved, invented):
+    path, *_ = saved
+    other = invented._replace(test_labels=invented.test_labels.flip(0))
+    for alone in (True, False):
+        found = evaluate(path, other)
+        assert (found.recorded, found.other_data, found.same) == (None, data_identity(invented), True), alone
+        assert evaluate(path, invented).other_data is None
+        record_beside(path)
+    record_beside(path, digest="0" * 64)
+    assert not evaluate(path, other).same
 
 
 def test_a_checkpoint_that_is_not_as_recorded(saved, invented):
@@ -170,11 +183,12 @@ def test_a_damaged_record_beside_a_checkpoint_is_named(saved, invented):
     [{"widths": [32, 15]}, {"widths": [32]}, {"norm": "none"}, {"norm": "layer"}, {"dropout": 0.0}, {"expansion": 1}],
     ids=str,
 )
-def test_weights_of_another_architecture_are_refused(saved, small_spec, changes):
+def test_weights_of_another_architecture_are_refused(saved, small_spec, invented, changes):
     """The spec in the file and the tensors in the file disagree."""
     path, _, params, stats = saved
     about = predict.load(path).about
-    checkpoint.save(path, {**params, **stats}, metadata(small_spec(**changes), {**params, **stats}, about.test))
+    other = metadata(small_spec(**changes), {**params, **stats}, about.test, invented)
+    checkpoint.save(path, {**params, **stats}, other)
     with pytest.raises(
         CheckpointError,
         match=r"^[^\n]*\.safetensors is damaged or not a checkpoint[^\n]*: tensor '[^\n]*, expected [^\n]*$",

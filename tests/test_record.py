@@ -164,7 +164,7 @@ def test_what_is_no_record_is_named_rather_than_left_out(put, tmp_path, data):
         list(read_records(tmp_path))
     Run(tmp_path, "x", ID).weights.touch()
     with pytest.raises(StoreError):
-        Run(tmp_path, "x", ID).finished()
+        Run(tmp_path, "x", ID).finished(FINISHED["data"])
 
 
 NUMBERS = [where for where, value in leaves(FINISHED) if type(value) in (int, float)]

@@ -332,10 +332,9 @@ def as_dict(struct):
     return {key: getattr(struct, key) for key in struct.__struct_fields__}
 
 
-@pytest.mark.parametrize("change", [{"data": "other"}, {"spec": {"lr": 1}}], ids=str)
-def test_resuming_on_other_data_or_another_spec_is_refused_or_marked(train, change):
-    edit(stopped(train, "cut", 20), **change)
-    with pytest.raises(ResumeError, match=f"another {next(iter(change))}: .*--resume-anyway"):
+def test_resuming_with_another_spec_is_refused_or_marked(train):
+    edit(stopped(train, "cut", 20), spec={"lr": 1})
+    with pytest.raises(ResumeError, match=r"another spec: .*--resume-anyway"):
         train("cut")
     assert train("cut", allow_inexact=True).bitwise is False
 

@@ -232,17 +232,17 @@ def test_resume_points_come_newest_first(run):
 
 
 def test_a_run_is_finished_with_its_record_and_its_weights(run):
-    assert run.finished() is None
+    assert run.finished(FINISHED.data) is None
     write_record(run.record, FINISHED)
-    assert run.finished() is None
+    assert run.finished(FINISHED.data) is None
     run.weights.touch()
-    assert run.finished() == run.result() == FINISHED
+    assert run.finished(FINISHED.data) == run.result() == FINISHED
     run.resume_point(7).touch()  # it is being trained again
-    assert run.finished() is None
+    assert run.finished(FINISHED.data) is None
     assert run.result() == FINISHED
     run.resume_point(7).unlink()
     write_record(run.record, failed("x"))
-    assert run.finished() is None
+    assert run.finished(FINISHED.data) is None
 
 
 # What is no file, or too large for one

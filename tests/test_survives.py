@@ -114,7 +114,7 @@ def test_a_sweep_killed_five_times_trains_only_what_is_missing(start, data_dir, 
         return {
             str(run.record.relative_to(out)): (found.digest, run.record.stat().st_ino, run.record.stat().st_mtime_ns)
             for run in runs
-            if (found := run.finished())
+            if (found := run.result()) and not run.resume_points()
         }
 
     whole, out, draw = tmp_path / "whole", tmp_path / "killed", random.Random(12)
@@ -377,7 +377,7 @@ def test_training_again_keeps_what_is_finished_until_it_is_replaced(start, smoke
     process = start(*command, "--force", out=tmp_path, patch=LIMIT.format(n=100_000))
     assert process.wait() == 2
     assert (run.record.read_bytes(), run.weights.read_bytes()) == before
-    assert run.finished()
+    assert run.result()
     process = start(*command, "--force", out=tmp_path)
     process.until("epoch 1")
     process.signal(signal.SIGTERM)

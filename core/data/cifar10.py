@@ -73,6 +73,8 @@ def read(folder: Path) -> Cifar10:
     """Read the seven files into tensors; each is hashed and unpickled from the same bytes in memory."""
     import torch
 
+    from core.data.identity import note_published
+
     images = torch.empty(60_000, 3072, dtype=torch.uint8)
     labels = torch.empty(60_000, dtype=torch.int64)
     verified(folder, "batches.meta")
@@ -80,7 +82,9 @@ def read(folder: Path) -> Cifar10:
         batch = read_batch(folder, name)
         images[i * 10_000 : (i + 1) * 10_000] = torch.from_numpy(batch[b"data"])
         labels[i * 10_000 : (i + 1) * 10_000] = torch.tensor(batch[b"labels"])
-    return Cifar10(images[:50_000], labels[:50_000], images[50_000:], labels[50_000:])
+    data = Cifar10(images[:50_000], labels[:50_000], images[50_000:], labels[50_000:])
+    note_published(data)
+    return data
 
 
 def read_batch(folder: Path, name: str) -> dict[bytes, Any]:

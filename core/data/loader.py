@@ -5,14 +5,33 @@ import hashlib
 import torch
 from torch import Tensor
 
-from core.data.cifar10 import Cifar10
+from core.data.cifar10 import Cifar10, DataError
+from core.spec import Spec
 
 VALIDATION_PER_CLASS = 500  # 5,000 of the 50,000
 
 
 def place(data: Cifar10, device: torch.device) -> Cifar10:
-    """The images and labels on a device, where they stay."""
-    return Cifar10(*(t.to(device) for t in data))
+    """The images and labels on a device, where they stay, each in one piece of memory."""
+    return Cifar10(*(t.to(device).contiguous() for t in data))
+
+
+def check(labels: Tensor, spec: Spec) -> None:
+    """Refuse too few training images for the validation split, or for one step.
+
+    Raises:
+        core.data.cifar10.DataError: there are too few.
+    """
+    counts = labels.bincount().tolist()
+    smallest = min(filter(None, counts))
+    if spec["train_on"] != "all" and smallest <= VALIDATION_PER_CLASS:
+        raise DataError(
+            f"the smallest class has {smallest:,} training images, expected more than {VALIDATION_PER_CLASS}, which "
+            "are for validation"
+        )
+    held_out = 0 if spec["train_on"] == "all" else VALIDATION_PER_CLASS * sum(map(bool, counts))
+    if (left := len(labels) - held_out) < spec["batch_size"]:
+        raise DataError(f"there are {left:,} images to train on, expected at least batch_size = {spec['batch_size']:,}")
 
 
 def split(labels: Tensor) -> tuple[Tensor, Tensor]:

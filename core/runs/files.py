@@ -8,10 +8,15 @@ import contextlib
 from collections.abc import Set
 from pathlib import Path
 
+from core.errors import UserError
 from core.runs.record import Finished, read_record
 from core.runs.store import Held, locked, reserve, sweep
 
 Begun = Set[tuple[str, str]]  # runs by their names and the ids of their specs
+
+
+class OtherData(UserError):
+    """There is a result of a run, but of other data; the message says where."""
 
 
 class Run:
@@ -43,13 +48,26 @@ class Run:
         record = read_record(self.record) if self.record.exists() and self.weights.exists() else None
         return record if isinstance(record, Finished) else None
 
-    def finished(self, begun: Begun | None = None) -> Finished | None:
-        """The result, unless the run is being trained again: there are resume points, or it is one of `begun`."""
+    def finished(self, data: str, begun: Begun | None = None) -> Finished | None:
+        """The result, unless the run is being trained again: there are resume points, or it is one of `begun`.
+
+        Args:
+            data: what the run is asked for with; see core.data.identity.
+
+        Raises:
+            OtherData: the result is of other data. StoreError: there is a record, but damaged.
+        """
         # The cheap question first: a folder may hold 10,000 runs, and to look for resume points reads all their names.
         if not self.record.exists():
             return None
         again = self.resume_points() if begun is None else (self.folder.name, self.spec_id) in begun
-        return None if again else self.result()
+        found = None if again else self.result()
+        if found and found.data != data:
+            raise OtherData(
+                f"{self.record} is the result of other data ({found.data}, now {data}): name another folder with "
+                "--out, or replace it with --force"
+            )
+        return found
 
 
 def under_way(out: Path) -> Begun:

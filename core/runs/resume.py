@@ -73,7 +73,7 @@ def newest(
         on_damage: called with a sentence for each damaged one.
 
     Raises:
-        ResumeError: it belongs to another spec, other data, or a machine or software whose bits differ, unless
+        ResumeError: it belongs to other data; or to another spec, or a machine or software whose bits differ, unless
             `allow_inexact`; or all of them are damaged.
     """
     bad = []
@@ -114,17 +114,15 @@ def _load(path: Path, about: About, state: dict[str, Tensor], steps_per_epoch: i
         check_validation(about.spec, validation(history))
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
+    if found.data != about.data:
+        raise ResumeError(f"{path} was made with other data ({found.data}, now {about.data}): --force starts anew")
     now = about.environment
     if found.environment.mode.startswith("eager") or now.mode == "compiled":
         # An eager run can go on anywhere. Whether the step is compiled with patches will be seen when it is compiled.
         now = msgspec.structs.replace(now, mode=found.environment.mode)
-    changed = [f"another {key}" for key in ("spec", "data") if _differ(getattr(found, key), getattr(about, key))]
+    changed = ["another spec"] if canonical(found.spec) != canonical(about.spec) else []
     changed += filter(None, [difference(found.environment, now)])
     return Restored(step, tensors, history, found.progress, now.mode, ", ".join(changed) or None)
-
-
-def _differ(one: object, other: object) -> bool:
-    return canonical(one) != canonical(other)
 
 
 def _check_sums(tensors: dict[str, Tensor], progress: Progress, steps: int, batch_size: int) -> None:

@@ -15,7 +15,7 @@ from core.compile import fused
 from core.compile.device import synchronize, to_device
 from core.data import loader
 from core.data.cifar10 import ROOT, Cifar10
-from core.functional import augment, optim
+from core.functional import augment
 from core.functional import step as steps
 from core.predict import as_module
 from core.spec import Spec, resolve
@@ -58,7 +58,7 @@ class Ours(Contestant):
 
     def __init__(self, work: Work) -> None:
         self.state = to_device(steps.init_state(work.spec), work.device)
-        hyper = optim.hyper_tensors(work.spec, work.steps, work.device)
+        hyper = steps.hyper_tensors(work.spec, work.steps, work.device)
         data = {"images": work.images, "labels": work.labels, "order": work.order}
         self.advance = fused.fuse(work.spec, self.state, data, hyper).advance
         self.batch, self.device, self.counted = work.batch, work.device, 0

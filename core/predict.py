@@ -15,9 +15,6 @@ from core.runs.checkpoint import Shapes
 from core.runs.record import Finished, Metrics, Weights, read_record
 from core.spec import Spec
 
-MODULES = {"leaky_relu": nn.LeakyReLU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "flatten": nn.Flatten}
-NORMS = {"batch_norm": nn.BatchNorm1d, "layer_norm": nn.LayerNorm}
-
 
 class Network(NamedTuple):
     """Weights with what is needed to use them. Calling it classifies images."""
@@ -50,12 +47,9 @@ class Network(NamedTuple):
 
 
 def template(about: Weights) -> Shapes:
-    """The tensors that a file of weights must hold, by the spec in its metadata."""
-    params, stats = model.shapes(model.folded(about.spec))
-    return {
-        name: (shape, torch.int64 if name.endswith("num_batches_tracked") else torch.float32)
-        for name, shape in (params | stats).items()
-    }
+    """Names, shapes and dtypes of the tensors in a file of weights, from the spec in its metadata."""
+    params, stats = model.template(model.folded(about.spec))
+    return checkpoint.shapes_of(params | stats)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
@@ -65,8 +59,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
         core.runs.checkpoint.CheckpointError: the file is missing, damaged or does not hold such a network.
     """
     tensors, about = checkpoint.load(Path(path), Weights, template)
-    shapes = model.shapes(model.folded(about.spec))
-    params, stats = ({name: tensors[name] for name in names} for names in shapes)
+    named = model.template(model.folded(about.spec))
+    params, stats = ({name: tensors[name] for name in names} for names in named)
     return Network(params, stats, about).to(device)
 
 
@@ -132,13 +126,9 @@ def as_module(spec: Spec) -> nn.Sequential:
 
     def modules(stack: model.Stack) -> Iterator[nn.Module]:
         for layer in stack:
-            yield Residual(*modules(layer)) if isinstance(layer, list) else module(*layer)
-
-    def module(kind: str, inputs: int, outputs: int) -> nn.Module:
-        if kind == "linear":
-            return nn.Linear(inputs, outputs)
-        if kind in NORMS:
-            return NORMS[kind](outputs)
-        return nn.Dropout(spec["dropout"]) if kind == "dropout" else MODULES[kind]()
+            if isinstance(layer, model.Entry):
+                yield model.LAYERS[layer.kind].module(layer.inputs, layer.outputs, spec)
+            else:
+                yield Residual(*modules(layer))
 
     return nn.Sequential(*modules(model.layers(spec)))

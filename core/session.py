@@ -118,7 +118,7 @@ def run_cohort(
     alone, and the numbers within rounding (tests/test_cohort.py). One that diverges does not stop the others.
 
     Args:
-        runs: names and specs; the specs differ only in core.spec.TENSORS, and not in `epochs`.
+        runs: names and specs; the specs agree on core.spec.static and on `epochs`.
         out: where checkpoints/NAME/ID.json (the record) and ID.safetensors (the weights) go.
         data: images and labels as `Cifar10` describes them; on `device` already, they are not copied. The record names
             what is in them; see core.data.identity.

@@ -1,11 +1,11 @@
-"""Experiment specs: the defaults, what each key may be, the resolved spec and its id. Knows no tensor."""
+"""Experiment specs: each key with its default, range and meaning; the resolved spec and its id. Knows no tensor."""
 
 import difflib
 import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from core.errors import UserError
@@ -18,85 +18,191 @@ class SpecError(UserError, ValueError):
     """A spec that cannot be run."""
 
 
+class Integer(NamedTuple):
+    """The integers from `low` to `high`."""
+
+    low: int
+    high: int
+
+    def __str__(self) -> str:
+        return f"an integer from {self.low} to {self.high}"
+
+    def accepts(self, value: Any) -> bool:
+        return type(value) is int and self.low <= value <= self.high
+
+
+class Number(NamedTuple):
+    """The numbers from `low` to below `high`; without `low` itself where it is `open`."""
+
+    low: float
+    high: float
+    open: bool = False
+
+    def __str__(self) -> str:
+        return f"a number {'above' if self.open else 'of at least'} {self.low:g} and below {self.high:g}"
+
+    def accepts(self, value: Any) -> bool:
+        if type(value) not in (int, float):
+            return False
+        above = self.low < value if self.open else self.low <= value
+        return above and value < min(self.high, LARGEST)  # a larger integer cannot become a float
+
+
+class Choice(NamedTuple):
+    """One of some words."""
+
+    options: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "one of " + ", ".join(self.options)
+
+    def accepts(self, value: Any) -> bool:
+        return isinstance(value, str) and value in self.options
+
+
+class Integers(NamedTuple):
+    """Lists of at most `length` integers."""
+
+    length: int
+    each: Integer
+
+    def __str__(self) -> str:
+        return f"a list of at most {self.length} integers from {self.each.low} to {self.each.high}"
+
+    def accepts(self, value: Any) -> bool:
+        return isinstance(value, list | tuple) and len(value) <= self.length and all(map(self.each.accepts, value))
+
+
 class Field(NamedTuple):
     """A key of a spec.
 
     Attributes:
-        default: the value of a spec that leaves the key out. It never changes: ids are built on it (see `spec_id`).
-        expected: what a value may be, in words.
-        valid: whether a value may be used.
+        default: The value where a spec leaves the key out. It never changes: ids are built on it (see `spec_id`).
+        values: The values that the key may have.
+        meaning: What the key does, in a sentence or two.
+        dynamic: How the value reaches the compiled step as a tensor, so that one compilation serves all values: the
+            dtype of a 0-d tensor, or "derived" where other tensors are computed from it (core.functional.step,
+            `hyper_tensors`). Empty for a constant of the compiled step.
+        switch: Whether a value above 0 adds operations to the step.
     """
 
     default: Any
-    expected: str
-    valid: Callable[[Any], bool]
+    values: Integer | Number | Choice | Integers
+    meaning: str
+    dynamic: str = ""
+    switch: bool = False
 
 
-def _integer(low: int, high: int) -> tuple[str, Callable[[Any], bool]]:
-    return f"an integer from {low} to {high}", lambda v: type(v) is int and low <= v <= high
-
-
-def _number(low: float, high: float, above: bool = False) -> tuple[str, Callable[[Any], bool]]:
-    """A number in [low, high), or in (low, high) when `above`."""
-    words = f"a number {'above' if above else 'of at least'} {low:g} and below {high:g}"
-    # The largest float bounds integers, which else could be too large to be made one.
-    return words, lambda v: type(v) in (int, float) and (low < v if above else low <= v) and v < min(high, LARGEST)
-
-
-def _choice(*options: str) -> tuple[str, Callable[[Any], bool]]:
-    return "one of " + ", ".join(options), lambda v: isinstance(v, str) and v in options
-
-
-def _widths(value: Any) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) <= 16
-        and all(type(width) is int and 1 <= width <= 65536 for width in value)
-    )
-
+INFINITY = float("inf")
 
 FIELDS: dict[str, Field] = {
     # The network
-    "widths": Field([1024, 512, 256], "a list of at most 16 integers from 1 to 65536", _widths),
-    "expansion": Field(0, *_integer(0, 16)),  # 0: plain layers; else residual blocks that widen so many times
-    "norm": Field("batch", *_choice("batch", "layer", "none")),
-    "activation": Field("leaky_relu", *_choice("leaky_relu", "relu", "gelu", "tanh")),
-    "dropout": Field(0.2, *_number(0, 1)),
+    "widths": Field([1024, 512, 256], Integers(16, Integer(1, 65536)), "Number of units of each hidden layer."),
+    "expansion": Field(
+        0,
+        Integer(0, 16),
+        "0: plain layers. Above 0: each width is a residual block, and its hidden layer is this many times as wide.",
+    ),
+    "norm": Field("batch", Choice(("batch", "layer", "none")), "Normalization in each hidden layer."),
+    "activation": Field(
+        "leaky_relu", Choice(("leaky_relu", "relu", "gelu", "tanh")), "Activation function of the hidden layers."
+    ),
+    "dropout": Field(
+        0.2, Number(0, 1), "Probability that dropout sets a hidden unit to zero.", dynamic="float32", switch=True
+    ),
     # The data
-    "train_on": Field("train", *_choice("train", "all")),
-    "whiten": Field(0, *_integer(0, 3072)),
-    "whiten_eps": Field(0.01, *_number(0, float("inf"), above=True)),
-    "augment": Field("none", *_choice("none", "flip", "flip+shift")),
-    "shift": Field(2, *_integer(1, 8)),
-    "shift_fill": Field("zeros", *_choice("zeros", "reflect")),
-    "rotate": Field(0.0, *_number(0, 180)),
-    "zoom": Field(0.0, *_number(0, 1)),
-    "cutout": Field(0, *_integer(0, 32)),
-    "mixup": Field(0.0, *_number(0, 10)),
-    "batch_size": Field(256, *_integer(2, 45_000)),
-    "epochs": Field(20, *_integer(1, 100_000)),
+    "train_on": Field(
+        "train",
+        Choice(("train", "all")),
+        "train: 5,000 images are held out for validation. all: the run trains on them, too.",
+    ),
+    "whiten": Field(
+        0, Integer(0, 3072), "Number of principal components that the images are projected on. 0: no projection."
+    ),
+    "whiten_eps": Field(
+        0.01, Number(0, INFINITY, open=True), "Added to the variance of each principal component before the division."
+    ),
+    "augment": Field(
+        "none",
+        Choice(("none", "flip", "flip+shift")),
+        "flip: half of the images are mirrored. flip+shift: all images are also moved at random.",
+    ),
+    "shift": Field(2, Integer(1, 8), "Largest move of flip+shift, in pixels."),
+    "shift_fill": Field(
+        "zeros", Choice(("zeros", "reflect")), "What fills the pixels that a move, a rotation or a zoom leaves empty."
+    ),
+    "rotate": Field(0.0, Number(0, 180), "Largest random rotation, in degrees.", dynamic="float32", switch=True),
+    "zoom": Field(
+        0.0,
+        Number(0, 1),
+        "Largest random change of scale: the factor is from 1 - zoom to 1 + zoom.",
+        dynamic="float32",
+        switch=True,
+    ),
+    "cutout": Field(
+        0,
+        Integer(0, 32),
+        "Side of a square of pixels that is set to zero at a random place.",
+        dynamic="float32",
+        switch=True,
+    ),
+    "mixup": Field(
+        0.0,
+        Number(0, 10),
+        "Each image is mixed with another one; the shares come from Beta(mixup, mixup). 0: no mixing.",
+        dynamic="derived",
+        switch=True,
+    ),
+    "batch_size": Field(256, Integer(2, 45_000), "Number of images in a step."),
+    "epochs": Field(20, Integer(1, 100_000), "Number of passes over the training images.", dynamic="derived"),
     # The optimization
-    "optimizer": Field("adam", *_choice("adam", "adamw", "sgd", "nesterov", "muon")),
-    "lr": Field(1e-3, *_number(0, float("inf"), above=True)),
-    "schedule": Field("constant", *_choice("constant", "linear", "cosine", "one-cycle")),
-    "warmup_epochs": Field(0.0, *_number(0, 100_000)),
-    "weight_decay": Field(0.0, *_number(0, float("inf"))),
-    "clip": Field(0.0, *_number(0, float("inf"))),  # the largest norm of all gradients together; 0 is no limit
-    "label_smoothing": Field(0.0, *_number(0, 1)),
-    "ema": Field(0.0, *_number(0, 1)),
+    "optimizer": Field("adam", Choice(("adam", "adamw", "sgd", "nesterov", "muon")), "Rule that updates the weights."),
+    "lr": Field(1e-3, Number(0, INFINITY, open=True), "Learning rate, the largest of the schedule.", dynamic="float64"),
+    "schedule": Field(
+        "constant",
+        Choice(("constant", "linear", "cosine", "one-cycle")),
+        "How the learning rate changes after the warm-up.",
+    ),
+    "warmup_epochs": Field(
+        0.0, Number(0, 100_000), "Number of epochs in which the learning rate rises linearly.", dynamic="derived"
+    ),
+    "weight_decay": Field(
+        0.0, Number(0, INFINITY), "Weight decay. It is decoupled with adamw and muon.", dynamic="float64"
+    ),
+    "clip": Field(
+        0.0,
+        Number(0, INFINITY),
+        "Largest norm of all gradients together. 0: no limit.",
+        dynamic="float64",
+        switch=True,
+    ),
+    "label_smoothing": Field(
+        0.0, Number(0, 1), "Share of each label that is spread evenly over the classes.", dynamic="float32"
+    ),
+    "ema": Field(
+        0.0,
+        Number(0, 1),
+        "Decay of the moving average of the weights, which is evaluated and saved. 0: no average.",
+        dynamic="float64",
+        switch=True,
+    ),
     # The run
-    "precision": Field("float32", *_choice("float32", "tf32", "bfloat16")),
-    "seed": Field(0, *_integer(0, 2**31 - 1)),
+    "precision": Field(
+        "float32",
+        Choice(("float32", "tf32", "bfloat16")),
+        "Precision of matrix products. Weights, optimizer state and losses stay float32.",
+    ),
+    "seed": Field(
+        0,
+        Integer(0, 2**31 - 1),
+        "Seed of the first weights, the order of the images, dropout and augmentation.",
+        dynamic="int32",
+    ),
 }
-
-# The keys that reach the compiled step as tensors, so that one compilation serves all their values. Every other key is
-# part of the compilation's identity: a key that is forgotten here compiles once more, and never uses the wrong step.
-SWITCHES = frozenset({"clip", "cutout", "dropout", "ema", "mixup", "rotate", "zoom"})  # above 0 they add to the step
-TENSORS = SWITCHES | {"epochs", "label_smoothing", "lr", "seed", "warmup_epochs", "weight_decay"}
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """'; did you mean NEAREST?' for a name that is close to a known one, otherwise the list of all of them."""
+    """'; did you mean NEAREST?' for a name that is close to a known one, otherwise the list of all known names."""
     # A key such as learning_rate is far from lr letter by letter, so its initials count too.
     initials = "".join(word[0] for word in re.split(r"[^A-Za-z0-9]+", name) if word)
     close = [initials] if initials in known else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -107,7 +213,7 @@ def resolve(spec: Mapping[str, Any]) -> Spec:
     """The spec with every default filled in.
 
     Raises:
-        SpecError: a key is unknown, or its value has the wrong type or is out of range.
+        SpecError: A key is unknown, or its value has the wrong type or is out of range.
     """
     if not isinstance(spec, Mapping):
         raise SpecError(f"a spec is a dict, found {type(spec).__name__}")
@@ -117,11 +223,11 @@ def resolve(spec: Mapping[str, Any]) -> Spec:
     resolved: Spec = {}
     for key, field in FIELDS.items():
         value = spec.get(key, field.default)
-        if not field.valid(value):
-            raise SpecError(f"{key} = {value!r}, expected {field.expected}")
-        if isinstance(field.default, float):
-            value = float(value) + 0.0  # -0.0 is 0.0, and has its id
-        resolved[key] = list(value) if isinstance(field.default, list) else value
+        if not field.values.accepts(value):
+            raise SpecError(f"{key} = {value!r}, expected {field.values}")
+        if isinstance(field.values, Number):
+            value = float(value) + 0.0  # -0.0 becomes 0.0, so both have one id
+        resolved[key] = list(value) if isinstance(field.values, Integers) else value
     if resolved["warmup_epochs"] > resolved["epochs"]:
         raise SpecError(
             f"warmup_epochs = {resolved['warmup_epochs']:g}, expected at most epochs = {resolved['epochs']}"
@@ -147,14 +253,19 @@ def canonical(value: Any) -> str:
 def spec_id(resolved: Spec) -> str:
     """Twelve hexadecimal digits that name a resolved spec.
 
-    Only keys that differ from their default count, so a key that is added later leaves every id as it is.
+    Only keys that differ from their default count. Adding a key keeps the ids of old runs.
     """
     changed = {key: value for key, value in resolved.items() if value != FIELDS[key].default}
     return hashlib.sha256(canonical(changed).encode()).hexdigest()[:12]
 
 
+def static(resolved: Spec) -> Spec:
+    """The part of a resolved spec that is constant in the compiled step: no dynamic values, and switches as booleans.
+    One compilation serves all specs that agree on it."""
+    switches = {key: resolved[key] > 0 for key, field in FIELDS.items() if field.switch}
+    return {key: resolved[key] for key, field in FIELDS.items() if not field.dynamic} | switches
+
+
 def static_key(resolved: Spec) -> str:
-    """Equal for two specs that one compilation serves: those that agree on all but TENSORS, and on which SWITCHES are
-    on."""
-    static = {key: value for key, value in resolved.items() if key not in TENSORS}
-    return canonical(static | {key: resolved[key] > 0 for key in SWITCHES})
+    """`static` as text."""
+    return canonical(static(resolved))

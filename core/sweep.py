@@ -165,20 +165,15 @@ def cohorts(runs: Iterable[Run], size: int) -> list[list[Run]]:
 # What runs will take
 
 
-def parameters(spec: Spec) -> int:
-    """How many parameters are trained (as core.functional.model.shapes gives them)."""
-    widths, expansion = spec["widths"], spec["expansion"]
-    stems = [width for width, _ in itertools.groupby(widths)] if expansion else widths
-    linear = list(itertools.pairwise([spec["whiten"] or 3072, *stems, 10]))
-    if expansion:
-        linear += [pair for width in widths for pair in ((width, expansion * width), (expansion * width, width))]
-    norms = 0 if spec["norm"] == "none" else 2 * sum(widths)
-    return sum((inputs + 1) * outputs for inputs, outputs in linear) + norms
-
-
 def work(spec: Spec) -> int:
     """What the time of a run is about proportional to."""
-    return parameters(spec) * spec["epochs"]
+    return _parameters(spec) * spec["epochs"]
+
+
+def _parameters(spec: Spec) -> int:
+    from core.functional import model  # torch takes a second to import
+
+    return model.parameter_count(spec)
 
 
 class Estimate(NamedTuple):
@@ -227,9 +222,9 @@ class Measured:
                 seconds = None
             else:
                 seconds += self.seconds[key] * work(spec) / self.work[key]
-            kept += 4 * parameters({**spec, "whiten": 0}) + 4_000 + 220 * spec["epochs"]  # the weights, the record
+            kept += 4 * _parameters({**spec, "whiten": 0}) + 4_000 + 220 * spec["epochs"]  # the weights, the record
             copies = 3 + (spec["ema"] > 0)  # the weights, Adam's two moments, the average
-            meanwhile = max(meanwhile, RESUME_POINTS * copies * 4 * parameters(spec))
+            meanwhile = max(meanwhile, RESUME_POINTS * copies * 4 * _parameters(spec))
         return Estimate(seconds, kept, meanwhile)
 
 

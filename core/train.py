@@ -12,7 +12,7 @@ from core.compile.device import synchronize, to_device
 from core.data import loader
 from core.data.cifar10 import Cifar10
 from core.data.whitening import Whitening, whitening
-from core.functional import model, optim
+from core.functional import model
 from core.functional import step as steps
 from core.functional.tree import flatten, tree_map
 from core.spec import Spec
@@ -111,8 +111,8 @@ def step_inputs(
     state = to_device(steps.init_state(spec), device)
     data: dict[str, Any] = {"images": images, "labels": labels, "order": order}
     if whitening:
-        data["whitening"] = {**whitening, "weight": model.operand(whitening["weight"], spec["precision"])}
-    return state, data, optim.hyper_tensors(spec, steps_per_epoch, device)
+        data["whitening"] = {**whitening, "weight": model.cast(whitening["weight"], spec["precision"])}
+    return state, data, steps.hyper_tensors(spec, steps_per_epoch, device)
 
 
 def compile_ahead(spec: Spec) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from core import sweep
 from core.data import cifar10 as dataset
 from core.data.whitening import whitening
-from core.functional import model, optim, step
+from core.functional import model, step
 from core.predict import as_module
 from core.spec import Spec, resolve
 from experiments import SUITES
@@ -117,8 +117,8 @@ def step_inputs(invented: dataset.Cifar10) -> Callable[[Spec], tuple[dict, dict,
         data = {"images": invented.train_images, "labels": invented.train_labels, "order": order}
         if spec["whiten"]:
             fixed = whitening(invented.train_images, torch.arange(1000), spec["whiten"], spec["whiten_eps"])
-            data["whitening"] = {**fixed, "weight": model.operand(fixed["weight"], spec["precision"])}
-        return step.init_state(spec), data, optim.hyper_tensors(spec, 8, torch.device("cpu"))
+            data["whitening"] = {**fixed, "weight": model.cast(fixed["weight"], spec["precision"])}
+        return step.init_state(spec), data, step.hyper_tensors(spec, 8, torch.device("cpu"))
 
     return make
 
@@ -132,7 +132,7 @@ def inputs_of_default(real: dataset.Cifar10, **changes: Any) -> tuple[Spec, dict
     steps = (TRAIN_IMAGES - 5000) // 128
     data = {"images": real.train_images[:TRAIN_IMAGES], "labels": real.train_labels[:TRAIN_IMAGES]}
     data["order"] = torch.arange(steps * 128).view(steps, 128)
-    return spec, step.init_state(spec), data, optim.hyper_tensors(spec, steps, torch.device("cpu"))
+    return spec, step.init_state(spec), data, step.hyper_tensors(spec, steps, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +156,7 @@ def sequential() -> Callable[..., nn.Sequential]:
     """The network of a spec in torch.nn.
 
     Args:
-        masks: one for each width of core.functional.model.dropped, in place of torch's own dropout.
+        masks: one for each width of core.functional.model.dropout_widths, in place of torch's own dropout.
     """
 
     def build(spec: Spec, masks: list[Tensor] | None = None) -> nn.Sequential:

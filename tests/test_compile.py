@@ -27,6 +27,7 @@ from core.compile import builder, cache, fused, inductor
 from core.compile.device import DeviceError, pick_device, to_device
 from core.functional import step, tree
 from core.runs import store
+from core.spec import static
 from tests.conftest import MUON, ROOT
 
 GRAPHS = torch._dynamo.utils.counters["stats"]  # "unique_graphs" counts what Dynamo has compiled in this process
@@ -88,7 +89,7 @@ def assert_close(one, other):
 def test_compiled_step_is_near_the_eager_one(compiled):
     """The dropout mask must be the same bits: another would be far outside the tolerance."""
     spec, state, data, hyper, after = compiled
-    eager = step.make_train_step(spec)(state, data, hyper)
+    eager = step.make_train_step(static(spec))(state, data, hyper)
     assert_close(after, eager)
     assert int(after["step"]) == 1
     for name, second in eager["opt"]["exp_avg_sq"].items():
@@ -113,7 +114,7 @@ def test_compiled_step_is_near_the_eager_one(compiled):
 def test_another_spec_of_the_same_shape_compiles_nothing(nothing_compiles, default_inputs, changes):
     """Two steps each, with new buffers, as the next experiment of a suite has; and they are its own steps."""
     spec, state, data, hyper = default_inputs(**changes)
-    eager = step.make_train_step(spec)(state, data, hyper)
+    eager = step.make_train_step(static(spec))(state, data, hyper)
     advance = fused.fuse(spec, state, data, hyper).advance
     advance()
     first = clone(state)
@@ -160,7 +161,7 @@ def test_another_shape_compiles_and_in_this_process_too(small_spec, step_inputs,
     monkeypatch.setattr(builder, "CAN_FORK", False)
     spec = small_spec(**{"optimizer": "sgd", "augment": "flip+shift", "widths": [32], "dropout": 0.0} | changes)
     state, data, hyper = step_inputs(spec)
-    eager = step.make_train_step(spec)(state, data, hyper)
+    eager = step.make_train_step(static(spec))(state, data, hyper)
     is_there = cache.find(fused._recipe(spec, (state, data, hyper))) is not None  # from an earlier call of pytest
     graphs, environment = GRAPHS["unique_graphs"], dict(os.environ)
     fused.compile_ahead(spec, state, data, hyper)
@@ -193,7 +194,7 @@ def test_residual_blocks_compiled(small_spec, step_inputs):
             after.append(state)
     finally:
         torch.set_num_threads(threads)
-    assert_close(first, step.make_train_step(spec)(start, data, hyper))
+    assert_close(first, step.make_train_step(static(spec))(start, data, hyper))
     assert all(torch.equal(a, b) for a, b in zip(*map(tree.leaves, after), strict=True))
 
 
@@ -204,7 +205,7 @@ def test_a_compiled_step_of_muon_in_bfloat16_is_near_the_eager_one(default_input
     are compared as a whole; the iterations inside Muon enlarge the differences (see test_optim.py)."""
     spec, state, data, hyper = default_inputs(**MUON, epochs=1, weight_decay=0.1)
     state["step"].fill_(13)
-    before, eager = clone(state), step.make_train_step(spec)(state, data, hyper)
+    before, eager = clone(state), step.make_train_step(static(spec))(state, data, hyper)
     made = fused.fuse(spec, state, data, hyper)
     assert made.mode == "compiled"
     made.advance()
@@ -217,7 +218,7 @@ def test_a_compiled_step_of_muon_in_bfloat16_is_near_the_eager_one(default_input
         for name, t in tensors.items():
             if t.ndim == 2:  # the gradient of a bias before batch norm is mere rounding
                 assert (t - eager["opt"][group][name]).norm() < 0.02 * t.norm(), (group, name)
-    assert all(torch.equal(copy, state["params"][name].bfloat16()) for name, copy in state["copies"].items())
+    assert all(torch.equal(copy, state["params"][name].bfloat16()) for name, copy in state["effective"].items())
     assert state["metrics"]["loss"].item() == pytest.approx(eager["metrics"]["loss"].item(), rel=1e-3)
 
 
@@ -225,7 +226,7 @@ def test_eager_fuse_advances_the_standing_buffers(small_spec, step_inputs):
     """The state is replaced in place, by exactly what the pure step gives."""
     spec = small_spec()
     state, data, hyper = step_inputs(spec)
-    pure = step.make_train_step(spec)(state, data, hyper)
+    pure = step.make_train_step(static(spec))(state, data, hyper)
     addresses = [t.data_ptr() for t in tree.leaves(state)]
     advance = fused.fuse(spec, state, data, hyper, compiled=False).advance
     assert int(state["step"]) == 0
@@ -322,7 +323,7 @@ def test_where_a_patch_fails_the_step_is_compiled_without(places, monkeypatch, s
     monkeypatch.setattr(inductor, "no_input_checks", gone)
     spec = small_spec(widths=[8], norm="none", dropout=0.0)
     state, data, hyper = step_inputs(spec)
-    eager = step.make_train_step(spec)(state, data, hyper)
+    eager = step.make_train_step(static(spec))(state, data, hyper)
     made = fused.fuse(spec, state, data, hyper)
     assert (made.mode, made.problem) == ("unpatched", "no such name in this torch")
     made.advance()
@@ -435,14 +436,14 @@ import os, sys
 before = dict(os.environ)
 import torch
 from core.compile import builder, cache, fused, inductor
-from core.functional import optim, step
+from core.functional import step
 from core.spec import resolve
 assert dict(os.environ) == before, "an import has changed the environment"
 assert cache.problem() is None
 spec = resolve({"widths": [8], "batch_size": 4})
 images, labels = torch.zeros(8, 3072, dtype=torch.uint8), torch.arange(8)
 data = {"images": images, "labels": labels, "order": torch.arange(8).view(2, 4)}
-hyper = optim.hyper_tensors(spec, 2, torch.device("cpu"))
+hyper = step.hyper_tensors(spec, 2, torch.device("cpu"))
 fused.fuse(spec, step.init_state(spec), data, hyper, compiled=False).advance()
 library = cache.get_or_build(cache.Recipe("0" * 32, 3, lambda scratch: cache.Built(b"library", [0], "")))
 assert library.path.read_bytes() == b"library"
@@ -714,7 +715,7 @@ def test_a_failing_compiler_is_quiet(places, compiler, capfd, small_spec, step_i
 AFTER_A_GRADIENT = """
 import torch
 from core.compile import fused
-from core.functional import optim, step
+from core.functional import step
 from core.spec import resolve
 
 torch._C._ensureCUDADeviceGuardSet()  # as if there were a GPU, for which autograd starts a thread
@@ -722,7 +723,7 @@ torch.zeros((), requires_grad=True).backward()
 spec = resolve({"widths": [8], "batch_size": 4, "norm": "none", "dropout": 0.0})
 images, labels = torch.zeros(8, 3072, dtype=torch.uint8), torch.arange(8)
 data = {"images": images, "labels": labels, "order": torch.arange(8).view(2, 4)}
-inputs = spec, step.init_state(spec), data, optim.hyper_tensors(spec, 2, torch.device("cpu"))
+inputs = spec, step.init_state(spec), data, step.hyper_tensors(spec, 2, torch.device("cpu"))
 fused.compile_ahead(*inputs)
 print(fused.fuse(*inputs).mode)
 """
@@ -742,7 +743,7 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 from core.compile import builder, cache, fused, inductor
-from core.functional import optim, step
+from core.functional import step
 from core.spec import resolve
 
 def stop(*_):
@@ -752,7 +753,7 @@ signal.signal(signal.SIGTERM, stop)
 spec = resolve({"widths": [8], "batch_size": 4})
 images, labels = torch.zeros(8, 3072, dtype=torch.uint8), torch.arange(8)
 data = {"images": images, "labels": labels, "order": torch.arange(8).view(2, 4)}
-inputs = spec, step.init_state(spec), data, optim.hyper_tensors(spec, 2, torch.device("cpu"))
+inputs = spec, step.init_state(spec), data, step.hyper_tensors(spec, 2, torch.device("cpu"))
 fused.compile_ahead(*inputs)
 if sys.argv[1] == "exit":
     while not Path(sys.argv[2]).exists():

@@ -17,6 +17,7 @@ from core.compile import fused  # noqa: E402
 from core.data import cifar10 as dataset  # noqa: E402
 from core.functional import augment, model, step  # noqa: E402
 from core.functional.tree import leaves, tree_map  # noqa: E402
+from core.spec import static  # noqa: E402
 from tests.conftest import inputs_of_default  # noqa: E402
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -34,7 +35,7 @@ def in_float64(data):
     normalise = augment.normalise
     states, losses = [], []
     with mock.patch.object(augment, "normalise", lambda images: normalise(images).double()):
-        train_step = step.make_train_step(spec)
+        train_step = step.make_train_step(static(spec))
         for _ in range(STEPS):
             states.append(state)
             state = train_step(state, *others)
@@ -64,7 +65,7 @@ def test_each_step_gives_the_golden_loss(cifar10, exact, precision, tolerance, c
     found = []
     for n in range(STEPS):
         if n % 2 == 0:
-            start = {**states[n], "copies": model.copies(states[n]["params"], spec)}
+            start = {**states[n], "effective": model.effective(states[n]["params"], spec)}
             for buffer, value in zip(leaves(buffers), leaves(start), strict=True):
                 buffer.copy_(value)
         before = buffers["metrics"]["loss"].item()

@@ -28,7 +28,7 @@ RULES = {
     "verify": {"errors", "spec", "data", "runs", "session"},
     "remote": {"code_hash", "errors", "spec", "data", "runs", "session"},
     "session": {"errors", "spec", "functional", "data", "compile", "runs", "train"},
-    "sweep": {"errors", "spec", "runs", "report"},
+    "sweep": {"errors", "spec", "functional", "runs", "report"},
     "cli": {"errors", "sweep"},
     "terminal": {"spec", "data", "report", "runs", "sweep"},
     "spec": {"errors"},
@@ -81,7 +81,7 @@ def test_the_functional_part_is_torch_and_nothing_else():
     for path in (ROOT / "core" / "functional").glob("*.py"):
         outside = {name.split(".")[0] for name in imported(path)} - {"core"}
         # scipy: the quantiles of a distribution, once a run
-        assert outside <= {"torch", "math", "collections", "typing"} | (
+        assert outside <= {"torch", "math", "collections", "functools", "typing"} | (
             {"scipy"} if path.name == "prng.py" else set()
         ), path
 

@@ -57,8 +57,9 @@ def test_names_and_shapes_are_those_of_sequential(spec, sequential):
     assert set(stats) == {name for name, _ in module.named_buffers()}
     assert {**params, **stats}.keys() == module.state_dict().keys()
     assert all(t.dtype == {**params, **stats}[name].dtype for name, t in module.state_dict().items())
-    expected = [{name: tuple(t.shape) for name, t in group.items()} for group in (params, stats)]
-    assert list(model.shapes(spec)) == expected
+    for expected, found in zip((params, stats), model.template(spec), strict=True):
+        assert {n: (t.shape, t.dtype) for n, t in expected.items()} == {n: (t.shape, t.dtype) for n, t in found.items()}
+        assert all(t.is_meta for t in found.values())
 
 
 def test_the_layers_of_sequential_written_out(sequential):
@@ -87,8 +88,8 @@ def test_the_blocks_of_sequential_written_out(sequential):
         assert [type(module) for module in network[i]] == [nn.LayerNorm, nn.Linear, nn.GELU, nn.Dropout, nn.Linear]
     found = [(m.in_features, m.out_features) for m in network.modules() if isinstance(m, nn.Linear)]
     assert found == [(3072, 8), (8, 32), (32, 8), (8, 32), (32, 8), (8, 4), (4, 16), (16, 4), (4, 10)]
-    assert model.dropped(spec) == [32, 32, 16]
-    assert model.dropped(resolve({**spec, "expansion": 0})) == [8, 8, 4]
+    assert model.dropout_widths(spec) == [32, 32, 16]
+    assert model.dropout_widths(resolve({**spec, "expansion": 0})) == [8, 8, 4]
     plain = sequential(resolve({"widths": [3072], "norm": "none", "dropout": 0.0, "expansion": 1}))
     assert [type(module) for module in plain] == [nn.Flatten, nn.Linear, Residual, nn.Linear]
     assert [type(module) for module in plain[2]] == [nn.Linear, nn.LeakyReLU, nn.Linear]
@@ -113,15 +114,23 @@ def test_a_block_written_out():
 
 
 @pytest.mark.parametrize("kind", model.LAYERS)
-def test_a_layer_makes_the_tensors_that_it_says(kind):
+def test_a_layer_updates_its_statistics(kind):
     layer = model.LAYERS[kind]
-    params, stats = layer.shapes(5, 5)
     made = layer.init(5, 5, torch.Generator().manual_seed(0))
-    assert {name: tuple(t.shape) for name, t in made.items()} == {**params, **stats}
     h = torch.randn(5, 3)
-    out, after = layer.apply(made, h, model.Context("float32", True, iter(())))
+    out, after = layer.apply(made, h, model.Context("float32", True, iter([torch.ones(5, 3)])))
     assert out.shape == h.shape
-    assert after.keys() == stats.keys()
+    assert after.keys() == set(layer.statistics) <= made.keys()
+    assert {n: (t.shape, t.dtype) for n, t in after.items()} == {n: (made[n].shape, made[n].dtype) for n in after}
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_the_masks_are_as_many_as_the_dropout_layers(small_spec, count):
+    spec = small_spec(widths=[32, 32])
+    params, stats = model.init(spec, 0)
+    masks = [torch.ones(32, 4)] * count
+    with pytest.raises(ValueError, match=f"there are {'more' if count > 2 else 'fewer'} dropout masks than dropout"):
+        model.forward(params, stats, torch.randn(4, 3072), spec, masks, train=True)
 
 
 def test_evaluation_mode(spec, twins):
@@ -154,7 +163,7 @@ def masks_for(spec, batch=BATCH):
     if spec["dropout"] == 0:
         return []
     seed, step = torch.tensor([1, 2], dtype=torch.int32)
-    masks = prng.dropout_masks(seed, step, torch.tensor(spec["dropout"]), model.dropped(spec), batch)
+    masks = prng.dropout_masks(seed, step, torch.tensor(spec["dropout"]), model.dropout_widths(spec), batch)
     return [mask.double() for mask in masks]
 
 
@@ -201,7 +210,7 @@ def test_forward_changes_nothing(spec, twins):
     params, stats, _ = twins
     x = images()
     before = {name: t.clone() for name, t in {**params, **stats, "x": x}.items()}
-    model.forward(params, stats, x, spec, train=True)
+    model.forward(params, stats, x, spec, masks_for(spec), train=True)
     assert all(torch.equal(t, before[name]) for name, t in {**params, **stats, "x": x}.items())
 
 
@@ -210,7 +219,8 @@ def test_train_mode_differs_from_evaluation_mode(small_spec):
     params, stats = map(double, model.init(spec, 0))
     x = images()
     evaluated, _ = model.forward(params, stats, x, spec)
-    normalised, _ = model.forward(params, stats, x, spec, train=True)
+    ones = [torch.ones_like(mask) for mask in masks_for(spec)]
+    normalised, _ = model.forward(params, stats, x, spec, ones, train=True)
     dropped, _ = model.forward(params, stats, x, spec, masks_for(spec), train=True)
     assert not torch.allclose(evaluated, normalised)
     assert not torch.allclose(normalised, dropped)
@@ -355,8 +365,7 @@ def test_init_is_a_function_of_the_seed(small_spec):
 
 
 def test_parameters_of_the_default_network():
-    params, _ = model.shapes(resolve({}))
-    assert sum(torch.Size(shape).numel() for shape in params.values()) == 3_809_034
+    assert model.parameter_count(resolve({})) == 3_809_034
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm": "layer", "expansion": 4}], ids=str)
@@ -364,7 +373,7 @@ def test_bfloat16_products_are_near_float32(small_spec, changes):
     """With the copies of every weight matrix, as in a step."""
     half_spec = small_spec(precision="bfloat16", **changes)
     params, stats = model.init(half_spec, 0)
-    copies = model.copies(params, half_spec)
+    copies = model.effective(params, half_spec)
     assert copies.keys() == {name for name, p in params.items() if p.ndim == 2}
     x = images(dtype=torch.float32)
     full, _ = model.forward(params, stats, x, small_spec(**changes))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from core.functional import model, optim
+from core.functional.step import hyper_tensors
 from core.spec import resolve
 
 
@@ -148,7 +149,7 @@ def test_what_is_orthogonalised_in_a_cohort_is_as_near_as_bfloat16_allows():
 def test_muon_is_for_the_matrices_between_the_first_and_the_last(small_spec):
     for widths, hidden in (([], []), ([8], []), ([8, 8], ["5.weight"]), ([8, 8, 8], ["5.weight", "9.weight"])):
         params, _ = model.init(small_spec(widths=widths), 0)
-        state = optim.OPTIMIZERS["muon"][0](params)
+        state = optim.OPTIMIZERS["muon"].init(params)
         assert list(state["momentum"]) == hidden
         assert list(state["exp_avg"]) == list(state["exp_avg_sq"]) == [name for name in params if name not in hidden]
 
@@ -226,7 +227,7 @@ def test_hyper_tensors_hold_the_values_of_the_spec():
     values = {"lr": 3e-4, "weight_decay": 0.1, "clip": 0.5, "dropout": 0.25, "label_smoothing": 0.1, "seed": 7}
     values |= {"ema": 0.9, "rotate": 5.0, "zoom": 0.1, "cutout": 8}
     spec = resolve({**values, "epochs": 6, "warmup_epochs": 1.5, "mixup": 1.0})
-    tensors = optim.hyper_tensors(spec, 10, torch.device("cpu"))
+    tensors = hyper_tensors(spec, 10, torch.device("cpu"))
     # Beta(1, 1) is the uniform distribution.
     torch.testing.assert_close(tensors.pop("mixup"), torch.linspace(0, 1, 1025))
     found = {name: t.item() for name, t in tensors.items()}

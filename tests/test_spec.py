@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -9,39 +10,40 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.compile import fused
-from core.functional import optim
-from core.spec import FIELDS, SWITCHES, TENSORS, Field, SpecError, canonical, nearest, resolve, spec_id, static_key
-from tests.conftest import EXPERIMENTS
+from core.functional import step
+from core.spec import (
+    FIELDS,
+    Choice,
+    Field,
+    Integer,
+    Integers,
+    Number,
+    SpecError,
+    canonical,
+    nearest,
+    resolve,
+    spec_id,
+    static,
+    static_key,
+)
+from tests.conftest import EXPERIMENTS, ROOT
 
-VALID = {
-    "widths": st.lists(st.integers(1, 65536), max_size=16) | st.tuples(st.integers(1, 65536)),
-    "expansion": st.integers(0, 16),
-    "norm": st.sampled_from(["batch", "layer", "none"]),
-    "activation": st.sampled_from(["leaky_relu", "relu", "gelu", "tanh"]),
-    "dropout": st.floats(0, 1, exclude_max=True) | st.just(0),
-    "train_on": st.sampled_from(["train", "all"]),
-    "whiten": st.integers(0, 3072),
-    "whiten_eps": st.floats(0, 1e300, exclude_min=True) | st.just(1),
-    "augment": st.sampled_from(["none", "flip", "flip+shift"]),
-    "shift": st.integers(1, 8),
-    "shift_fill": st.sampled_from(["zeros", "reflect"]),
-    "rotate": st.floats(0, 180, exclude_max=True) | st.integers(0, 179),
-    "zoom": st.floats(0, 1, exclude_max=True),
-    "cutout": st.integers(0, 32),
-    "mixup": st.floats(0, 10, exclude_max=True),
-    "batch_size": st.integers(2, 45_000),
-    "epochs": st.integers(1, 100_000),
-    "optimizer": st.sampled_from(["adam", "adamw", "sgd", "nesterov", "muon"]),
-    "lr": st.floats(0, 1e300, exclude_min=True) | st.integers(1, 1000),
-    "schedule": st.sampled_from(["constant", "linear", "cosine", "one-cycle"]),
-    "warmup_epochs": st.floats(0, 1) | st.integers(0, 1),
-    "weight_decay": st.floats(0, 1e300) | st.integers(0, 10),
-    "clip": st.floats(0, 1e300) | st.integers(0, 10),
-    "label_smoothing": st.floats(0, 1, exclude_max=True),
-    "ema": st.floats(0, 1, exclude_max=True),
-    "precision": st.sampled_from(["float32", "tf32", "bfloat16"]),
-    "seed": st.integers(0, 2**31 - 1),
-}
+
+def strategy(values):
+    """The values that a key may have, from what its field says."""
+    if isinstance(values, Integer):
+        return st.integers(values.low, values.high)
+    if isinstance(values, Number):
+        high = min(values.high, 1e300)
+        return st.floats(values.low, high, exclude_min=values.open, exclude_max=True) | st.integers(
+            int(values.low) + values.open, max(int(values.low) + values.open, min(int(high) - 1, 1000))
+        ).filter(values.accepts)
+    if isinstance(values, Choice):
+        return st.sampled_from(values.options)
+    return st.lists(strategy(values.each), max_size=values.length) | st.tuples(strategy(values.each))
+
+
+VALID = {key: strategy(field.values) for key, field in FIELDS.items()} | {"warmup_epochs": st.floats(0, 1)}
 SPECS = st.fixed_dictionaries({}, optional=VALID).filter(
     lambda spec: spec.get("schedule") != "one-cycle" or not spec.get("warmup_epochs")
 )
@@ -52,112 +54,36 @@ ANYTHING = st.recursive(
 )
 
 
-def number(v):
-    return type(v) in (int, float) and abs(v) < 1e308
+def another(field):
+    """A value other than the default."""
+    values, default = field.values, field.default
+    if isinstance(values, Integers):
+        return default[:-1]
+    if isinstance(values, Choice):
+        return next(option for option in values.options if option != default)
+    return default + 1 if values.accepts(default + 1) else (default + min(values.high, default + 1)) / 2
 
 
-# What a key may be, said a second time and in other words than core.spec says it.
-MAY_BE = {
-    "widths": lambda v: type(v) is list and len(v) < 17 and all(type(w) is int and 0 < w < 65537 for w in v),
-    "expansion": lambda v: type(v) is int and 0 <= v < 17,
-    "norm": lambda v: v in ("batch", "layer", "none"),
-    "activation": lambda v: v in ("leaky_relu", "relu", "gelu", "tanh"),
-    "dropout": lambda v: number(v) and 0 <= v < 1,
-    "train_on": lambda v: v in ("train", "all"),
-    "whiten": lambda v: type(v) is int and 0 <= v <= 3072,
-    "whiten_eps": lambda v: number(v) and v > 0,
-    "augment": lambda v: v in ("none", "flip", "flip+shift"),
-    "shift": lambda v: type(v) is int and 0 < v < 9,
-    "shift_fill": lambda v: v in ("zeros", "reflect"),
-    "rotate": lambda v: number(v) and 0 <= v < 180,
-    "zoom": lambda v: number(v) and 0 <= v < 1,
-    "cutout": lambda v: type(v) is int and 0 <= v <= 32,
-    "mixup": lambda v: number(v) and 0 <= v < 10,
-    "batch_size": lambda v: type(v) is int and 1 < v <= 45_000,
-    "epochs": lambda v: type(v) is int and 0 < v <= 100_000,
-    "optimizer": lambda v: v in ("adam", "adamw", "sgd", "nesterov", "muon"),
-    "lr": lambda v: number(v) and v > 0,
-    "schedule": lambda v: v in ("constant", "linear", "cosine", "one-cycle"),
-    "warmup_epochs": lambda v: number(v) and 0 <= v <= 20,  # the epochs of the default
-    "weight_decay": lambda v: number(v) and v >= 0,
-    "clip": lambda v: number(v) and v >= 0,
-    "label_smoothing": lambda v: number(v) and 0 <= v < 1,
-    "ema": lambda v: number(v) and 0 <= v < 1,
-    "precision": lambda v: v in ("float32", "tf32", "bfloat16"),
-    "seed": lambda v: type(v) is int and 0 <= v < 2**31,
-}
-
-DEFAULTS = {
-    "widths": [1024, 512, 256],
-    "expansion": 0,
-    "norm": "batch",
-    "activation": "leaky_relu",
-    "dropout": 0.2,
-    "train_on": "train",
-    "whiten": 0,
-    "whiten_eps": 0.01,
-    "augment": "none",
-    "shift": 2,
-    "shift_fill": "zeros",
-    "rotate": 0.0,
-    "zoom": 0.0,
-    "cutout": 0,
-    "mixup": 0.0,
-    "batch_size": 256,
-    "epochs": 20,
-    "optimizer": "adam",
-    "lr": 0.001,
-    "schedule": "constant",
-    "warmup_epochs": 0.0,
-    "weight_decay": 0.0,
-    "clip": 0.0,
-    "label_smoothing": 0.0,
-    "ema": 0.0,
-    "precision": "float32",
-    "seed": 0,
-}
-# Another value than the default, for each key.
-ANOTHER = {
-    "widths": [1024, 512],
-    "expansion": 4,
-    "norm": "none",
-    "activation": "relu",
-    "dropout": 0.5,
-    "train_on": "all",
-    "whiten": 400,
-    "whiten_eps": 0.1,
-    "augment": "flip",
-    "shift": 4,
-    "shift_fill": "reflect",
-    "rotate": 10.0,
-    "zoom": 0.1,
-    "cutout": 8,
-    "mixup": 0.2,
-    "batch_size": 128,
-    "epochs": 21,
-    "optimizer": "sgd",
-    "lr": 0.002,
-    "schedule": "cosine",
-    "warmup_epochs": 1.0,
-    "weight_decay": 0.1,
-    "clip": 1.0,
-    "label_smoothing": 0.1,
-    "ema": 0.998,
-    "precision": "bfloat16",
-    "seed": 1,
-}
+ANOTHER = {key: another(field) for key, field in FIELDS.items()}
+DYNAMIC = sorted(key for key, field in FIELDS.items() if field.dynamic)
+SWITCHES = sorted(key for key, field in FIELDS.items() if field.switch)
 
 
-def test_the_tables_here_are_complete():
-    assert VALID.keys() == MAY_BE.keys() == ANOTHER.keys() == FIELDS.keys(), "say what the new key may be here too"
-    assert FIELDS.keys() >= TENSORS
+def test_a_field_is_complete():
+    for key, field in FIELDS.items():
+        assert field.values.accepts(field.default), key
+        assert field.values.accepts(ANOTHER[key]), key
+        assert re.fullmatch(r"(\S.*)?[a-z].*\.", field.meaning), key
+        assert not field.switch or (field.dynamic and field.values.low == 0), key
 
 
 def test_the_defaults_are_frozen():
     """An id leaves out what has its default. With another default, the ids of finished runs would be those of runs that
     nobody has made: give what you want a key of its own, whose default keeps the old meaning."""
-    assert {key: field.default for key, field in FIELDS.items()} == DEFAULTS
-    assert canonical(resolve({})) == canonical(DEFAULTS)  # 0 is not 0.0 here
+    records = [json.loads(path.read_bytes()) for path in sorted((ROOT / "checkpoints").glob("*/*.json"))]
+    assert set().union(*(record["spec"] for record in records)) <= FIELDS.keys()
+    for record in records:
+        assert spec_id(resolve(record["spec"])) == record["spec_id"], record["name"]
 
 
 @given(SPECS)
@@ -198,7 +124,7 @@ def test_different_specs_have_different_ids(one, other):
 
 
 def test_the_id_is_of_the_keys_that_differ_from_their_defaults():
-    assert all(spec_id(resolve({key: DEFAULTS[key]})) == spec_id(resolve({})) for key in FIELDS)
+    assert all(spec_id(resolve({key: FIELDS[key].default})) == spec_id(resolve({})) for key in FIELDS)
     assert len({spec_id(resolve({key: ANOTHER[key]})) for key in FIELDS}) == len(FIELDS)
 
 
@@ -209,7 +135,7 @@ def test_a_new_key_keeps_every_id_and_never_reuses_a_compiled_step(monkeypatch, 
 
     ids, key, before = [spec_id(resolve(spec)) for spec in EXPERIMENTS.values()], static_key(resolve({})), name()
     assert name() == before
-    monkeypatch.setitem(FIELDS, "blur", Field(0.0, "a number", lambda v: isinstance(v, float)))
+    monkeypatch.setitem(FIELDS, "blur", Field(0.0, Number(0, 1), "Blur."))
     assert [spec_id(resolve(spec)) for spec in EXPERIMENTS.values()] == ids, "finished runs are not found any more"
     used = resolve({"blur": 0.5})
     assert spec_id(used) not in ids
@@ -228,7 +154,7 @@ def test_resolve_neither_keeps_nor_changes_what_it_was_given():
 
 @given(st.sampled_from(sorted(FIELDS)), ANYTHING)
 def test_whatever_the_value_it_is_resolved_or_refused_in_one_line(key, value):
-    if MAY_BE[key](value):
+    if FIELDS[key].values.accepts(value) and (key != "warmup_epochs" or value <= FIELDS["epochs"].default):
         assert resolve({key: value})[key] == value
     else:
         with pytest.raises(SpecError, match=rf"^{key} = [^\n]*, expected [^\n]*$"):
@@ -336,14 +262,24 @@ def test_a_spec_is_a_dict(spec):
 def test_a_key_reaches_the_step_as_a_tensor_or_is_part_of_the_compilation(key):
     """Never neither: such a key would do nothing, or reuse a step that was compiled for another value."""
     one, other = resolve({}), resolve({key: ANOTHER[key]})
-    switched = key in SWITCHES and not FIELDS[key].default
-    one, other = (spec | {key: spec[key] or 0.5} if switched else spec for spec in (one, other))
+    if key in SWITCHES:  # on in both
+        one = one | {key: ANOTHER[key] / 2}
     same_step = static_key(one) == static_key(other)
-    one, other = (optim.hyper_tensors(spec, 10, torch.device("cpu")) for spec in (one, other))
+    one, other = (step.hyper_tensors(spec, 10, torch.device("cpu")) for spec in (one, other))
     same_tensors = all(torch.equal(one[name], other[name]) for name in one)
-    assert (same_step, same_tensors) == ((True, False) if key in TENSORS else (False, True))
+    assert (same_step, same_tensors) == ((True, False) if key in DYNAMIC else (False, True))
 
 
-@pytest.mark.parametrize("key", sorted(SWITCHES))
+@pytest.mark.parametrize("key", SWITCHES)
 def test_a_step_without_dropout_or_another_switch_is_compiled_by_itself(key):
     assert static_key(resolve({key: 0})) != static_key(resolve({key: ANOTHER[key]}))
+
+
+@given(SPECS)
+def test_what_is_constant_in_the_step_says_no_dynamic_value(spec):
+    spec = resolve(spec)
+    found = static(spec)
+    assert found.keys() == {key for key in FIELDS if key in SWITCHES or key not in DYNAMIC}
+    assert all(found[key] is (spec[key] > 0) for key in SWITCHES)
+    with pytest.raises(KeyError):
+        found["lr"]

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
 from core.data import loader
-from core.functional import augment, model, optim, prng, step
+from core.functional import augment, model, prng, step
 from core.functional.tree import flatten, leaves, tree_map
-from core.spec import SWITCHES, TENSORS
+from core.spec import static
 from tests.test_optim import PEERS
 
 
@@ -39,7 +39,7 @@ def test_the_step_is_pure(small_spec, step_inputs, changes):
     spec = small_spec(**changes)
     inputs = dict(zip(("state", "data", "hyper"), step_inputs(spec), strict=True))
     before = {path: t.clone() for path, t in flatten(inputs).items()}
-    train_step = step.make_train_step(spec)
+    train_step = step.make_train_step(static(spec))
     generator = torch.get_rng_state()
     one, other = train_step(**inputs), train_step(**inputs)
     assert torch.equal(torch.get_rng_state(), generator)
@@ -72,7 +72,7 @@ def test_three_steps_against_a_module_in_float64(small_spec, step_inputs, sequen
     module = sequential(spec).double().train()
     module.load_state_dict({**state["params"], **state["stats"]}, strict=True)
     adam = torch.optim.Adam(module.parameters(), lr=spec["lr"], weight_decay=0.01)
-    train_step = step.make_train_step(spec)
+    train_step = step.make_train_step(static(spec))
     for images, labels in batches(data, 3):
         adam.zero_grad()
         F.cross_entropy(module(augment.normalise(images)), labels).backward()
@@ -103,7 +103,7 @@ def test_a_run_with_one_cycle_and_clipping_against_a_module_in_float64(
         OneCycleLR(each, max_lr=spec["lr"], total_steps=8, cycle_momentum=False)
         for each in getattr(peer, "peers", [peer])
     ]
-    train_step = step.make_train_step(spec)
+    train_step = step.make_train_step(static(spec))
     norms = []
     for images, labels in batches(data, 8):
         module.zero_grad()
@@ -128,7 +128,7 @@ def test_ten_losses_against_a_module(small_spec, step_inputs, sequential):
     module = sequential(spec).train()
     module.load_state_dict({**state["params"], **state["stats"]}, strict=True)
     adam = torch.optim.Adam(module.parameters(), lr=spec["lr"])
-    train_step = step.make_train_step(spec)
+    train_step = step.make_train_step(static(spec))
     total = 0.0
     for images, labels in batches(data, 10):
         adam.zero_grad()
@@ -146,8 +146,8 @@ def test_the_loss_falls_on_real_images(small_spec, cifar10_slice):
     """All that a run has (dropout, batch norm, Adam) on 512 images, ten times over."""
     spec = small_spec(widths=[64, 32])
     images, labels = (t[:512] for t in cifar10_slice)
-    train_step, state = step.make_train_step(spec), step.init_state(spec)
-    hyper = optim.hyper_tensors(spec, 8, torch.device("cpu"))
+    train_step, state = step.make_train_step(static(spec)), step.init_state(spec)
+    hyper = step.hyper_tensors(spec, 8, torch.device("cpu"))
     before = step.evaluate(state["params"], state["stats"], images, labels, spec)
     for epoch in range(10):
         order = loader.epoch_order(torch.arange(512), 64, spec["seed"], epoch)
@@ -164,7 +164,7 @@ def test_metrics_are_sums_over_the_examples(small_spec, step_inputs):
     state, data, hyper = step_inputs(spec)
     images, labels = next(batches(data, 1))
     logits, _ = model.forward(state["params"], state["stats"], augment.normalise(images), spec, train=True)
-    after = step.make_train_step(spec)(state, data, hyper)
+    after = step.make_train_step(static(spec))(state, data, hyper)
     assert after["metrics"]["loss"].item() == pytest.approx(F.cross_entropy(logits, labels, reduction="sum").item())
     assert after["metrics"]["correct"].item() == (logits.argmax(1) == labels).sum().item()
 
@@ -173,7 +173,7 @@ def test_the_place_in_the_order_follows_the_step(small_spec, step_inputs):
     """Step n takes row n, and after the last row the first one of the next epoch's order."""
     spec = small_spec(dropout=0.0)
     state, data, hyper = step_inputs(spec)
-    train_step = step.make_train_step(spec)
+    train_step = step.make_train_step(static(spec))
     for n in (0, 3, 7, 8, 19):
         at = {**state, "step": torch.tensor(n, dtype=torch.int32)}
         alone = {**data, "order": data["order"][n % 8][None]}
@@ -184,7 +184,7 @@ def test_seed_and_step_change_the_mask_and_nothing_else_does(small_spec, step_in
     spec = small_spec()
     state, data, hyper = step_inputs(spec)
     data = {**data, "order": data["order"][:1]}
-    train_step = step.make_train_step(spec)
+    train_step = step.make_train_step(static(spec))
 
     def loss(seed=0, n=0):
         at = {**state, "step": torch.tensor(n, dtype=torch.int32)}
@@ -200,7 +200,7 @@ def test_seed_and_step_change_the_mask_and_nothing_else_does(small_spec, step_in
 def test_every_hyper_parameter_reaches_the_step(small_spec, step_inputs, name):
     spec = small_spec(optimizer="sgd", clip=0.1, rotate=5, zoom=0.1, cutout=8, mixup=0.2)
     state, data, hyper = step_inputs(spec)
-    train_step = step.make_train_step(spec)
+    train_step = step.make_train_step(static(spec))
     one = train_step(state, data, hyper)["params"]["1.weight"]
     other = train_step(state, data, {**hyper, name: hyper[name] + (1 if name == "cutout" else 0.25)})["params"][
         "1.weight"
@@ -208,21 +208,11 @@ def test_every_hyper_parameter_reaches_the_step(small_spec, step_inputs, name):
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_the_step_takes_from_the_spec_nothing_that_is_a_tensor(small_spec, step_inputs, changes):
-    """Else one compilation could not serve all values. Of what can be switched on it may know whether it is."""
-    spec = small_spec(**changes)
-    inputs = step_inputs(spec)
-    static = {key: value for key, value in spec.items() if key not in TENSORS}
-    static |= {key: 0.95 * (spec[key] > 0) for key in SWITCHES}
-    close(step.make_train_step(static)(*inputs), step.make_train_step(spec)(*inputs), 0, 0)
-
-
 def test_the_moving_average_is_over_parameters_and_statistics(small_spec, step_inputs):
     """Against the recursion written out, where half of the steps use a smaller decay than they are given."""
     spec = small_spec(ema=0.5)
     state, data, hyper = step_inputs(spec)
-    train_step = step.make_train_step(spec)
+    train_step = step.make_train_step(static(spec))
     expected = {name: t.double() for name, t in {**state["params"], **state["stats"]}.items()}
     for n in range(16):
         state = train_step(state, data, hyper)
@@ -286,7 +276,7 @@ def test_the_loss_of_mixed_examples_is_that_of_both_labels_by_their_shares(small
     mixed = torch.lerp(x[partners], x, share[:, None])
     logits, _ = model.forward(state["params"], state["stats"], mixed, spec, train=True)
     one, other = (F.cross_entropy(logits, y, label_smoothing=0.1, reduction="none") for y in (labels, labels[partners]))
-    after = step.make_train_step(spec)(state, data, hyper)
+    after = step.make_train_step(static(spec))(state, data, hyper)
     expected = (share * one + (1 - share) * other).sum().item()
     assert after["metrics"]["loss"].item() == pytest.approx(expected, rel=1e-5)
     larger = torch.where(share > 0.5, labels, labels[partners])
@@ -299,7 +289,7 @@ def test_the_first_bad_step_is_kept(small_spec, step_inputs, bad):
     """Even where a later step is finite again: what it trained is not to be trusted."""
     spec = small_spec()
     state, data, hyper = step_inputs(spec)
-    train_step = step.make_train_step(spec)
+    train_step = step.make_train_step(static(spec))
     for n in range(6):
         if n == 3:
             good = state
@@ -314,7 +304,7 @@ def test_the_first_bad_step_is_kept(small_spec, step_inputs, bad):
 def test_a_learning_rate_that_diverges_is_noticed(small_spec, step_inputs):
     spec = small_spec(optimizer="sgd", lr=1e30, norm="none", dropout=0.0)
     state, data, hyper = step_inputs(spec)
-    train_step = step.make_train_step(spec)
+    train_step = step.make_train_step(static(spec))
     for _ in range(4):
         state = train_step(state, data, hyper)
     assert 0 < int(state["metrics"]["bad_step"]) < 4
@@ -324,7 +314,7 @@ def test_a_learning_rate_that_diverges_is_noticed(small_spec, step_inputs):
 def test_a_vmapped_step_equals_each_seed_alone(small_spec, step_inputs, changes):
     """A cohort of two seeds (and two learning rates) with an order of its own each; the images are shared."""
     specs = [small_spec(**changes, seed=0), small_spec(**changes, seed=1, lr=5e-4)]
-    train_step = step.make_train_step(specs[0])
+    train_step = step.make_train_step(static(specs[0]))
     inputs = [step_inputs(spec) for spec in specs]
     alone = [train_step(*each) for each in inputs]
     state, data, hyper = (tree_map(lambda *t: torch.stack(t), *trees) for trees in zip(*inputs, strict=True))

@@ -1,6 +1,5 @@
 """Grids, seeds, estimates and progress: what a sweep consists of."""
 
-import math
 import re
 
 import pytest
@@ -146,9 +145,11 @@ OTHERS = {  # networks that no experiment has
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS | OTHERS)
-def test_parameters_are_those_of_the_network(name):
+def test_the_work_of_a_run_is_parameters_times_epochs(name):
     spec = resolve((EXPERIMENTS | OTHERS)[name])
-    assert sweep.parameters(spec) == sum(math.prod(shape) for shape in model.shapes(spec)[0].values())
+    small = {**spec, "widths": [max(1, width // 16) for width in spec["widths"]]}
+    params, _ = model.init(small, 0)
+    assert sweep.work(small) == sum(p.numel() for p in params.values()) * spec["epochs"]
 
 
 def test_an_estimate_is_what_was_measured_here():
@@ -161,7 +162,7 @@ def test_an_estimate_is_what_was_measured_here():
     longer = {**here.spec, "epochs": 7 * epochs, "lr": 0.1, "seed": 3}
     assert known.estimate([longer, here.spec], "eager").seconds == pytest.approx(8 * took)
     small = resolve({"widths": [64], "epochs": epochs})
-    ratio = sweep.parameters(small) / sweep.parameters(here.spec)
+    ratio = sweep.work(small) / sweep.work(here.spec)
     assert known.estimate([small]).seconds == pytest.approx(ratio * took)
     assert known.estimate([{**small, "precision": "bfloat16"}, small]).seconds is None
     assert sweep.Measured([here], "another machine", threads).estimate([here.spec]).seconds is None

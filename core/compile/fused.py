@@ -20,7 +20,7 @@ from core.functional import prng
 from core.functional.step import State, make_train_step
 from core.functional.tree import leaves
 from core.runs.provenance import CODE
-from core.spec import Spec, static_key
+from core.spec import Spec, static, static_key
 
 Trees = tuple[State, dict, dict]  # state, data, hyper
 
@@ -62,7 +62,7 @@ def _compiler() -> str | None:
 def make_step(spec: Spec, state: State, data: dict) -> Callable[[State, dict, dict], None]:
     """The train step of a resolved spec, in place. A state with a leading axis is that of a cohort: its members, which
     share all data but the order, take the step independently of each other."""
-    step = make_train_step(spec)
+    step = make_train_step(static(spec))
     if state["step"].ndim:
         step = torch.func.vmap(step, in_dims=(0, {key: 0 if key == "order" else None for key in data}, 0))
     return in_place(step)

@@ -1,4 +1,4 @@
-"""What happens to a batch of images before the network sees it: normalisation and augmentation."""
+"""Normalisation and augmentation of a batch of images."""
 
 import math
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from core.functional import model, prng
 from core.spec import Spec
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training images, a channel, in 0..1
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of each channel of the training images, in 0..1
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 [batch, 3072] or [batch, 3, 32, 32] to float32 of that shape, zero mean and unit variance a channel over
-    the training images."""
+    """uint8 [batch, 3072] or [batch, 3, 32, 32] to float32 of the same shape. Over the training images each channel has
+    mean 0 and variance 1."""
     channel = torch.arange(3, device=images.device)[:, None, None]
     if images.ndim == 2:
         channel = torch.arange(3072, device=images.device) // 1024
@@ -22,7 +22,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def _scale_and_offset(channel: Tensor) -> tuple[Tensor, Tensor]:
-    # Built from scalars in the graph, so that no constant has to be kept on the device.
+    # Built from scalars in the graph, so the step needs no constant tensor on the device.
     scale = torch.full(channel.shape, 1 / (255 * STD[2]), device=channel.device)
     offset = torch.full(channel.shape, -MEAN[2] / STD[2], device=channel.device)
     for c in (0, 1):
@@ -32,52 +32,57 @@ def _scale_and_offset(channel: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mirror(images: Tensor) -> Tensor:
-    """Mirror images, left for right, of [batch, 3072]."""
+    """Images [batch, 3072] with left and right exchanged."""
     return images.view(-1, 96, 32).flip(2).view(-1, 3072)
 
 
 def whiten(x: Tensor, whitening: dict[str, Tensor], precision: str) -> Tensor:
-    """The components [batch, k] of normalised images [batch, 3072] that a projection keeps.
+    """Whitened images, float32 [batch, k], from normalised images [batch, 3072].
 
     Args:
-        whitening: `weight` [k, 3072], which may be in the precision of the product already, and `bias` float32 [k].
+        whitening: `weight` [k, 3072], float32 or already in the precision of the product; `bias` float32 [k].
     """
-    product = model.matmul(whitening["weight"], model.operand(x, precision).t(), precision)
+    product = model.matmul(whitening["weight"], model.cast(x, precision).t(), precision)
     return (product + whitening["bias"][:, None]).t()
 
 
+def derived(spec: Spec) -> dict[str, list[float]]:
+    """Hyper-parameters of augmentation that are computed from a resolved spec: the quantiles that mixup draws from."""
+    return {"mixup": prng.beta_quantiles(spec["mixup"])}
+
+
 def augment(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor) -> Tensor:
-    """Images as the network sees them in training: normalised, and augmented as the spec says.
+    """Normalised and augmented images.
 
     `augment`: "flip" mirrors each image with probability 1/2; "flip+shift" first moves it by up to `shift` pixels
-    vertically and horizontally. `rotate` turns each image about its centre by up to so many degrees, `zoom` scales it
-    by a factor in 1 - zoom to 1 + zoom, both uniformly drawn. What moves in is `shift_fill`: zeros, or the image
-    reflected as by numpy.pad. `cutout` sets a square of so many pixels a side to zero. Its centre may be any pixel, so
-    that the border may cut it (DeVries and Taylor 2017).
+    vertically and horizontally. `rotate` turns each image about its centre by up to that many degrees. `zoom` scales it
+    by a factor from 1 - zoom to 1 + zoom. Angle and factor are uniform. `shift_fill` fills the new pixels: with zeros,
+    or with the image reflected as by numpy.pad. `cutout` sets a square with that side to zero. Its centre may be any
+    pixel, so the border may cut the square (DeVries and Taylor 2017).
 
     Args:
         images: uint8 [batch, 3072].
-        spec: resolved; of the keys that reach the step as tensors it only says which are on.
-        hyper: 0-d tensors `rotate`, `zoom`, `cutout` (float32) and `seed` (int32), which, with `step` (int32) and the
-            place in the batch, decides what is drawn.
+        spec: what core.spec.static returns; it says which augmentations are on.
+        hyper: 0-d tensors `rotate`, `zoom`, `cutout` (float32) and `seed` (int32).
+        step: int32, 0-d. Random draws are a function of `seed`, `step` and the place in the batch.
 
     Returns:
         float32 [batch, 3072].
     """
-    if spec["rotate"] > 0 or spec["zoom"] > 0:
+    if spec["rotate"] or spec["zoom"]:
         x = _sample(images, spec, hyper, step)
     elif spec["augment"] == "none":
         x = normalise(images)
     else:
         x = _mirror_and_move(images, spec, hyper["seed"], step)
-    if spec["cutout"] > 0:
+    if spec["cutout"]:
         x = _cut_out(x.view(-1, 3, 32, 32), hyper["cutout"], hyper["seed"], step)
     return x.reshape(-1, 3072)
 
 
 def _placement(spec: Spec, seed: Tensor, step: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which images are not mirrored, bool [batch]; how many pixels further down, and further right, the image that may
-    then be mirrored is read, int32 [batch]."""
+    """Which images are not mirrored, bool [batch]; by how many pixels the place to read from moves down, and right,
+    int32 [batch]. The move comes first, then the mirroring."""
     zeros = torch.zeros(batch, dtype=torch.int32, device=seed.device)
     if spec["augment"] == "none":
         return zeros == 0, zeros, zeros
@@ -92,7 +97,7 @@ def _mirror_and_move(images: Tensor, spec: Spec, seed: Tensor, step: Tensor) -> 
     """Normalised images, float32 [batch, 3072] or [batch, 3, 32, 32]."""
     batch = len(images)
     keep, down, right = _placement(spec, seed, step, batch)
-    # Rows as words of eight pixels: a gather of pixels by computed indices would be one scalar load for each pixel.
+    # Rows as words of eight pixels. A gather of single pixels would need one scalar load for each pixel.
     words = images.view(torch.int64).view(batch, 96, 4)
     mirrored, first = _mirror(words), keep[:, None, None]
     words, mirrored = torch.where(first, words, mirrored), torch.where(first, mirrored, words)
@@ -102,7 +107,7 @@ def _mirror_and_move(images: Tensor, spec: Spec, seed: Tensor, step: Tensor) -> 
 
 
 def _mirror(words: Tensor) -> Tensor:
-    """Rows of 32 pixels, int64 [..., 4] with eight pixels in each word, the other way around."""
+    """Rows of 32 pixels in reverse order, int64 [..., 4] with eight pixels in each word."""
     words = words.flip(-1)
     for bits, mask in ((8, 0x00FF00FF00FF00FF), (16, 0x0000FFFF0000FFFF), (32, 0x00000000FFFFFFFF)):
         words = ((words >> bits) & mask) | ((words & mask) << bits)
@@ -127,24 +132,24 @@ def _move(words: Tensor, mirrored: Tensor, down: Tensor, right: Tensor, reflect:
     source = (31 - (31 - rows.abs()).abs()) if reflect else rows.clamp(0, 31)
     planes = torch.arange(3 * batch, device=words.device).view(batch, 3, 1)
     starts = (planes * 32 + source[:, None]) * 48 + 8 + right[:, None, None]
-    # All runs of 32 pixels as a view, so that a row is one contiguous load from any pixel.
+    # A view of all windows of 32 pixels, so that reading a row is one contiguous load, wherever it starts.
     x = normalise(pixels.unfold(0, 32, 1).index_select(0, starts.view(-1)).view(batch, 3, 32, 32))
     return x if reflect else torch.where(_within(rows - 15.5, columns - 15.5, 16), x, 0.0)
 
 
 def _within(rows: Tensor, columns: Tensor, distance: float | Tensor) -> Tensor:
-    """Whether a pixel is less than `distance` away in rows, and in columns: bool [batch, 1, 32, 32].
+    """Whether a pixel is less than `distance` away in rows and in columns: bool [batch, 1, 32, 32].
 
     Args:
-        rows, columns: float32 [batch, 32]; masks of bool would be slow in a compiled loop.
+        rows, columns: distances of rows and columns, float32 [batch, 32]. (Masks of bool are slow in a compiled loop.)
     """
     return torch.maximum(rows.abs()[:, None, :, None], columns.abs()[:, None, None, :]) < distance
 
 
 def _sample(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor) -> Tensor:
-    """Normalised images, float32 [batch, 3, 32, 32]: mirrored, moved, rotated and zoomed by one bilinear sampling.
+    """Normalised images, float32 [batch, 3, 32, 32], mirrored, moved, rotated and scaled by one bilinear sampling.
 
-    Angle and scale are those of torchvision.transforms.v2.functional.affine.
+    Angle and scale mean the same as in torchvision.transforms.v2.functional.affine.
     """
     batch, device = len(images), images.device
     keep, down, right = (t[:, None] for t in _placement(spec, hyper["seed"], step, batch))
@@ -157,12 +162,12 @@ def _sample(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor) 
     column = (sin * y)[:, :, None] + (cos * x)[:, None, :] + 15.5
     if spec["shift_fill"] == "reflect":
         row, column = _reflect(row), _reflect(column)
-    # Bilinear: a pixel weighs 1 less its distance in rows, times 1 less its distance in columns, and none beyond 1.
-    # Where a sample has pixels on one side only, it is partly a zero.
+    # Bilinear: the weight of a pixel is (1 - its distance in rows) * (1 - its distance in columns), and 0 beyond 1.
+    # Outside the image the weights add up to less than 1, so the sample is partly zero.
     top, left = row.floor().clamp(0, 30), column.floor().clamp(0, 30)
     distances = row - top, row - top - 1, column - left, column - left - 1
     upper, lower, first, second = ((1 - distance.abs()).clamp(min=0)[:, None] for distance in distances)
-    # A word for each pixel with its neighbours to the right, below, and below to the right: one load instead of four.
+    # One word holds a pixel and its neighbours right, below, and below right: one load instead of four.
     words = images.int()
     words = words[:, :-33] | (words[:, 1:-32] << 8) | (words[:, 32:-1] << 16) | (words[:, 33:] << 24)
     index = (top * 32 + left).long()[:, None] + torch.arange(0, 3072, 1024, device=device)[:, None, None]
@@ -174,7 +179,7 @@ def _sample(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor) 
 
 
 def _reflect(place: Tensor) -> Tensor:
-    """Places outside 0 to 31 reflected at 0 and 31, as by numpy.pad mode "reflect"; float32."""
+    """Coordinates, float32, reflected at 0 and 31 as by numpy.pad mode "reflect"."""
     place = place.abs()
     return 31 - (31 - (place - 62 * (place / 62).floor())).abs()
 
@@ -182,18 +187,18 @@ def _reflect(place: Tensor) -> Tensor:
 def _cut_out(x: Tensor, side: Tensor, seed: Tensor, step: Tensor) -> Tensor:
     """Images [batch, 3, 32, 32] with zeros in a square whose centre is drawn from all pixels."""
     place, draws = torch.arange(32, device=x.device), prng.bits(seed, prng.CUTOUT, step, len(x))
-    # A square with an even side reaches further up and to the left of its centre.
+    # A square with an even side reaches further up and left than down and right.
     rows, columns = (place - (at & 31)[:, None] + (side / 2).floor() - (side - 1) / 2 for at in (draws, draws >> 5))
     return torch.where(_within(rows, columns, side / 2), 0.0, x)
 
 
 def mixup(x: Tensor, labels: Tensor, quantiles: Tensor, seed: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Each example mixed with the one before it in the batch, by a share of its own from Beta(alpha, alpha) (Zhang,
-    Cisse, Dauphin, Lopez-Paz 2018). The order of a batch is random, and so is the partner.
+    """Each example mixed with the one before it in the batch (Zhang, Cisse, Dauphin, Lopez-Paz 2018). The share of each
+    example is drawn from Beta(alpha, alpha). The order of a batch is random, and so is the partner.
 
     Args:
         x: float32 [batch, 3072]. labels: int64 [batch].
-        quantiles: of the share that stays, as core.functional.prng.beta_quantiles has them.
+        quantiles: of Beta(alpha, alpha), as core.functional.prng.beta_quantiles returns them.
 
     Returns:
         Mixed images, float32 [batch, 3072], and the shares of the classes in them, float32 [batch, 10].

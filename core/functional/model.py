@@ -1,26 +1,36 @@
 """The multilayer perceptron as pure functions over dicts of tensors, named as in the equivalent torch.nn.Sequential.
 
-It is a plain stack of layers or, with `expansion` in the spec, a stack of residual blocks; see `layers`.
+The network is a plain stack of layers or, with `expansion` in the spec, a stack of residual blocks; see `layers`.
 
-Inside, activations are feature-major, [features, batch]: the matrix products run faster that way at small batches, and
+Inside, activations are feature-major, [features, batch]: the matrix products are faster that way at small batches, and
 batch norm reduces along the contiguous axis. Callers see [batch, features].
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from core.spec import Spec
 
 Tensors = dict[str, Tensor]
-Shapes = dict[str, tuple[int, ...]]
-Stack = list["tuple[str, int, int] | Stack"]  # (kind, inputs, outputs) of a layer, or the stack of a residual block
 
 INPUTS, CLASSES = 3 * 32 * 32, 10
 EPS, MOMENTUM, NEGATIVE_SLOPE = 1e-5, 0.1, 0.01  # the defaults of BatchNorm1d, LayerNorm and LeakyReLU
+
+
+class Entry(NamedTuple):
+    """A layer of a network: its kind, a key of LAYERS, and the numbers of its inputs and outputs."""
+
+    kind: str
+    inputs: int
+    outputs: int
+
+
+Stack = tuple["Entry | Stack", ...]  # layers in order; a stack inside a stack is a residual block
 
 
 class Context(NamedTuple):
@@ -28,8 +38,8 @@ class Context(NamedTuple):
 
     Attributes:
         precision: of the matrix products, as in the spec.
-        train: whether this is training or evaluation.
-        masks: the dropout masks that the layers ahead have not used yet.
+        train: training mode (True) or evaluation mode.
+        masks: the dropout masks that no layer has used yet.
     """
 
     precision: str
@@ -38,33 +48,39 @@ class Context(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A kind of layer. Names of tensors are local: "weight", not "1.weight".
+    """A kind of layer. Tensor names are local: "weight", not "1.weight".
 
     Attributes:
-        shapes: (inputs, outputs) -> shapes of the parameters, and of the statistics.
-        init: (inputs, outputs, generator) -> parameters and statistics in one dict.
-        apply: (its tensors, h [inputs, batch], context) -> h [outputs, batch], and its statistics after this batch.
+        init: (inputs, outputs, generator) -> the layer's tensors.
+        apply: (the layer's tensors, h [inputs, batch], context) -> h [outputs, batch], and the new statistics.
+        module: (inputs, outputs, spec) -> the same layer in torch.nn.
+        statistics: names of the tensors that are updated by `apply`, not trained.
     """
 
-    shapes: Callable[[int, int], tuple[Shapes, Shapes]]
     init: Callable[[int, int, Generator], Tensors]
     apply: Callable[[Tensors, Tensor, Context], tuple[Tensor, Tensors]]
+    module: Callable[[int, int, Spec], nn.Module]
+    statistics: tuple[str, ...] = ()
 
 
-def operand(t: Tensor, precision: str) -> Tensor:
-    """A tensor as the matrix products read it; tf32 is a mode of the device, set in core/compile/fused.py."""
+def cast(t: Tensor, precision: str) -> Tensor:
+    """A tensor in the dtype that the matrix products read. tf32 is a mode of the device (core/compile/fused.py)."""
     return t.bfloat16() if precision == "bfloat16" else t
 
 
-def copies(params: Tensors, spec: Spec) -> Tensors:
-    """The weight matrices as the products read them, where that is not as they are trained: in bfloat16."""
+def effective(params: Tensors, spec: Spec) -> Tensors:
+    """The weight matrices that the products read instead of the trained ones: their copies in bfloat16."""
     precision = spec["precision"]
-    return {name: operand(p, precision) for name, p in params.items() if p.ndim == 2 and precision == "bfloat16"}
+    return {name: cast(p, precision) for name, p in params.items() if p.ndim == 2 and precision == "bfloat16"}
 
 
 def matmul(a: Tensor, b: Tensor, precision: str) -> Tensor:
-    """a @ b of operands in the precision, float32."""
-    return (operand(a, precision) @ operand(b, precision)).to(torch.float32 if precision == "bfloat16" else a.dtype)
+    """a @ b with operands in the given precision; the result of bfloat16 operands is float32."""
+    return (cast(a, precision) @ cast(b, precision)).to(torch.float32 if precision == "bfloat16" else a.dtype)
+
+
+def no_tensors(inputs: int, outputs: int, generator: Generator) -> Tensors:
+    return {}
 
 
 def linear_init(inputs: int, outputs: int, generator: Generator) -> Tensors:
@@ -79,7 +95,7 @@ def linear(own: Tensors, h: Tensor, context: Context) -> tuple[Tensor, Tensors]:
 
 
 def batch_norm_init(inputs: int, outputs: int, generator: Generator) -> Tensors:
-    """The identity, as torch.nn.BatchNorm1d begins."""
+    """The identity, as torch.nn.BatchNorm1d starts."""
     return {
         "weight": torch.ones(outputs),
         "bias": torch.zeros(outputs),
@@ -96,7 +112,7 @@ def batch_norm(z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor,
         z: [features, batch]. weight, bias: [features].
 
     Returns:
-        The output [features, batch]; the mean and the unbiased variance, [features].
+        The output [features, batch]; mean and unbiased variance of the batch, [features].
     """
     n = z.shape[1]
     mean = z.mean(1, keepdim=True)
@@ -107,7 +123,7 @@ def batch_norm(z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor,
 
 
 def apply_batch_norm(own: Tensors, h: Tensor, context: Context) -> tuple[Tensor, Tensors]:
-    """With the statistics of the batch in training, with the running statistics in evaluation."""
+    """Batch norm with the statistics of the batch in training, with the running statistics in evaluation."""
     if context.train:
         h, mean, variance = batch_norm(h, own["weight"], own["bias"])
         return h, {
@@ -121,50 +137,53 @@ def apply_batch_norm(own: Tensors, h: Tensor, context: Context) -> tuple[Tensor,
 
 
 def layer_norm_init(inputs: int, outputs: int, generator: Generator) -> Tensors:
-    """The identity after the normalisation, as torch.nn.LayerNorm begins."""
+    """No change after the normalisation, as torch.nn.LayerNorm starts."""
     return {"weight": torch.ones(outputs), "bias": torch.zeros(outputs)}
 
 
 def layer_norm(own: Tensors, h: Tensor, context: Context) -> tuple[Tensor, Tensors]:
     """Normalise each example over its features (Ba, Kiros and Hinton 2016; torch.nn.LayerNorm), in training and in
-    evaluation alike; h is [features, batch]."""
+    evaluation; h is [features, batch]."""
     centered = h - h.mean(0, keepdim=True)
     variance = (centered * centered).mean(0, keepdim=True)
     return centered * torch.rsqrt(variance + EPS) * own["weight"][:, None] + own["bias"][:, None], {}
 
 
 def dropout(own: Tensors, h: Tensor, context: Context) -> tuple[Tensor, Tensors]:
+    """The next mask times h in training; h in evaluation."""
+    if not context.train:
+        return h, {}
     mask = next(context.masks, None)
-    return h if mask is None else h * mask, {}
+    if mask is None:
+        raise ValueError("there are fewer dropout masks than dropout layers")
+    return h * mask, {}
 
 
-def plain(function: Callable[[Tensor], Tensor]) -> Layer:
-    """A layer without tensors of its own."""
-    return Layer(lambda *_: ({}, {}), lambda *_: {}, lambda own, h, context: (function(h), {}))
+def plain(function: Callable[[Tensor], Tensor], module: Callable[[], nn.Module]) -> Layer:
+    """A layer without tensors."""
+    return Layer(no_tensors, lambda own, h, context: (function(h), {}), lambda inputs, outputs, spec: module())
 
 
 LAYERS: dict[str, Layer] = {
-    "flatten": plain(lambda h: h),  # `forward` has done it: inside, there are [features, batch] alone
-    "linear": Layer(lambda i, o: ({"weight": (o, i), "bias": (o,)}, {}), linear_init, linear),
+    "flatten": plain(lambda h: h, nn.Flatten),  # `forward` flattens: inside, every h is [features, batch]
+    "linear": Layer(linear_init, linear, lambda inputs, outputs, spec: nn.Linear(inputs, outputs)),
     "batch_norm": Layer(
-        lambda i, o: (
-            {"weight": (o,), "bias": (o,)},
-            {"running_mean": (o,), "running_var": (o,), "num_batches_tracked": ()},
-        ),
         batch_norm_init,
         apply_batch_norm,
+        lambda inputs, outputs, spec: nn.BatchNorm1d(outputs),
+        statistics=("running_mean", "running_var", "num_batches_tracked"),
     ),
-    "layer_norm": Layer(lambda i, o: ({"weight": (o,), "bias": (o,)}, {}), layer_norm_init, layer_norm),
-    "dropout": Layer(lambda *_: ({}, {}), lambda *_: {}, dropout),
-    "leaky_relu": plain(lambda h: F.leaky_relu(h, NEGATIVE_SLOPE)),
-    "relu": plain(F.relu),
-    "gelu": plain(F.gelu),
-    "tanh": plain(torch.tanh),
+    "layer_norm": Layer(layer_norm_init, layer_norm, lambda inputs, outputs, spec: nn.LayerNorm(outputs)),
+    "dropout": Layer(no_tensors, dropout, lambda inputs, outputs, spec: nn.Dropout(spec["dropout"])),
+    "leaky_relu": plain(lambda h: F.leaky_relu(h, NEGATIVE_SLOPE), nn.LeakyReLU),
+    "relu": plain(F.relu, nn.ReLU),
+    "gelu": plain(F.gelu, nn.GELU),
+    "tanh": plain(torch.tanh, nn.Tanh),
 }
 
 
 def layers(spec: Spec) -> Stack:
-    """(kind, inputs, outputs) of each layer; its place in the list is its index in the Sequential.
+    """The layers of a network; the place of a layer in the tuple is its index in the Sequential.
 
     With `expansion`, each width is that of an inverted bottleneck (Bachmann, Anagnostidis and Hofmann 2023, "Scaling
     MLPs: A Tale of Inductive Bias", https://arxiv.org/abs/2306.13575, and github.com/gregorbachmann/scaling_mlps):
@@ -173,91 +192,101 @@ def layers(spec: Spec) -> Stack:
     before the last layer. The paper has no dropout; here it follows the activation, as in the plain stack.
     """
     inputs, expansion = spec["whiten"] or INPUTS, spec["expansion"]
-    stack: Stack = [("flatten", inputs, inputs)]
+    activation: Stack
+    stack: list[Entry | Stack] = [Entry("flatten", inputs, inputs)]
     for i, width in enumerate(spec["widths"]):
         wide = width * max(expansion, 1)
-        norm: Stack = [] if spec["norm"] == "none" else [(f"{spec['norm']}_norm", width, width)]
-        activation: Stack = [(spec["activation"], wide, wide)]
+        norm = () if spec["norm"] == "none" else (Entry(f"{spec['norm']}_norm", width, width),)
+        activation = (Entry(spec["activation"], wide, wide),)
         if spec["dropout"] > 0:
-            activation.append(("dropout", wide, wide))
+            activation += (Entry("dropout", wide, wide),)
         if not expansion or i == 0 or width != inputs:
-            stack.append(("linear", inputs, width))
+            stack.append(Entry("linear", inputs, width))
         if expansion:
-            stack.append([*norm, ("linear", width, wide), *activation, ("linear", wide, width)])
+            stack.append((*norm, Entry("linear", width, wide), *activation, Entry("linear", wide, width)))
         else:
             stack += [*norm, *activation]
         inputs = width
-    return [*stack, ("linear", inputs, CLASSES)]
+    return (*stack, Entry("linear", inputs, CLASSES))
 
 
-def named(stack: Stack, prefix: str = "") -> Iterator[tuple[str, str, int, int]]:
-    """(name, kind, inputs, outputs) of each layer, in the order of `forward`; "2.1" is the second layer of the block at
-    index 2."""
+def iter_layers(stack: Stack, prefix: str = "") -> Iterator[tuple[str, Entry]]:
+    """(name, layer) in the order of `forward`; "2.1" is the second layer of the block at index 2."""
     for i, layer in enumerate(stack):
-        if isinstance(layer, list):
-            yield from named(layer, f"{prefix}{i}.")
+        if isinstance(layer, Entry):
+            yield f"{prefix}{i}", layer
         else:
-            yield f"{prefix}{i}", *layer
+            yield from iter_layers(layer, f"{prefix}{i}.")
 
 
-def dropped(spec: Spec) -> list[int]:
-    """The widths of what is dropped in a step, in the order of the masks that `forward` takes: one for each entry of
-    `widths`, in a residual block that of its hidden layer."""
-    return [outputs for _, kind, _, outputs in named(layers(spec)) if kind == "dropout"]
-
-
-def shapes(spec: Spec) -> tuple[Shapes, Shapes]:
-    """Name -> shape of every parameter, and of every batch-norm statistic. All are float32 but the int64 counters
-    `num_batches_tracked`."""
-    params: Shapes = {}
-    stats: Shapes = {}
-    for layer, kind, inputs, outputs in named(layers(spec)):
-        for found, own in zip((params, stats), LAYERS[kind].shapes(inputs, outputs), strict=True):
-            found |= {f"{layer}.{name}": shape for name, shape in own.items()}
-    return params, stats
+def dropout_widths(spec: Spec) -> list[int]:
+    """The number of features of each dropout mask, in the order in which `forward` takes the masks."""
+    return [layer.outputs for _, layer in iter_layers(layers(spec)) if layer.kind == "dropout"]
 
 
 def init(spec: Spec, seed: int) -> tuple[Tensors, Tensors]:
-    """Parameters and batch-norm statistics on the CPU, as torch.nn initialises them."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors: Tensors = {}
-    for layer, kind, inputs, outputs in named(layers(spec)):
-        tensors |= {f"{layer}.{name}": t for name, t in LAYERS[kind].init(inputs, outputs, generator).items()}
-    params, stats = ({name: tensors[name] for name in names} for names in shapes(spec))
+    """Parameters and batch-norm statistics on the CPU, initialised as torch.nn does."""
+    return _init(layers(spec), torch.Generator().manual_seed(seed))
+
+
+def _init(stack: Stack, generator: Generator) -> tuple[Tensors, Tensors]:
+    params: Tensors = {}
+    stats: Tensors = {}
+    for name, (kind, inputs, outputs) in iter_layers(stack):
+        for local, t in LAYERS[kind].init(inputs, outputs, generator).items():
+            (stats if local in LAYERS[kind].statistics else params)[f"{name}.{local}"] = t
     return params, stats
 
 
+def template(spec: Spec) -> tuple[Tensors, Tensors]:
+    """What `init` returns, on the meta device: names, shapes and dtypes without data."""
+    return _template(layers(spec))
+
+
+@functools.lru_cache(maxsize=4096)  # a sweep asks for the same few shapes thousands of times
+def _template(stack: Stack) -> tuple[Tensors, Tensors]:
+    with torch.device("meta"):
+        return _init(stack, torch.Generator())
+
+
+def parameter_count(spec: Spec) -> int:
+    """The number of parameters that are trained."""
+    return sum(p.numel() for p in template(spec)[0].values())
+
+
 def fold(params: Tensors, whitening: Tensors) -> Tensors:
-    """The parameters of the network that takes normalised images, from those of one that takes what a whitening, as
-    core.functional.augment.whiten has it, makes of them: two linear maps in a row are one."""
+    """The parameters of the network that takes normalised images, from those of a network that takes whitened images
+    (core.functional.augment.whiten): two linear maps in a row are one linear map."""
     weight = params["1.weight"]
     projection, offset = (whitening[name].to(weight.dtype) for name in ("weight", "bias"))
     return {**params, "1.weight": weight @ projection, "1.bias": params["1.bias"] + weight @ offset}
 
 
 def folded(spec: Spec) -> Spec:
-    """The spec of that network."""
+    """The spec of the network that `fold` returns."""
     return {**spec, "whiten": 0}
 
 
 def run(stack: Stack, tensors: Tensors, h: Tensor, context: Context, prefix: str = "") -> tuple[Tensor, Tensors]:
-    """What a stack makes of h [inputs, batch], and the batch-norm statistics after this batch.
+    """Apply a stack of layers to h [inputs, batch].
 
     Args:
         tensors: parameters and statistics.
         prefix: of the names of the layers: "2." in the block at index 2.
+
+    Returns:
+        h [outputs, batch], and the batch-norm statistics after this batch.
     """
     stats: Tensors = {}
     for i, layer in enumerate(stack):
         name = f"{prefix}{i}."
-        if isinstance(layer, list):
+        if isinstance(layer, Entry):
+            own = {full.removeprefix(name): t for full, t in tensors.items() if full.startswith(name)}
+            h, new = LAYERS[layer.kind].apply(own, h, context)
+            stats |= {name + local: t for local, t in new.items()}
+        else:
             residual, new = run(layer, tensors, h, context, name)
             h, stats = h + residual, stats | new
-        else:
-            kind, inputs, outputs = layer
-            own = {n: tensors[name + n] for group in LAYERS[kind].shapes(inputs, outputs) for n in group}
-            h, new = LAYERS[kind].apply(own, h, context)
-            stats |= {name + n: t for n, t in new.items()}
     return h, stats
 
 
@@ -270,13 +299,18 @@ def forward(
 
     Args:
         x: float32 [batch, 3072] (or [batch, 3, 32, 32]), normalised; with spec["whiten"], whitened.
-        masks: with `train`, a dropout mask for each width of `dropped`, float32 [width, batch]; without them nothing
-            drops.
-        train: normalise with the statistics of the batch and drop, rather than with the running statistics.
+        masks: with `train`, a dropout mask for each width of `dropout_widths`, float32 [width, batch].
+        train: normalise with the statistics of the batch and apply dropout, rather than use the running statistics.
 
     Returns:
         float32 [batch, 10]; `stats`, updated when `train`.
+
+    Raises:
+        ValueError: In training, the number of masks is not the number of dropout layers.
     """
-    h = operand(x.flatten(1), spec["precision"]).t()  # [features, batch]
-    h, new = run(layers(spec), params | stats, h, Context(spec["precision"], train, iter(masks)))
+    h = cast(x.flatten(1), spec["precision"]).t()  # [features, batch]
+    unused = iter(masks)
+    h, new = run(layers(spec), params | stats, h, Context(spec["precision"], train, unused))
+    if train and next(unused, None) is not None:
+        raise ValueError("there are more dropout masks than dropout layers")
     return h.t(), stats | new

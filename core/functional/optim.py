@@ -1,33 +1,44 @@
-"""Optimizers as pairs of pure functions, (init, update), and learning-rate schedules as functions of the step.
+"""Optimizers as pairs of pure functions, and learning-rate schedules as functions of the step.
 
-An update takes and returns dicts of tensors; hyper-parameters that vary between experiments are 0-d tensors, so one
+An update takes and returns dicts of tensors. Hyper-parameters that vary between experiments are 0-d tensors, so one
 compilation serves all their values.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from core.functional import prng
-
 Tensors = dict[str, Tensor]
 OptState = dict[str, Tensors]
-Update = Callable[[Tensors, OptState, Tensors, dict[str, Tensor], Tensor], tuple[Tensors, OptState]]
+
+
+class Optimizer(NamedTuple):
+    """A rule that computes updates.
+
+    Attributes:
+        init: params -> the state of the optimizer before the first step.
+        update: (gradients, state, params, hyper, step) -> new params, new state. `hyper` holds 0-d tensors, among them
+            the scheduled `lr` and `weight_decay`; `step` counts from 0 (int32). All dtypes stay as they are.
+    """
+
+    init: Callable[[Tensors], OptState]
+    update: Callable[[Tensors, OptState, Tensors, Tensors, Tensor], tuple[Tensors, OptState]]
+
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # the defaults of torch.optim.Adam
 MOMENTUM = 0.9
 
-# The defaults of torch.optim.Muon: the quintic polynomial of the iteration, how often it is applied, and the least norm
-# that a matrix is divided by.
+# The defaults of torch.optim.Muon: the quintic polynomial of the iteration, the number of iterations, and the smallest
+# norm that a matrix is divided by.
 MUON_MOMENTUM = 0.95
 MUON_A, MUON_B, MUON_C = 3.4445, -4.7750, 2.0315
 MUON_ITERATIONS, MUON_EPS = 5, 1e-7
 
-# Those of torch.optim.lr_scheduler.OneCycleLR: the share of the steps that rise, lr over the first rate, and the first
-# rate over the last.
+# The defaults of torch.optim.lr_scheduler.OneCycleLR: the share of the steps in which the rate rises, the largest rate
+# divided by the first, and the first divided by the last.
 RISING, FIRST_DIVISOR, LAST_DIVISOR = 0.3, 25, 1e4
 
 
@@ -42,8 +53,8 @@ def adam_init(params: Tensors) -> OptState:
 def _adam(grads: Tensors, opt: OptState, params: Tensors, hyper: Tensors, step: Tensor, decoupled: bool):
     lr, decay = hyper["lr"], hyper["weight_decay"]
     t = (step + 1).to(lr.dtype)
-    # Bias corrections, once a step rather than once an element: written with exp, inductor keeps them in a buffer of
-    # their own; written as BETA ** t, it evaluates the power in the loop over the weights.
+    # Bias corrections. With exp, inductor computes them once a step and keeps them in a buffer; with BETA ** t, it
+    # computes the power again for every weight.
     step_size = lr / (1 - torch.exp(t * math.log(BETA1)))
     root_correction = torch.rsqrt(1 - torch.exp(t * math.log(BETA2)))
     dtype = next(iter(params.values())).dtype
@@ -99,7 +110,7 @@ def nesterov(grads: Tensors, opt: OptState, params: Tensors, hyper: Tensors, ste
 
 
 def muon_init(params: Tensors) -> OptState:
-    """`momentum` for the weights of the hidden layers, which are all matrices [outputs, inputs] but the first and the
+    """`momentum` for the weights of the hidden layers, that is, all matrices [outputs, inputs] but the first and the
     last; Adam's moments for everything else."""
     hidden = [name for name, p in params.items() if p.ndim == 2][1:-1]
     others = {name: p for name, p in params.items() if name not in hidden}
@@ -110,10 +121,10 @@ def muon(grads: Tensors, opt: OptState, params: Tensors, hyper: Tensors, step: T
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the weights of the hidden layers, the
     arithmetic of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"); AdamW for everything else.
 
-    The first and the last layer are among the rest, as Jordan found better. In a network of this kind that also saves
-    most of the time, since the first layer has most of the weights; one with fewer than two hidden layers is trained by
-    AdamW alone. "match_rms_adamw" (Liu et al. 2025, https://arxiv.org/abs/2502.16982) makes a step of Muon as large as
-    one of AdamW, so one learning rate and one weight decay, decoupled, serve both.
+    AdamW trains the first and the last layer, too; Jordan found that better. Here it also saves most of the time, since
+    the first layer has most of the weights. A network with fewer than two hidden layers is trained by AdamW alone.
+    "match_rms_adamw" (Liu et al. 2025, https://arxiv.org/abs/2502.16982) makes a step of Muon as large as a step of
+    AdamW. So both use the same learning rate and the same decoupled weight decay.
     """
     others = {name: p for name, p in params.items() if name not in opt["momentum"]}
     new_params, moments = adamw(grads, opt, others, hyper, step)
@@ -129,8 +140,8 @@ def muon(grads: Tensors, opt: OptState, params: Tensors, hyper: Tensors, step: T
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """Roughly U V^T of a matrix U S V^T: its singular values become numbers around 1, from 0.7 to 1.2, by five
-    Newton-Schulz iterations in bfloat16."""
+    """Approximately U V^T of a matrix U S V^T, bfloat16: five Newton-Schulz iterations bring the singular values to
+    numbers from 0.7 to 1.2."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.bfloat16()
     x = x.t() if tall else x
@@ -142,34 +153,36 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 
 def _square_sum(t: Tensor) -> Tensor:
-    """The sum of all squares, 0-d. Row by row, so that threads share the rows; no sum of all would be shared."""
+    """The sum of all squares, 0-d. It is summed row by row, so that several threads can work on different rows."""
     return (t * t).sum(-1).sum()
 
 
-OPTIMIZERS: dict[str, tuple[Callable[[Tensors], OptState], Update]] = {
-    "adam": (adam_init, adam),
-    "adamw": (adam_init, adamw),
-    "sgd": (sgd_init, sgd),
-    "nesterov": (sgd_init, nesterov),
-    "muon": (muon_init, muon),
+OPTIMIZERS = {
+    "adam": Optimizer(adam_init, adam),
+    "adamw": Optimizer(adam_init, adamw),
+    "sgd": Optimizer(sgd_init, sgd),
+    "nesterov": Optimizer(sgd_init, nesterov),
+    "muon": Optimizer(muon_init, muon),
 }
 
 
 def clipped(grads: Tensors, largest: Tensor) -> Tensors:
-    """Gradients scaled down to a norm of `largest`, a 0-d tensor, where the norm of all of them together is larger; the
-    arithmetic of torch.nn.utils.clip_grad_norm_ (Pascanu, Mikolov and Bengio 2013)."""
+    """Gradients whose norm together is at most `largest` (0-d): larger ones are scaled down. The arithmetic of
+    torch.nn.utils.clip_grad_norm_ (Pascanu, Mikolov and Bengio 2013)."""
     norm = torch.stack([_square_sum(g) for g in grads.values()]).sum().sqrt()
     scale = (largest / (norm + 1e-6)).clamp(max=1)
     return {name: g * scale.to(g.dtype) for name, g in grads.items()}
 
 
 def scheduled_lr(kind: str, hyper: Tensors, step: Tensor) -> Tensor:
-    """The learning rate of a step, 0-d: a linear warm-up over `warmup_steps`, then constant, or decaying to zero at
-    `total_steps` linearly or as half a cosine; or one cycle, which has a warm-up of its own and takes no other.
+    """The learning rate of a step, 0-d.
+
+    After a linear warm-up over `warmup_steps` it is constant, or it decays to zero at `total_steps`, linearly or along
+    half a cosine. "one-cycle" has a warm-up of its own.
 
     Args:
         kind: constant, linear, cosine or one-cycle.
-        hyper: 0-d tensors lr, warmup_steps and total_steps.
+        hyper: 0-d tensors `lr`, `warmup_steps` and `total_steps`.
     """
     lr = hyper["lr"]
     t = step.to(lr.dtype)
@@ -194,26 +207,9 @@ def _one_cycle(lr: Tensor, t: Tensor, total: Tensor) -> Tensor:
     return torch.where(t <= peak, between(first, lr, t / peak), falling)
 
 
-def hyper_tensors(spec: dict[str, Any], steps_per_epoch: int, device: torch.device) -> Tensors:
-    """The values of a resolved spec that may differ between experiments of one compilation, as 0-d tensors,
-    and the quantiles that `mixup` draws from, [1025].
-
-    Those of the optimizer are float64 (float32 on MPS, which has none), the rates float32, the seed int32.
-    """
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    values = {
-        "lr": (spec["lr"], wide),
-        "weight_decay": (spec["weight_decay"], wide),
-        "clip": (spec["clip"], wide),
-        "warmup_steps": (spec["warmup_epochs"] * steps_per_epoch, wide),
-        "total_steps": (spec["epochs"] * steps_per_epoch, wide),
-        "dropout": (spec["dropout"], torch.float32),
-        "label_smoothing": (spec["label_smoothing"], torch.float32),
-        "ema": (spec["ema"], wide),
-        "rotate": (spec["rotate"], torch.float32),
-        "zoom": (spec["zoom"], torch.float32),
-        "cutout": (spec["cutout"], torch.float32),
-        "mixup": (prng.beta_quantiles(spec["mixup"]), torch.float32),
-        "seed": (spec["seed"], torch.int32),
+def derived(spec: dict[str, Any], steps_per_epoch: int) -> dict[str, float]:
+    """Hyper-parameters of the schedule that are computed from several keys of a resolved spec."""
+    return {
+        "warmup_steps": spec["warmup_epochs"] * steps_per_epoch,
+        "total_steps": spec["epochs"] * steps_per_epoch,
     }
-    return {name: torch.tensor(value, dtype=dtype, device=device) for name, (value, dtype) in values.items()}

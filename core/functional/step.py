@@ -1,8 +1,8 @@
-"""One training step and one evaluation step as pure functions: everything they need comes in, everything they make
-goes out, and nothing is changed in place.
+"""One training step and one evaluation step as pure functions. Everything that they need is an argument, everything
+that they make is returned, and nothing is changed in place.
 
-A backward pass and an optimizer that mutates are what a functional core has not: `torch.func.grad_and_value` turns the
-loss into a function that returns its gradient, and the update is arithmetic from old parameters to new ones.
+There is no `backward()` and no `optimizer.step()`: `torch.func.grad_and_value` turns the loss into a function that
+returns its gradient, and the update is arithmetic from old parameters to new ones.
 """
 
 import math
@@ -14,19 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.functional import augment, model, optim, prng
-from core.spec import Spec
+from core.spec import FIELDS, Spec
 
-State = dict  # {"params", "copies", "stats", "average", "opt", "step", "metrics"}: nested dicts of tensors
-NEVER = 2**31 - 1  # `bad_step` of an epoch in which everything was finite
+State = dict  # {"params", "effective", "stats", "average", "opt", "step", "metrics"}: nested dicts of tensors
+NEVER = 2**31 - 1  # `bad_step` of an epoch in which all numbers were finite
 
 
 def init_state(spec: Spec) -> State:
-    """The state before the first step, on the CPU: a function of the spec and its seed alone.
+    """The state before the first step, on the CPU: a function of the resolved spec and its seed alone.
 
-    `copies` are those of core.functional.model.copies. `average` is the moving average of `params` and `stats`, with
-    spec["ema"]; else it is empty. `step` counts steps, int32. `metrics` are sums since the start
-    of the epoch: the `loss` of every example (float64), `correct` predictions (int64), and the first `bad_step`
-    (int32), in which the loss or a gradient was not finite.
+    Returns:
+        params: the parameters, float32.
+        effective: as core.functional.model.effective returns it.
+        stats: the batch-norm statistics.
+        average: the moving average of `params` and `stats`; empty without spec["ema"].
+        opt: the state of the optimizer.
+        step: the number of steps so far, int32.
+        metrics: sums since the start of the epoch: the `loss` over all examples (float64), the number of `correct`
+            predictions (int64), and the first `bad_step` (int32), whose loss or gradient was not finite.
     """
     params, stats = model.init(spec, spec["seed"])
     metrics = {
@@ -34,33 +39,32 @@ def init_state(spec: Spec) -> State:
         "correct": torch.tensor(0),
         "bad_step": torch.tensor(NEVER, dtype=torch.int32),
     }
-    opt = optim.OPTIMIZERS[spec["optimizer"]][0](params)
     return {
         "params": params,
-        "copies": model.copies(params, spec),
+        "effective": model.effective(params, spec),
         "stats": stats,
         "average": {name: t.clone() for name, t in _averaged(params, stats).items()} if spec["ema"] > 0 else {},
-        "opt": opt,
+        "opt": optim.OPTIMIZERS[spec["optimizer"]].init(params),
         "step": torch.tensor(0, dtype=torch.int32),
         "metrics": metrics,
     }
 
 
 def _averaged(params: dict, stats: dict) -> dict:
-    """What an average of the weights is over: all but the counters."""
+    """The tensors that the moving average covers: all but the counters."""
     return {name: t for name, t in {**params, **stats}.items() if t.is_floating_point()}
 
 
 def moving_average(average: dict, new: dict, decay: Tensor, step: Tensor) -> dict:
-    """The exponential moving average after a step (Polyak and Juditsky 1992 average evenly; see Tarvainen and Valpola
-    2017 for this one). Its first steps count for more, so that it forgets where the network began."""
+    """The exponential moving average after a step (Tarvainen and Valpola 2017). In the first steps new weights count
+    for more than 1 - decay, so that the initial weights are soon forgotten."""
     t = step.to(decay.dtype)
     kept = torch.minimum(decay, (1 + t) / (10 + t))
     return {name: torch.lerp(new[name], old, kept.to(old.dtype)) for name, old in average.items()}
 
 
 def trained(state: State) -> tuple[dict, dict]:
-    """The parameters and batch-norm statistics that a run has come to: their average, where it keeps one."""
+    """The parameters and batch-norm statistics that are evaluated: their moving average, if the run keeps one."""
     params, stats = ({name: state["average"].get(name, t) for name, t in state[k].items()} for k in ("params", "stats"))
     return params, stats
 
@@ -70,6 +74,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
 
     Args:
         labels: int64 [batch], or the shares of the classes, float32 [batch, 10].
+        smoothing: share of each label that is spread evenly over the classes, 0-d.
     """
     log_probabilities = torch.log_softmax(logits, 1)
     if not labels.is_floating_point():
@@ -78,17 +83,35 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
     return -(target * log_probabilities).sum(1)
 
 
-def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
-    """The train step of a resolved spec.
+def hyper_tensors(spec: Spec, steps_per_epoch: int, device: torch.device) -> dict[str, Tensor]:
+    """The dynamic values of a resolved spec as tensors on a device: 0-d, but for the quantiles of mixup, [1025]."""
 
-    The returned function takes
-        state: as init_state makes it;
-        data: `images` uint8 [n, 3072], `labels` int64 [n], `order` int64 [steps, batch], the examples of this epoch;
-            with spec["whiten"] also `whitening`, as core.functional.augment.whiten takes it;
-        hyper: as optim.hyper_tensors makes it;
-    and returns the state after one step.
+    def tensor(value: Any, dtype: str) -> Tensor:
+        if device.type == "mps" and dtype == "float64":  # MPS has no float64
+            dtype = "float32"
+        return torch.tensor(value, dtype=getattr(torch, dtype), device=device)
+
+    values = {key: (spec[key], field.dynamic) for key, field in FIELDS.items() if field.dynamic not in ("", "derived")}
+    values |= {name: (value, "float64") for name, value in optim.derived(spec, steps_per_epoch).items()}
+    values |= {name: (value, "float32") for name, value in augment.derived(spec).items()}
+    return {name: tensor(value, dtype) for name, (value, dtype) in values.items()}
+
+
+def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
+    """The train step of a spec.
+
+    Args:
+        spec: what core.spec.static returns. Dynamic values are not in it, so no step can use one as a constant.
+
+    Returns:
+        A pure function of
+            state: as `init_state` makes it;
+            data: `images` uint8 [n, 3072], `labels` int64 [n], `order` int64 [steps, batch], the examples of this
+                epoch; with spec["whiten"] also `whitening`, as core.functional.augment.whiten takes it;
+            hyper: as `hyper_tensors` makes it;
+        that returns the state after one step.
     """
-    update = optim.OPTIMIZERS[spec["optimizer"]][1]
+    optimizer = optim.OPTIMIZERS[spec["optimizer"]]
 
     def train_step(state: State, data: dict, hyper: dict) -> State:
         step, order = state["step"], data["order"]
@@ -97,14 +120,14 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
         labels = data["labels"].index_select(0, examples)
         x = augment.augment(data["images"].index_select(0, examples), spec, hyper, step)
         target = labels
-        if spec["mixup"] > 0:
+        if spec["mixup"]:
             x, target = augment.mixup(x, labels, hyper["mixup"], hyper["seed"], step)
-            labels = target.argmax(1)  # the label with the larger share is the right answer
+            labels = target.argmax(1)  # the label with the larger share counts as correct
         if spec["whiten"]:
             x = augment.whiten(x, data["whitening"], spec["precision"])
         masks: list[Tensor] = []
-        if spec["dropout"] > 0:
-            masks = prng.dropout_masks(hyper["seed"], step, hyper["dropout"], model.dropped(spec), batch)
+        if spec["dropout"]:
+            masks = prng.dropout_masks(hyper["seed"], step, hyper["dropout"], model.dropout_widths(spec), batch)
 
         def loss_function(params: dict) -> tuple[Tensor, tuple]:
             logits, stats = model.forward(params, state["stats"], x, spec, masks, train=True)
@@ -112,13 +135,13 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
             return losses.mean(), (stats, logits, losses)
 
         differentiated = torch.func.grad_and_value(loss_function, has_aux=True)
-        grads, (loss, (stats, logits, losses)) = differentiated({**state["params"], **state["copies"]})
+        grads, (loss, (stats, logits, losses)) = differentiated({**state["params"], **state["effective"]})
         grads = {name: g.to(state["params"][name].dtype) for name, g in grads.items()}
-        if spec["clip"] > 0:
+        if spec["clip"]:
             grads = optim.clipped(grads, hyper["clip"])
         scheduled = {**hyper, "lr": optim.scheduled_lr(spec["schedule"], hyper, step)}
-        params, opt = update(grads, state["opt"], state["params"], scheduled, step)
-        # Every gradient of an activation is summed into that of a bias, so the biases answer for all of them.
+        params, opt = optimizer.update(grads, state["opt"], state["params"], scheduled, step)
+        # A bias gradient sums activation gradients, so a NaN anywhere reaches a bias: checking biases is enough.
         small = torch.stack([g.sum() for g in grads.values() if g.ndim == 1])
         finite = (small.sum() + loss).isfinite()
         metrics = {
@@ -127,11 +150,11 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
             "bad_step": torch.minimum(state["metrics"]["bad_step"], torch.where(finite, NEVER, step)),
         }
         average = state["average"]
-        if spec["ema"] > 0:
+        if spec["ema"]:
             average = moving_average(average, {**params, **stats}, hyper["ema"], step)
         return {
             "params": params,
-            "copies": model.copies(params, spec),  # written by the loop that has each new weight at hand
+            "effective": model.effective(params, spec),  # compiled into the loop that writes the new weights
             "stats": stats,
             "average": average,
             "opt": opt,
@@ -143,8 +166,14 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
 
 
 class Answers(NamedTuple):
-    """What a network answers to n images, each [n]: the true labels (int64), the cross-entropy of each (without label
-    smoothing), the class that it predicts, and the probability that it gives to that class."""
+    """The predictions of a network for n images.
+
+    Attributes:
+        labels: the true classes, int64 [n].
+        losses: the cross-entropy of each image without label smoothing, float32 [n].
+        predicted: the predicted classes, int64 [n].
+        probabilities: of the predicted classes, float32 [n].
+    """
 
     labels: Tensor
     losses: Tensor
@@ -162,16 +191,17 @@ def answers(
     batch: int = 1000,
     flip: bool = False,
 ) -> Answers:
-    """What a network answers in evaluation mode, to every one of the examples, in their order.
+    """The predictions of a network in evaluation mode for all examples, in their order.
 
     Args:
         images: uint8 [n, 3072]. labels: int64 [n].
-        examples: int64 indices into them; None for all.
+        examples: int64 indices of images; None for all images.
+        batch: the number of images that are evaluated at once.
         flip: average the probabilities over each image and its mirror image.
     """
     if examples is not None:
         labels = labels[examples]
-    params = {**params, **model.copies(params, spec)}
+    params = {**params, **model.effective(params, spec)}
     losses, predicted, probabilities = [], [], []
     for start in range(0, len(labels), batch):
         part = slice(start, start + batch)
@@ -188,7 +218,8 @@ def answers(
 
 
 def summary(found: Answers) -> dict:
-    """`loss`, the mean cross-entropy; `accuracy`; `correct` and `count`, a number for each class; `n`."""
+    """`loss`, the mean cross-entropy; `accuracy`; for each class the number of `correct` predictions and the `count` of
+    its images; `n`, the number of all images."""
     hit, n = found.predicted == found.labels, len(found.labels)
     return {
         "loss": found.losses.cpu().double().sum().item() / n,  # MPS has no float64
@@ -200,12 +231,12 @@ def summary(found: Answers) -> dict:
 
 
 def details(found: Answers, mistakes: int = 12) -> dict:
-    """What two networks are compared by, and what pictures show.
+    """The details that comparisons and pictures need.
 
     Returns:
-        `right`, a bit for each image, the first in the highest bit of the first byte; `confusion`, how many images of
-        each class (a row) are taken for each class (a column); `mistakes`, the wrong answers with the highest
-        probabilities: index, label, predicted, probability.
+        right: whether each prediction is correct, a bit an image; the first image is the highest bit of the first byte.
+        confusion: the number of images of each class (row) by predicted class (column).
+        mistakes: the wrong predictions with the highest probabilities: index, label, predicted, probability.
     """
     labels, predicted, probabilities = found.labels.cpu(), found.predicted.cpu(), found.probabilities.cpu()
     hit = predicted == labels

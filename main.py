@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from core import cli, sweep, terminal
+from core import cli, overrides, sweep, terminal
 from core.data import cifar10
 from core.errors import UserError
 from core.report.catalog import Catalog
@@ -39,8 +39,18 @@ ROOT = Path(__file__).resolve().parent
 
 def chosen(args: argparse.Namespace) -> list[sweep.Run]:
     """The runs that a command asks for; all are checked before anything starts."""
-    overrides = {key: getattr(args, key) for key in cli.OVERRIDES if getattr(args, key) is not None}
-    return sweep.runs(sweep.pick(SUITES, args.names or [DEFAULT]), overrides, args.seeds)
+    options = {key: getattr(args, key) for key in cli.OVERRIDES if getattr(args, key) is not None}
+    words = overrides.split(args.names, sweep.catalog(SUITES))
+    if twice := options.keys() & (words.values.keys() | words.axes.keys()):
+        raise UserError(f"{min(twice)} is given twice, once as an option")
+    if "seed" in words.values and args.seeds is not None:
+        raise UserError("seed is given twice, once as --seeds")
+    picked = sweep.pick(SUITES, words.names or [DEFAULT])
+    members: sweep.Experiments = {}
+    for name, spec in picked.items():
+        fixed = {key: value for key, value in spec.items() if key not in words.axes}
+        members |= sweep.expand(name, fixed | words.axes)
+    return sweep.runs(members, options | words.values, args.seeds)
 
 
 @contextlib.contextmanager
@@ -280,7 +290,10 @@ def verify_command(args: argparse.Namespace) -> int:
 
 
 def list_command(args: argparse.Namespace) -> int:
-    """Show the suites, with what one seed of each experiment takes."""
+    """Show the suites, with what one seed of each experiment takes; or the keys of a spec."""
+    if args.keys:
+        terminal.keys()
+        return 0
     found = [(suite, members, dict(sweep.runs(members, {}))) for suite, members in catalog().suites.items()]
     known = measured(args.out)
     for suite, members, specs in found:

@@ -55,7 +55,11 @@ def parse(argv: list[str], data: Path, default: str) -> argparse.Namespace:
 
     run = commands.add_parser("run", parents=[shared, machine, training], help="train experiments (the default)")
     run.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"experiments, grids or suites; the suite {default} if none"
+        "names",
+        nargs="*",
+        metavar="NAME|KEY=VALUE",
+        help=f"experiments, grids or suites (by default the suite {default}), and keys of the spec to change, such as "
+        "lr=3e-4, widths=512,256 or activation=relu,gelu (a grid); list --keys shows all keys",
     )
     run.add_argument(
         "--cohort", type=sweep.parse_cohort, metavar="auto|off|N", help="train up to N runs of one shape together"
@@ -92,9 +96,10 @@ def parse(argv: list[str], data: Path, default: str) -> argparse.Namespace:
     verify = commands.add_parser(
         "verify", parents=[shared, machine, training], help="train again elsewhere, compare the bits"
     )
-    verify.add_argument("names", nargs="+", metavar="NAME")
+    verify.add_argument("names", nargs="+", metavar="NAME|KEY=VALUE")
 
-    commands.add_parser("list", parents=[shared], help="show the suites and their specs, with an estimate")
+    listing = commands.add_parser("list", parents=[shared], help="show the suites and their specs, with an estimate")
+    listing.add_argument("--keys", action="store_true", help="show the keys of a spec with their meanings instead")
     report = commands.add_parser("report", parents=[shared], help="rebuild results.md from the records")
     report.add_argument("--group-by", metavar="KEY", help="add a table of means by the values of a key of the spec")
 

@@ -18,6 +18,7 @@ NOT_HASHED = (
     "code_hash.py",
     "export.py",
     "images.py",
+    "overrides.py",
     "predict.py",
     "remote.py",
     "session.py",
@@ -25,7 +26,6 @@ NOT_HASHED = (
     "terminal.py",
     "verify.py",
     "errors.py",
-    "spec.py",
 )
 
 

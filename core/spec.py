@@ -30,6 +30,10 @@ class Integer(NamedTuple):
     def accepts(self, value: Any) -> bool:
         return type(value) is int and self.low <= value <= self.high
 
+    def parse(self, text: str) -> Any:
+        """The value that a text stands for; the text itself where it is no such value."""
+        return int(text) if re.fullmatch(r"[+-]?[0-9]{1,20}", text) else text
+
 
 class Number(NamedTuple):
     """The numbers from `low` to below `high`; without `low` itself where it is `open`."""
@@ -39,6 +43,8 @@ class Number(NamedTuple):
     open: bool = False
 
     def __str__(self) -> str:
+        if self.high == float("inf"):
+            return f"a finite number {'above' if self.open else 'of at least'} {self.low:g}"
         return f"a number {'above' if self.open else 'of at least'} {self.low:g} and below {self.high:g}"
 
     def accepts(self, value: Any) -> bool:
@@ -46,6 +52,10 @@ class Number(NamedTuple):
             return False
         above = self.low < value if self.open else self.low <= value
         return above and value < min(self.high, LARGEST)  # a larger integer cannot become a float
+
+    def parse(self, text: str) -> Any:
+        """As Integer.parse."""
+        return float(text) if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) else text
 
 
 class Choice(NamedTuple):
@@ -59,6 +69,10 @@ class Choice(NamedTuple):
     def accepts(self, value: Any) -> bool:
         return isinstance(value, str) and value in self.options
 
+    def parse(self, text: str) -> Any:
+        """As Integer.parse."""
+        return text
+
 
 class Integers(NamedTuple):
     """Lists of at most `length` integers."""
@@ -71,6 +85,10 @@ class Integers(NamedTuple):
 
     def accepts(self, value: Any) -> bool:
         return isinstance(value, list | tuple) and len(value) <= self.length and all(map(self.each.accepts, value))
+
+    def parse(self, text: str) -> Any:
+        """As Integer.parse: "512,256" is [512, 256], "none" is []."""
+        return [] if text in ("", "none") else [self.each.parse(each) for each in text.split(",")]
 
 
 class Field(NamedTuple):

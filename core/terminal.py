@@ -27,7 +27,7 @@ from rich.table import Table
 from core.data.cifar10 import CLASSES
 from core.report import stats
 from core.runs.record import Finished, Record
-from core.spec import spec_id
+from core.spec import FIELDS, spec_id
 from core.sweep import Estimate, Run, Tally
 
 SAME_STOP = 1.0  # seconds within which a second signal is the same stop: `uv run` and a supervisor may both send it
@@ -245,6 +245,14 @@ def fetching() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[what], completed=done)
 
         yield show
+
+
+def keys() -> None:
+    """Print every key of a spec with its default, its values and its meaning."""
+    grid = Table("key", "default", "values", "meaning", box=None, pad_edge=False)
+    for key, field in FIELDS.items():
+        grid.add_row(key, stats.shown(field.default), str(field.values), field.meaning)
+    console.print(grid)
 
 
 def table(tally: Tally) -> None:

@@ -30,6 +30,7 @@ RULES = {
     "session": {"errors", "spec", "functional", "data", "compile", "runs", "train"},
     "sweep": {"errors", "spec", "functional", "runs", "report"},
     "cli": {"errors", "sweep"},
+    "overrides": {"errors", "spec"},
     "terminal": {"spec", "data", "report", "runs", "sweep"},
     "spec": {"errors"},
     "code_hash": {"errors"},

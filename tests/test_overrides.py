@@ -79,4 +79,4 @@ def test_any_text_is_a_value_or_refused_in_one_line(key, written):
             assert resolve({key: value})[key] == value
         except SpecError as error:
             refused = str(error)
-            assert re.fullmatch(rf"{key} = [^\n]*, expected [^\n]*", refused)  # noqa: PT017
+            assert re.fullmatch(rf"{key} = [^\n]*, expected [^\n]*", refused)

@@ -1,4 +1,4 @@
-"""Nested dicts of tensors: the state of a run, its data and its hyper-parameters are trees of this kind."""
+"""Nested dicts of tensors. The state, the data and the hyper-parameters of a train step are such trees."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,7 +8,7 @@ Tree = dict  # {"params": {"1.weight": tensor, ...}, "step": tensor, ...}
 
 
 def leaves(tree: Tree) -> Iterator[Tensor]:
-    """The tensors, in order."""
+    """All tensors, in the order of the dicts."""
     for value in tree.values():
         if isinstance(value, dict):
             yield from leaves(value)
@@ -17,7 +17,7 @@ def leaves(tree: Tree) -> Iterator[Tensor]:
 
 
 def tree_map(function: Callable[..., Tensor], *trees: Tree) -> Tree:
-    """A tree of what `function` gives for the tensors at the same place in each of `trees`."""
+    """A tree of the results of `function`, called with the tensors at the same place in all `trees`."""
     return {
         key: tree_map(function, *(tree[key] for tree in trees))
         if isinstance(value, dict)

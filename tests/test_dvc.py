@@ -147,6 +147,8 @@ def test_dvc_compares_two_commits(project):
     accuracy, loss = drawn(project)
     assert (accuracy["title"], loss["title"]) == ("validation accuracy", "validation loss")
     x, y, color = (accuracy["encoding"][channel]["field"] for channel in ("x", "y", "color"))
+    assert [(row[x], row[y]) for row in accuracy["data"]["values"] if row[color] == "record"] == [("1", ""), ("2", "")]
+    assert accuracy["transform"] == [{"filter": f"datum['{y}'] !== ''"}]
     lines = {name: [row for row in accuracy["data"]["values"] if row[color] == name] for name in (GRID, PLUS)}
     assert [row[x] for row in lines[PLUS]] == [str(epoch) for epoch in range(1, 13)]
     assert [float(row[y]) for row in lines[GRID]] == pytest.approx([0.45, 0.5])

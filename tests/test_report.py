@@ -748,9 +748,6 @@ def test_curves_are_means_over_seeds_with_a_band():
     assert [loss.validation[1], loss.low[1], loss.high[1]] == pytest.approx([2, 1, 3])
     assert loss.train == pytest.approx([2, 1])
     assert content.curves[1].loss.low == content.curves[1].loss.high
-    table = list(csv.DictReader(io.StringIO(plots.curves_as_table(content))))
-    assert [(row["experiment"], row["epoch"]) for row in table] == [("a", "1"), ("a", "2"), ("b", "1"), ("b", "2")]
-    assert float(table[1]["loss_high"]) == 3
     assert "seeds" not in plots.curves(stats.groups([make("b")])).content.title
     (long,) = plots.curves(stats.groups([make("a", epochs=1000)])).content.curves
     assert len(long.epochs) == len(long.loss.train) == plots.POINTS
@@ -762,6 +759,37 @@ def test_the_curves_of_many_groups_are_those_of_the_best_by_validation():
     content = plots.curves(stats.groups(records)).content
     assert [curve.label for curve in content.curves] == ["x5", "x10", "x3", "x8", "x1", "x6"]
     assert content.title.endswith("the best 6 of 12 experiments by validation")
+
+
+def test_the_picture_of_the_curves_is_of_the_default_suite(tmp_path):
+    """However good the others are."""
+    others = [make(f"x{i}", dropout=0.01 * i, validation=0.6 + i / 100) for i in range(plots.SHOWN)]
+    write(tmp_path, [*THREE, *others])
+    rebuild.rebuild(tmp_path, SUITES._replace(default="learning-rate"))
+    alt = re.search(rf"!\[(.*)\]\({plots.CURVES}\)", (tmp_path / "results.md").read_text())
+    assert alt
+    assert alt[1].endswith(" of lr-5e-4, lr-1e-3, lr-1e-4")
+    write(tmp_path, [make("lr-1e-3", lr=1e-3, epochs=3)])
+    rebuild.rebuild(tmp_path, SUITES._replace(default="none of these was trained"))
+    assert " of x5, x4, x3, x2, x1, x0](" in (tmp_path / "results.md").read_text()
+
+
+def test_the_table_has_the_curves_of_every_experiment():
+    """Be it in the picture or not, trained on all images or not."""
+    seeds = [
+        edit_history(make("a", seed=seed), val_accuracy=0.5 + 0.1 * seed, val_loss=1.0 + seed) for seed in range(3)
+    ]
+    records = [*seeds, make("b", epochs=1000), *(make(f"x{i}", lr=0.01 * (i + 1)) for i in range(12))]
+    table = list(csv.DictReader(io.StringIO(plots.curves_as_table(stats.groups([*records, on_all("c", 0.7)])))))
+    assert {row["experiment"] for row in table} == {"a", "b", "c", *(f"x{i}" for i in range(12))}
+    a, b, c = ([row for row in table if row["experiment"] == name] for name in "abc")
+    assert [(row["epoch"], row["epochs"]) for row in a] == [("1", "2"), ("2", "2")]
+    assert [float(a[1][f"accuracy_{what}"]) for what in ("validation", "low", "high")] == [0.6, 0.5, 0.7]
+    assert [float(row["loss_train"]) for row in a] == [2, 1]
+    assert (len(b), b[0]["epoch"], b[-1]["epoch"], b[0]["epochs"]) == (plots.POINTS, "1", "1000", "1000")
+    assert [row["accuracy_validation"] for row in c] == ["", ""]
+    assert [float(row["accuracy_train"]) for row in c] == [0.3, 0.3]
+    assert plots.points(10_000) == 5
 
 
 @pytest.mark.slow

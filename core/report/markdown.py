@@ -279,9 +279,15 @@ def markdown(
         parts += [f"\n{text.picture(picture)}" for picture in compared]
     if groups:
         parts += _best(groups[0], pictures)
-    if plots.CURVES in pictures:
-        parts.append(f"\n## Learning curves\n\n{text.picture(pictures[plots.CURVES])}\n")
-        parts.append(f"The numbers are in [learning-curves.csv]({plots.CURVES_TABLE}).\n")
+    if groups or recipes:
+        points = plots.points(len(groups) + len(recipes))
+        parts.append("\n## Learning curves\n\n")
+        parts += [f"{text.picture(pictures[path])}\n" for path in (plots.CURVES,) if path in pictures]
+        parts.append(
+            f"The curves of every experiment are in [learning-curves.csv]({plots.CURVES_TABLE}): at most {points} "
+            "epochs of each, evenly spaced, the first and the last included. Its column `epochs` says how many there "
+            "were.\n"
+        )
     parts.append(_apart(results, catalog))
     if groups or recipes:
         places = text.first(sorted({_place(r) for group in groups + recipes for r in group}), "- and {} more")

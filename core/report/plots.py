@@ -4,7 +4,8 @@ show: one column, few elements, large letters."""
 import hashlib
 import io
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 CURVES, CURVES_TABLE = "checkpoints/learning-curves.svg", "checkpoints/learning-curves.csv"
 SHOWN = 6  # curves, at most: more lie on one another
 POINTS = 100  # of a curve, at most: more cannot be seen, and make a large file
+ROWS = 50_000  # of the table of curves, about: curves have fewer points where there are very many
 BARS = 20  # rows of a picture of intervals, at most
 LABEL = 26  # letters of a label, at most
 WIDTH = 6.4  # inches
@@ -105,7 +107,8 @@ def _whole_numbers(axis: Any) -> None:
 
 
 class Lines(NamedTuple):
-    """One quantity of a group of runs, for each epoch: its means over the seeds, and the range of validation."""
+    """One quantity of a group of runs, for each epoch: its means over the seeds, and the range of validation. A number
+    that the runs do not have is NaN."""
 
     validation: list[float]
     low: list[float]
@@ -127,27 +130,30 @@ class Curves(NamedTuple):
     curves: list[Curve]
 
 
-def curves(groups: list[stats.Group]) -> Picture:
-    """A curve of each group, or of the best by validation where they are too many."""
+def curves(groups: list[stats.Group], default: Collection[str] = ()) -> Picture:
+    """The curves of the experiments with the names `default`; of all where none of these is there. The best by
+    validation where they are too many."""
+    groups = [group for group in groups if group[0].name in default] or groups
     shown = stats.ranked(groups)[:SHOWN]
     title = "solid: validation, dotted: train while training"
     if any(len(group) > 1 for group in shown):
         title += "\nmeans over seeds; bands from least to greatest"
     if len(shown) < len(groups):
         title += f"\nthe best {SHOWN} of {len(groups):,} experiments by validation"
-    content = Curves(title, [_curve(group) for group in shown])
+    content = Curves(title, [_curve(group, POINTS) for group in shown])
     alt = f"Accuracy and loss of every epoch, on train and validation, of {', '.join(c.label for c in content.curves)}"
     return Picture(CURVES, alt, content, _paint_curves, 8)
 
 
-def _curve(group: stats.Group) -> Curve:
+def _curve(group: stats.Group, points: int) -> Curve:
     histories = [record.history for record in group]
     last = len(histories[0]) - 1
-    indices = sorted({round(i * last / (POINTS - 1)) for i in range(POINTS)})  # evenly spaced, with both ends
+    indices = sorted({round(i * last / (points - 1)) for i in range(points)})  # evenly spaced, with both ends
 
     def lines(quantity: str) -> Lines:
         def over_seeds(statistic: Callable[[list[float]], float], key: str) -> list[float]:
-            return [statistic([getattr(history[i], key) for history in histories]) for i in indices]
+            found = [[getattr(history[i], key) for history in histories] for i in indices]
+            return [math.nan if None in values else statistic(values) for values in found]
 
         val, train = f"val_{quantity}", f"train_{quantity}"
         return Lines(over_seeds(fmean, val), over_seeds(min, val), over_seeds(max, val), over_seeds(fmean, train))
@@ -155,15 +161,22 @@ def _curve(group: stats.Group) -> Curve:
     return Curve(group.label, [histories[0][i].epoch for i in indices], lines("accuracy"), lines("loss"))
 
 
-def curves_as_table(content: Curves) -> str:
-    """Every number of the picture, as CSV."""
+def points(groups: int) -> int:
+    """How many epochs of each of so many groups are in the table of curves, at most."""
+    return max(2, min(POINTS, ROWS // max(1, groups)))
+
+
+def curves_as_table(groups: list[stats.Group]) -> str:
+    """The curves of all groups as CSV: of each `points` epochs, evenly spaced, with the first and the last. `epochs` is
+    how many there were. A number that the runs do not have is an empty cell."""
     whats = [f"{quantity}_{what}" for quantity in ("accuracy", "loss") for what in Lines._fields]
+    drawn = ((group, _curve(group, points(len(groups)))) for group in groups)
     rows = (
-        (curve.label, *numbers)
-        for curve in content.curves
-        for numbers in zip(curve.epochs, *curve.accuracy, *curve.loss, strict=True)
+        (curve.label, epoch, len(group[0].history), *("" if math.isnan(x) else round(x, 6) for x in numbers))
+        for group, curve in drawn
+        for epoch, *numbers in zip(curve.epochs, *curve.accuracy, *curve.loss, strict=True)
     )
-    return sheet.write(("experiment", "epoch", *whats), rows)
+    return sheet.write(("experiment", "epoch", "epochs", *whats), rows)
 
 
 def _paint_curves(figure: "Figure", content: Curves, _: Any) -> None:

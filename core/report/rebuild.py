@@ -56,8 +56,8 @@ def rebuild(
                 there = True
             if there:
                 shown[picture.path] = picture
-            if isinstance(picture.content, plots.Curves):
-                _update(out / plots.CURVES_TABLE, plots.curves_as_table(picture.content).encode())
+        table = plots.curves_as_table(stats.ranked(results.compared) + results.whole)
+        _update(out / plots.CURVES_TABLE, table.encode())
         _update(out / sheet.RUNS, sheet.runs(records).encode())
         _update(out / metrics.METRICS, metrics.metrics(results.compared, results.whole).encode())
         _update(out / "results.md", markdown.markdown(records, catalog, shown, group_by).encode())
@@ -84,7 +84,7 @@ def _pictures(
     several = [suite for suite, members in compared.items() if len({group[0].name for group in members}) > 1]
     for suite in several[:SUITES]:
         yield plots.intervals(suite, compared[suite])
-    yield plots.curves(groups)
+    yield plots.curves(groups, catalog.suites.get(catalog.default, ()))
 
 
 def _test_images(data: Path | None, indices: list[int]) -> Any:

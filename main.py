@@ -203,12 +203,17 @@ def dry_run(args: argparse.Namespace, runs: list[sweep.Run]) -> int:
     return 0
 
 
+def weights(args: argparse.Namespace, word: str) -> Path:
+    """The file of weights that a word means."""
+    return files.find_weights(args.out, word, args.seed, sweep.experiments(SUITES).get(word))
+
+
 def evaluate_command(args: argparse.Namespace) -> int:
     """Evaluate checkpoints on the test split; 1 where one differs from what its run recorded."""
     with quick_imports():
         from core import predict
         from core.session import prepare
-    paths = args.checkpoints or [
+    paths = [weights(args, word) for word in args.checkpoints] or [
         p for p in sorted((args.out / "checkpoints").glob("*/*.safetensors")) if ".step-" not in p.name
     ]
     if not paths:
@@ -229,7 +234,7 @@ def predict_command(args: argparse.Namespace) -> int:
     """Classify image files; 2 where one cannot be read."""
     with quick_imports():
         from core import images, predict
-    network = predict.load(args.checkpoint)
+    network = predict.load(weights(args, args.checkpoint))
     paths = images.find(args.images)
     if not args.json:
         warn(f"there are only ten classes, and every image gets one of them: {', '.join(cifar10.CLASSES)}")
@@ -249,8 +254,9 @@ def export_command(args: argparse.Namespace) -> int:
     """Write the network of a checkpoint as a file for other programs."""
     with quick_imports():
         from core import export, predict
-    network = predict.load(args.checkpoint)
-    path = args.output or args.checkpoint.with_suffix(export.FORMATS[args.format].suffix)
+    source = weights(args, args.checkpoint)
+    network = predict.load(source)
+    path = args.output or source.with_suffix(export.FORMATS[args.format].suffix)
     images, what = export.check_images(args.data)
     precision, largest = export.export(network, args.format, path, images)
     within = f"within {export.TOLERANCE:g}{' of the largest logit' * (largest > 1)} on {what}"

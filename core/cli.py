@@ -76,20 +76,26 @@ def parse(argv: list[str], data: Path, default: str) -> argparse.Namespace:
     run.add_argument("--force", action="store_true", help="train from the start, even what is finished")
     run.add_argument("--resume-anyway", action="store_true", help="resume even where the bits will differ")
 
-    evaluate = commands.add_parser("evaluate", parents=[shared, machine], help="evaluate checkpoints on the test split")
-    evaluate.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="all under --out if none")
+    which = Parser(add_help=False, parents=[shared])
+    which.add_argument("--seed", type=int, metavar="N", help="of the network that is named, by default the first")
+    evaluate = commands.add_parser("evaluate", parents=[which, machine], help="evaluate checkpoints on the test split")
+    evaluate.add_argument(
+        "checkpoints", nargs="*", metavar="CHECKPOINT", help="a name, an id or a file; all under --out if none"
+    )
     evaluate.add_argument(
         "--tta", choices=("none", "flip"), default="none", help="average over each image and its mirror image"
     )
     evaluate.add_argument("--json", action="store_true", help="one JSON object a line")
 
-    predict = commands.add_parser("predict", help="classify image files: any image gets one of the ten classes")
-    predict.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    predict = commands.add_parser(
+        "predict", parents=[which], help="classify image files: any image gets one of the ten classes"
+    )
+    predict.add_argument("checkpoint", metavar="CHECKPOINT", help="the name of an experiment, an id or a file")
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a file, or a folder of them")
     predict.add_argument("--json", action="store_true", help="one JSON object a line")
 
-    export = commands.add_parser("export", parents=[where], help="write a network for other programs")
-    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    export = commands.add_parser("export", parents=[which, where], help="write a network for other programs")
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="the name of an experiment, an id or a file")
     export.add_argument("--format", choices=("torch", "onnx"), required=True)
     export.add_argument("--output", type=Path, metavar="FILE", help="by default beside the checkpoint")
 

@@ -5,12 +5,15 @@ record), and while it is under way ID.step-N.safetensors (resume points), ID.loc
 """
 
 import contextlib
-from collections.abc import Set
+import re
+from collections.abc import Mapping, Set
 from pathlib import Path
+from typing import Any
 
 from core.errors import UserError
 from core.runs.record import Finished, read_record
 from core.runs.store import Held, locked, reserve, sweep
+from core.spec import resolve
 
 Begun = Set[tuple[str, str]]  # runs by their names and the ids of their specs
 
@@ -92,3 +95,43 @@ def sweep_all(out: Path) -> None:
     for folder, run_id in sorted({(path.parent, path.name.split(".")[0]) for path in left}):
         with contextlib.suppress(Held), locked(folder / f"{run_id}.lock", timeout=0):
             sweep(folder, f"{run_id}.")
+
+
+def find_weights(out: Path, word: str, seed: int | None = None, spec: Mapping[str, Any] | None = None) -> Path:
+    """The file of weights that a word of the command line means: a path, an id, or the name of an experiment.
+
+    Args:
+        seed: of the run; None for the first.
+        spec: of the experiment of that name as experiments/ has it now, if it has one. Runs of this spec come first.
+
+    Raises:
+        UserError: There is no such file, or the word may mean several.
+    """
+    if Path(word).exists() or Path(word).name != word or word.endswith(".safetensors"):
+        return Path(word)
+    if re.fullmatch("[0-9a-f]{12}", word):
+        found = sorted((out / "checkpoints").glob(f"*/{word}.safetensors"))
+        if not found:
+            raise UserError(f"there are no weights of the id {word} under {out}")
+        return found[0]
+    records = [record for record in _finished(out, word) if seed is None or record.seed == seed]
+    if not records:
+        of_seed = "" if seed is None else f" --seed {seed}"
+        train = f"`uv run main.py run {word}{of_seed}` trains it" if spec is not None else "names are in `main.py list`"
+        raise UserError(f"there are no weights of {word}{of_seed} under {out}; {train}")
+    wanted = None if spec is None else {**resolve(spec), "seed": 0}
+    records = [record for record in records if {**record.spec, "seed": 0} == wanted] or records
+    first = min(record.seed for record in records)
+    ids = [record.spec_id for record in records if record.seed == first]
+    if len(ids) > 1:
+        raise UserError(
+            f"there are several networks of {word} with seed {first}: say which by its id: {', '.join(ids)}"
+        )
+    return Run(out, word, ids[0]).weights
+
+
+def _finished(out: Path, name: str) -> list[Finished]:
+    """The records of an experiment that have weights beside them."""
+    paths = sorted((out / "checkpoints" / name).glob("*.json"))
+    records = [read_record(path) for path in paths if path.with_suffix(".safetensors").exists()]
+    return [record for record in records if isinstance(record, Finished)]

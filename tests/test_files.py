@@ -1,0 +1,63 @@
+"""The file of weights that a word of the command line means."""
+
+import re
+
+import pytest
+
+from core.errors import UserError
+from core.runs.files import Run, find_weights
+from core.runs.record import write_record
+from tests.test_report import failed, make
+
+
+@pytest.fixture
+def keep(tmp_path):
+    """Keeps a record under a folder, with a file of weights."""
+
+    def do(record, weights=True):
+        run = Run(tmp_path, record.name, record.spec_id)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_record(run.record, record)
+        if weights:
+            run.weights.write_bytes(b"")
+        return run.weights
+
+    return do
+
+
+def test_a_name_means_the_first_seed_unless_one_is_given(keep, tmp_path):
+    third, first = keep(make("x", seed=3)), keep(make("x", seed=1))
+    keep(make("x", seed=0), weights=False)
+    keep(make("y", seed=0))
+    assert find_weights(tmp_path, "x") == first
+    assert find_weights(tmp_path, "x", 3) == third
+
+
+def test_an_id_and_a_path_mean_themselves(keep, tmp_path):
+    path = keep(make("x"))
+    assert find_weights(tmp_path, path.stem) == path
+    assert find_weights(tmp_path, str(path)) == path
+    for gone in ("gone.safetensors", str(tmp_path / "gone")):  # whoever reads it says that it is not there
+        assert str(find_weights(tmp_path, gone)) == gone
+
+
+def test_the_spec_in_experiments_comes_first(keep, tmp_path):
+    keep(make("x", lr=0.1))
+    official = make("x", lr=0.2, seed=5)
+    path = keep(official)
+    assert find_weights(tmp_path, "x", spec={**official.spec, "seed": 0}) == path
+    assert find_weights(tmp_path, "x") != path
+
+
+def test_a_word_that_means_nothing_or_several_things_is_refused(keep, tmp_path):
+    one, other = keep(make("x", lr=0.1)), keep(make("x", lr=0.2))
+    keep(failed("z"))
+    ids = ", ".join(sorted((one.stem, other.stem)))
+    for arguments, words in (
+        (("x",), f"there are several networks of x with seed 0: say which by its id: {ids}"),
+        (("x", 7), f"there are no weights of x --seed 7 under {tmp_path}; names are in `main.py list`"),
+        (("z", None, {}), f"there are no weights of z under {tmp_path}; `uv run main.py run z` trains it"),
+        (("0123456789ab",), f"there are no weights of the id 0123456789ab under {tmp_path}"),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(words)}$"):
+            find_weights(tmp_path, *arguments)

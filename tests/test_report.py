@@ -802,6 +802,44 @@ def test_the_picture_warns_of_nothing_where_home_cannot_be_written():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+REBUILD = """
+import sys
+from pathlib import Path
+from core.report.catalog import Catalog
+from core.report.rebuild import rebuild
+rebuild(Path(sys.argv[1]), Catalog())
+"""
+
+
+def rebuild_with(out, **env):
+    """Rebuild in another process, in the folder of the report."""
+    environment = {key: os.environ[key] for key in os.environ if not key.startswith("MPL")}
+    environment |= {"PYTHONPATH": str(ROOT), **env}
+    return subprocess.run(
+        [sys.executable, "-c", REBUILD, out], cwd=out, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_settings_of_matplotlib_that_it_refuses_do_not_matter(tmp_path):
+    """Any notebook sets such a backend for the processes that it starts."""
+    write(tmp_path, THREE)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    refused = {"MATPLOTLIBRC": str(tmp_path / "binary"), "MPLCONFIGDIR": str(tmp_path / "binary")}
+    done = rebuild_with(tmp_path, MPLBACKEND="module://matplotlib_inline.backend_inline", **refused)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert plots.CURVES in (tmp_path / "results.md").read_text()
+    assert (tmp_path / plots.CURVES).read_bytes() == draw(THREE)
+
+
+def test_without_matplotlib_there_is_a_report_without_pictures(tmp_path):
+    write(tmp_path, THREE)
+    (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe\x00")  # in the working folder it wins over all others
+    done = rebuild_with(tmp_path)
+    assert "PictureError: there are no pictures, since matplotlib cannot be imported (UnicodeDecodeError" in done.stderr
+    assert [row[0] for row in rows((tmp_path / "results.md").read_text())] == ["lr-5e-4", "lr-1e-3", "lr-1e-4"]
+    assert "![" not in (tmp_path / "results.md").read_text()
+
+
 # Many runs
 
 

@@ -5,12 +5,15 @@ import hashlib
 import io
 import logging
 import math
+import os
+import sys
 from collections.abc import Callable, Collection
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from core.errors import UserError
 from core.report import sheet, stats
 
 if TYPE_CHECKING:
@@ -35,6 +38,15 @@ STYLE: dict[str, Any] = {
     "legend.fontsize": 12,
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
 }
+
+
+# What matplotlib reads from the environment when it is imported. A notebook sets the first, for all processes that it
+# starts, to a module that only the notebook's own environment has.
+SETTINGS = ("MPLBACKEND", "MATPLOTLIBRC", "MPLCONFIGDIR")
+
+
+class PictureError(UserError):
+    """matplotlib cannot be imported, so that no picture can be drawn."""
 
 
 class Picture(NamedTuple):
@@ -63,11 +75,15 @@ def identifier(picture: Picture) -> bytes:
 
 
 def draw(picture: Picture) -> bytes | None:
-    """The picture as SVG or PNG, equal bytes for equal contents; None where what it shows is not there."""
+    """The picture as SVG or PNG, equal bytes for equal contents; None where what it shows is not there.
+
+    Raises:
+        PictureError: matplotlib cannot be imported.
+    """
     loaded = picture.load()
     if loaded is None:
         return None
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it cannot write to HOME
+    _import_matplotlib()
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -79,6 +95,27 @@ def draw(picture: Picture) -> bytes | None:
         metadata = {"Identifier": identifier(picture).decode(), {"svg": "Date", "png": "Software"}[kind]: None}
         figure.savefig(out, format=kind, dpi=100, metadata=metadata)
     return out.getvalue()
+
+
+def _import_matplotlib() -> None:
+    """Import matplotlib; without the settings of the environment where it refuses them, as no picture uses any."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it cannot write to HOME
+    try:
+        import matplotlib
+    except Exception:  # whatever it raises for such a setting
+        for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+            del sys.modules[name]  # the half that was imported
+        refused = {name: os.environ.pop(name) for name in SETTINGS if name in os.environ}
+        try:
+            import matplotlib  # noqa: F401
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise PictureError(
+                f"there are no pictures, since matplotlib cannot be imported ({type(error).__name__}: {reason}); mend "
+                "its installation or its settings (a file matplotlibrc), then `uv run main.py report` draws them"
+            ) from None
+        finally:
+            os.environ.update(refused)
 
 
 def short(label: str) -> str:

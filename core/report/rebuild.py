@@ -42,18 +42,24 @@ def rebuild(
     Raises:
         core.spec.SpecError: there is no such key.
         core.runs.store.StoreError: a record is damaged, or a file cannot be written; the old files are intact.
+        core.report.plots.PictureError: no picture can be drawn; the other files are up to date.
     """
     if group_by is not None and group_by not in FIELDS:
         raise SpecError(f"cannot group by {group_by!r}: it is no key of a spec{nearest(group_by, list(FIELDS))}")
     with store.locked(out / "checkpoints" / "results.lock"):
         records = sorted(read_records(out), key=stats.order)
         results = stats.results(records)
-        shown = {}
+        shown, undrawn = {}, None
         for picture in _pictures(out, results.compared, results.whole, catalog, data):
             there = plots.identifier(picture) in _on_disk(out / picture.path)
-            if (redraw or not there) and (drawn := plots.draw(picture)):
-                _update(out / picture.path, drawn)
-                there = True
+            if redraw or not there:
+                try:
+                    drawn = plots.draw(picture)
+                except plots.PictureError as error:
+                    undrawn, drawn = error, None
+                if drawn:
+                    _update(out / picture.path, drawn)
+                    there = True
             if there:
                 shown[picture.path] = picture
         table = plots.curves_as_table(stats.ranked(results.compared) + results.whole)
@@ -61,6 +67,8 @@ def rebuild(
         _update(out / sheet.RUNS, sheet.runs(records).encode())
         _update(out / metrics.METRICS, metrics.metrics(results.compared, results.whole).encode())
         _update(out / "results.md", markdown.markdown(records, catalog, shown, group_by).encode())
+    if undrawn:
+        raise undrawn
     return records
 
 

@@ -28,8 +28,8 @@ from core.errors import UserError
 from core.report.catalog import Catalog
 from core.report.rebuild import rebuild
 from core.runs import files
-from core.runs.record import Finished, Record, read_records
-from core.runs.store import Held
+from core.runs.record import Finished, Record, RecordError, read_records
+from core.runs.store import Held, StoreError
 from core.spec import resolve, spec_id
 from core.terminal import say, warn
 from experiments import ABLATIONS, DEFAULT, SUITES
@@ -130,28 +130,33 @@ def run_command(args: argparse.Namespace) -> int:
     if args.dry_run:
         return dry_run(args, runs)
     files.sweep_all(args.out)  # an --out that cannot be written is found before the training, not after it
-    display, begun = terminal.Display(runs, args.verbose, STARTED), files.under_way(args.out)
-    todo = []
-    for run in runs:
-        if record := finished(args, run, begun):
+    display, todo = terminal.Display(runs, args.verbose, STARTED), []
+    for run, record in with_results(args, runs):
+        if record:
             display.tally.add(record)
         else:
             todo.append(run)
+    status = 0 if display.tally.done + len(todo) == len(runs) else 2
     display.found()
-    status = 0
     if todo:
-        for _ in read_records(args.out):  # so is a record that cannot be read
-            pass
-        status = train_and_tell(args, todo, display)
+        status = train_and_tell(args, todo, display) or status
     rebuild(args.out, catalog(), args.data)
     terminal.table(display.tally)
     return status
 
 
-def finished(args: argparse.Namespace, run: sweep.Run, begun: files.Begun) -> Finished | None:
-    """The record of a run that need not be trained, unless it has been `begun` again."""
-    name, spec = run
-    return None if args.force else files.Run(args.out, name, spec_id(spec)).finished(cifar10.DIRECTORY_HASH, begun)
+def with_results(args: argparse.Namespace, runs: list[sweep.Run]) -> Iterator[tuple[sweep.Run, Finished | None]]:
+    """The runs, each with its result if it need not be trained. Names, and leaves out, those that may not be trained:
+    their record cannot be read."""
+    begun = files.under_way(args.out)
+    for name, spec in runs:
+        try:
+            run = files.Run(args.out, name, spec_id(spec))
+            result = run.result() if args.force else run.finished(cifar10.DIRECTORY_HASH, begun)
+        except RecordError as error:
+            warn(f"error: {error}")
+        else:
+            yield (name, spec), None if args.force else result
 
 
 def train_and_tell(args: argparse.Namespace, runs: list[sweep.Run], display: terminal.Display) -> int:
@@ -191,10 +196,8 @@ def measured(out: Path, device: str = "auto", threads: int | None = None) -> swe
 def dry_run(args: argparse.Namespace, runs: list[sweep.Run]) -> int:
     """Show each run with what it will take; write nothing."""
     known, label = measured(args.out, args.device, 1 if args.ray else None), sweep.Tally(runs).label
-    mode, todo, begun = "eager" if args.no_compile else "compiled", [], files.under_way(args.out)
-    for run in runs:
-        name, spec = run
-        done = finished(args, run, begun)
+    mode, todo = "eager" if args.no_compile else "compiled", []
+    for (name, spec), done in with_results(args, runs):
         todo += [] if done else [spec]
         found = "finished" if done else terminal.estimate(known.estimate([spec], mode))
         say(f"{label(name, spec['seed'])}  {spec_id(spec)}  {found}")
@@ -209,7 +212,8 @@ def weights(args: argparse.Namespace, word: str) -> Path:
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
-    """Evaluate checkpoints on the test split; 1 where one differs from what its run recorded."""
+    """Evaluate checkpoints on the test split; 1 where one differs from what its run recorded, 2 where one, or its
+    record, cannot be read."""
     with quick_imports():
         from core import predict
         from core.session import prepare
@@ -218,11 +222,19 @@ def evaluate_command(args: argparse.Namespace) -> int:
     ]
     if not paths:
         raise UserError(f"no checkpoint under {args.out / 'checkpoints'}; `uv run main.py` trains some")
+    status, good = 0, []
     for path in paths:  # a bad one is found before the data is read; all at once might be more than memory holds
-        predict.load(path)
+        try:
+            predict.load(path)
+            predict.recorded(path)
+            good.append(path)
+        except StoreError as error:
+            warn(f"error: {error}")
+            status = 2
+    if not good:
+        return status
     data, device = prepare(args.device, lambda: load_data(args))
-    status = 0
-    for path in paths:
+    for path in good:
         network = predict.load(path, device)
         found = predict.evaluate(path, network, data, args.tta == "flip")
         status = max(status, 0 if found.same else 1)
@@ -350,7 +362,7 @@ def main(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except (UserError, OSError) as error:
-        warn(f"error: {error}")
+        terminal.fail(error)
         return 2
     except KeyboardInterrupt as error:
         warn(str(error) or "stopped")

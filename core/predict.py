@@ -12,7 +12,7 @@ from core.data.identity import data_identity
 from core.functional import augment, model, step
 from core.runs import checkpoint
 from core.runs.checkpoint import Shapes
-from core.runs.record import Finished, Metrics, Weights, read_record
+from core.runs.record import Finished, Metrics, Record, Weights, read_record
 from core.spec import Spec
 
 
@@ -91,14 +91,23 @@ class Evaluation(NamedTuple):
     same: bool
 
 
+def recorded(path: Path) -> Record | None:
+    """The record beside a checkpoint, if there is one.
+
+    Raises:
+        core.runs.record.RecordError: it cannot be read.
+    """
+    beside = path.with_suffix(".json")
+    return read_record(beside) if beside.exists() else None
+
+
 def evaluate(path: Path, network: Network, data: Cifar10, flip: bool = False) -> Evaluation:
     """Evaluate the network of a checkpoint on the test split, and compare with its record, if that is of the same data.
 
     Raises:
-        core.runs.store.StoreError: there is a record, but damaged.
+        core.runs.record.RecordError: there is a record, but it cannot be read.
     """
-    beside = path.with_suffix(".json")
-    record = read_record(beside) if beside.exists() else None
+    record = recorded(path)
     test, digest, trained_with = None if flip else network.about.test, network.about.digest, network.about.data
     if isinstance(record, Finished):
         digest, trained_with = record.digest, record.data

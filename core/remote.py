@@ -214,13 +214,14 @@ def keep(out: Path, trained: Trained, begun: Begun = frozenset()) -> Record:
         begun: the runs of which there are resume points, which a result makes useless.
 
     Raises:
-        core.runs.store.StoreError: it cannot be written, or is no record.
+        core.runs.store.StoreError: it cannot be written, is no record, or would replace one that cannot be read.
     """
     try:
         record = records.decode(trained.record)
     except ValueError as error:
         raise StoreError(f"a worker returned no record ({error})") from None
     run = Run(out, record.name, spec_id(record.spec))
+    had = run.result()  # refuses to replace a record that cannot be read
     if isinstance(record, Finished):
         if run.record.exists():  # of other weights: between the two writes there must be none
             reserve(run.weights, len(trained.weights), 1)
@@ -229,6 +230,6 @@ def keep(out: Path, trained: Trained, begun: Begun = frozenset()) -> Record:
         atomic_write(run.record, trained.record)
         if (record.name, run.spec_id) in begun:
             delete(*run.resume_points())
-    elif not run.result():  # the result that it had another time stays
+    elif not had:  # the result that it had another time stays
         atomic_write(run.record, trained.record)
     return record

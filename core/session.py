@@ -139,6 +139,7 @@ def run_cohort(
         core.data.cifar10.DataError: the data cannot be trained on.
         core.compile.device.DeviceError: the device is not there.
         core.runs.store.Held: another process is at work on one of the runs.
+        core.runs.record.RecordError: a run has a record that cannot be read, and that it does not replace.
         core.runs.store.StoreError: files cannot be written or read.
         core.runs.files.OtherData: a run is finished already, with other data.
         core.runs.resume.ResumeError: a run cannot go on bit for bit, or has begun with other data.
@@ -163,6 +164,7 @@ def run_cohort(
             locks.enter_context(session.run.lock())
         for session in sessions:
             if force:
+                session.run.result()  # refuses to replace a record that cannot be read
                 delete(*session.run.resume_points())
             else:
                 session.record = session.run.finished(named)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ from rich.progress import (
 from rich.table import Table
 
 from core.data.cifar10 import CLASSES
+from core.errors import UserError
 from core.report import stats
 from core.runs.record import Finished, Record
 from core.spec import FIELDS, spec_id
@@ -51,11 +53,13 @@ def open_standard_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    log = logging.getLogger("core")
+    log.handlers, log.propagate = [Warnings()], False
 
 
 def printable(text: str) -> str:
-    """The text with control characters and the like as escapes: it may come from a file or from a name."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """The text as one line, with control characters and the like as escapes: it may come from a file or from a name."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def say(text: str) -> None:
@@ -66,6 +70,26 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print a line on stderr."""
     errors.print(printable(text), soft_wrap=True)
+
+
+def fail(error: Exception) -> None:
+    """Print what ended a command: a line, or a paragraph where a UserError has more."""
+    first, *more = error.args if isinstance(error, UserError) and error.args else [error]
+    for line in (f"error: {first}", *map(str, more)):
+        warn(line)
+
+
+class Warnings(logging.Handler):
+    """Shows what the code below has to say to whoever calls it, each thing once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (text := record.getMessage()) not in self.said:
+            self.said.add(text)
+            warn(text)
 
 
 class Stop:

@@ -12,7 +12,7 @@ import torch
 from core.functional import model, step
 from core.functional.tree import flatten
 from core.runs import checkpoint, resume
-from core.runs.checkpoint import CheckpointError
+from core.runs.checkpoint import CheckpointError, OtherVersion
 from core.runs.files import Run
 from core.runs.record import About, Epoch, Progress, ResumePoint
 from core.spec import resolve, spec_id
@@ -292,7 +292,22 @@ def test_metadata_that_no_run_writes(meta, tmp_path):
     load(signed(TENSORS, about, path, meta={"name": "y"}), ResumePoint)
     with pytest.raises(CheckpointError) as refused:
         load(signed(TENSORS, about, path, meta=meta), ResumePoint)
-    assert sentence(refused).startswith(f"{path} is damaged or not a checkpoint of this program: ")
+    whole = f"{path} is a checkpoint of another version of this program: "
+    assert sentence(refused).startswith((whole, f"{path} is damaged or not a checkpoint of this program: "))
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [{"schema_version": 2}, {"spec": {**SPEC, "lookahead": 5}}, {"spec": {**SPEC, "optimizer": "lion"}}],
+    ids=str,
+)
+def test_a_checkpoint_of_another_version_is_not_called_damaged(meta, tmp_path):
+    path = signed(TENSORS, META, tmp_path / "b.safetensors", meta=meta)
+    with pytest.raises(OtherVersion, match=rf"^{path} is a checkpoint of another version of this program: "):
+        load(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="is damaged or not a checkpoint of this program: its sha256"):
+        load(path)
 
 
 @pytest.mark.parametrize(
@@ -390,6 +405,14 @@ def put(row, column, value):
 )
 def test_a_resume_point_that_no_run_writes(go_on, name, change):
     refuses(go_on, name, change)
+
+
+def test_a_resume_point_of_another_version_stays(go_on, tmp_path):
+    """An older one lies beside it, from which this version could go on: the newer one would be lost."""
+    with pytest.raises(resume.ResumeError, match=r"of another version .*; go on with that version, or start anew with"):
+        go_on(meta={"schema_version": 2})
+    assert len(list(tmp_path.rglob("*.step-*"))) == 1
+    assert not go_on.said
 
 
 def test_more_steps_were_timed_than_an_epoch_has(go_on):

@@ -22,6 +22,7 @@ from tests.conftest import EXPERIMENTS, ROOT
 from tests.test_store import STRANGE
 
 SMOKE = spec_id(resolve(EXPERIMENTS["smoke"]))
+SEED_1 = spec_id(resolve({**EXPERIMENTS["smoke"], "seed": 1}))
 
 
 def assert_refused(done, *words):
@@ -384,11 +385,26 @@ def test_a_name_that_is_too_long(call, tmp_path, command):
     assert_refused(call(*arguments), "File name too long")
 
 
-def test_a_damaged_record_is_known_before_the_training(call, tmp_path):
-    path = tmp_path / "checkpoints" / "x" / "0123456789ab.json"
-    path.parent.mkdir(parents=True)
-    path.write_text("{")
-    assert_refused(call("run", "smoke", "--no-compile", "--out", tmp_path), path, "damaged")
+@pytest.mark.parametrize("kind", ["damaged", "later"])
+def test_a_record_that_cannot_be_read_costs_one_line_and_stops_nothing_else(call, out, data_dir, kind):
+    """A damaged one, or one of a later version, whose experiment is asked for in a call for two."""
+    finished, path = record(out), weights(out).with_name(f"{SEED_1}.json")
+    later = {**finished, "schema_version": 2, "seed": 1, "spec_id": SEED_1, "spec": {**finished["spec"], "seed": 1}}
+    path.write_text("{" if kind == "damaged" else json.dumps(later))
+    before = path.read_bytes()
+    for command in (("report",), ("list",), ("evaluate",), ("verify", "smoke", "--no-compile")):
+        done = call(*command, out=out)
+        assert done.returncode == 0, done.stderr
+        lines = done.stderr.splitlines()
+        assert len(lines) == (1 if command[0] in ("report", "list") else 0), "it says so once"
+        assert all(str(path) in line and line.endswith("it is left out, and stays as it is") for line in lines)
+    done = call("run", "smoke", "--seeds", 2, "--no-compile", "--force", "--epochs", 2, out=out)
+    assert done.returncode == 2
+    refused, _ = done.stderr.splitlines()
+    assert refused.endswith(f"move that file away: mv {path} {path}.old")
+    assert "smoke seed 0: validation" in done.stdout
+    assert path.read_bytes() == before
+    assert "1 of 2" in done.stdout
 
 
 def run_main(*arguments, shell="", **env):
@@ -449,7 +465,7 @@ def test_a_second_experiment_says_how_long_its_own_start_took(start, data_dir, t
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "200 GB", "nested", "escape"])
-def test_a_hostile_record_is_refused_at_once(call, out, kind):
+def test_a_hostile_record_is_named_at_once(call, out, kind):
     path = weights(out).with_suffix(".json")
     found = record(out)
     path.unlink()
@@ -459,8 +475,12 @@ def test_a_hostile_record_is_refused_at_once(call, out, kind):
         path.write_text(json.dumps({**found, "name": "\x1b[31mred"}))
     else:
         STRANGE[kind][0](path)
-    for command in ("report", "evaluate"):
-        assert_refused(call(command, out=out), path, "is damaged or not a record")
+    assert_refused(call("evaluate", out=out), path, "is no record that this version of the program can read")
+    done = call("report", out=out)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{path} is no record that this version of the program can read")
+    assert done.returncode == 0
+    assert "results.md rebuilt from 0 records" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -557,7 +577,11 @@ def test_damaged_checkpoints(call, out):
         path.write_bytes(data)
         with pytest.raises(checkpoint.CheckpointError, match=re.escape(str(path))):
             predict.load(path)
-    assert_refused(call("evaluate", weights(out), out / "truncated.safetensors"), "truncated.safetensors", "truncated")
+    done = call("evaluate", weights(out), out / "truncated.safetensors")  # the good one is evaluated all the same
+    assert done.returncode == 2
+    assert "as recorded" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert "truncated.safetensors is damaged or not a checkpoint of this program: it is truncated" in line
     assert_refused(call("evaluate", out / "altered.safetensors"), "altered.safetensors is damaged")
     assert_refused(call("evaluate", out / "gone.safetensors"), "cannot read", "gone.safetensors: No such file")
     assert_refused(call("evaluate", out), out, "not a regular file")

@@ -31,7 +31,7 @@ RULES = {
     "sweep": {"errors", "spec", "functional", "runs", "report"},
     "cli": {"errors", "sweep"},
     "overrides": {"errors", "spec"},
-    "terminal": {"spec", "data", "report", "runs", "sweep"},
+    "terminal": {"errors", "spec", "data", "report", "runs", "sweep"},
     "spec": {"errors"},
     "code_hash": {"errors"},
     "errors": set(),

@@ -1,6 +1,7 @@
 """Records: what a run writes comes back, older and later ones are understood, and anything else is refused in words."""
 
 import json
+import re
 from copy import deepcopy
 
 import pytest
@@ -10,13 +11,14 @@ from core.runs.record import (
     MAX_BYTES,
     SCHEMA_VERSION,
     Finished,
+    RecordError,
     decode,
     encode,
     read_record,
     read_records,
     write_record,
 )
-from core.runs.store import StoreError
+from core.session import run_experiment
 from core.spec import spec_id
 from tests.conftest import ROOT, lacking
 from tests.test_experiments import OFFICIAL
@@ -71,11 +73,10 @@ def put(tmp_path):
 
 def refusal(path):
     """The sentence that refuses a record."""
-    with pytest.raises(StoreError) as refused:
+    with pytest.raises(RecordError) as refused:
         read_record(path)
     said = str(refused.value)
-    assert said.startswith(f"{path} is damaged or not a record (")
-    assert said.endswith("); delete it and run that experiment")
+    assert said.startswith(f"{path} is no record that this version of the program can read: ")
     assert said.isprintable(), f"{said!r} is more than a sentence"
     return said
 
@@ -157,14 +158,47 @@ def test_the_longest_run_has_a_record(tmp_path):
     ],
     ids=lambda data: repr(data[:12]) + f", {len(data)} bytes",
 )
-def test_what_is_no_record_is_named_rather_than_left_out(put, tmp_path, data):
-    path = put(data)
-    refusal(path)
-    with pytest.raises(StoreError):
-        list(read_records(tmp_path))
-    Run(tmp_path, "x", ID).weights.touch()
-    with pytest.raises(StoreError):
-        Run(tmp_path, "x", ID).finished(FINISHED["data"])
+def test_what_is_no_record_is_named_and_left_alone(put, tmp_path, data, caplog):
+    """The report leaves it out; the run that would write it is refused, with or without weights."""
+    path, good = put(data), Run(tmp_path, "y", make("y").spec_id)
+    said = refusal(path)
+    good.folder.mkdir()
+    write_record(good.record, make("y"))
+    assert list(read_records(tmp_path)) == [make("y")]
+    assert caplog.messages == [f"{said}; it is left out, and stays as it is"]
+    run, aside = Run(tmp_path, "x", ID), re.escape(f"mv {path} {path}.old")
+    for begun in (None, {("x", ID)}):
+        with pytest.raises(RecordError, match=rf"{re.escape(said)}; to train it anew, move that file away: {aside}$"):
+            run.finished(FINISHED["data"], begun)
+    run.weights.touch()
+    with pytest.raises(RecordError):
+        run.result()
+    assert path.read_bytes() == data
+
+
+OTHER_VERSIONS = {
+    "schema": [(("schema_version",), "2")],
+    "key of the spec": [(("spec", "lookahead"), "5")],
+    "optimizer": [(("spec", "optimizer"), '"lion"')],
+    "status": [(("status",), '"paused"')],
+}
+
+
+@pytest.mark.parametrize("edits", OTHER_VERSIONS.values(), ids=OTHER_VERSIONS)
+def test_a_run_never_replaces_the_record_of_another_version(put, tmp_path, invented, edits):
+    """Not even with force: it may be the only copy of a result."""
+    spec = {"widths": [8], "epochs": 1, "batch_size": 100}
+    record = json.loads(encode(make("x", **spec)))
+    run = Run(tmp_path, "x", record["spec_id"])
+    run.record.write_bytes(edited(record, *edits))
+    before = run.record.read_bytes()
+    for force in (False, True):
+        with pytest.raises(RecordError, match="to train it anew, move that file away: mv "):
+            run_experiment("x", spec, tmp_path, invented, "cpu", compiled=False, force=force)
+    assert run.record.read_bytes() == before
+    assert not run.weights.exists()
+    assert not run.resume_points()
+    assert isinstance(run_experiment("y", spec, tmp_path, invented, "cpu", compiled=False), Finished)
 
 
 NUMBERS = [where for where, value in leaves(FINISHED) if type(value) in (int, float)]

@@ -1,12 +1,16 @@
 """Files that are whole or as they were, locks that die with their process, and whatever may lie in a file's place."""
 
 import errno
+import fcntl
 import os
+import platform
 import resource
 import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections import namedtuple
 
 import pytest
@@ -18,6 +22,7 @@ from core.runs import checkpoint, files, store
 from core.runs.files import Run
 from core.runs.record import ResumePoint, read_record, write_record
 from core.runs.store import Held, StoreError
+from core.session import run_experiment
 from tests.conftest import ROOT
 from tests.test_report import failed, make
 
@@ -28,7 +33,11 @@ ID = FINISHED.spec_id
 def python(source, *arguments):
     """A process of its own, which takes a moment since it needs no torch."""
     return subprocess.Popen(
-        (sys.executable, "-c", source, *map(str, arguments)), cwd=ROOT, stdout=subprocess.PIPE, text=True
+        (sys.executable, "-c", source, *map(str, arguments)),
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -115,7 +124,45 @@ def test_room_is_known_beforehand(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EFBIG])
+def test_to_reserve_room_is_a_courtesy_and_a_limit_is_not(tmp_path, monkeypatch, code):
+    """musl and some file systems cannot reserve; a quota, or a limit on the size of files, still refuses."""
+
+    def fails(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(store.os, "posix_fallocate", fails)
+    if code == errno.EFBIG:
+        with pytest.raises(StoreError, match=r"cannot write .*: File too large"):
+            store.reserve(tmp_path / "a", 10, 1)
+    else:
+        store.reserve(tmp_path / "a", 10, 1)
+    assert not list(tmp_path.iterdir())
+
+
 # Locks
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_refused_before_anything_starts(tmp_path, monkeypatch, invented, code):
+    """Some Lustre and NFS. Nothing else takes the place of a lock: two processes would train one run."""
+    flock = fcntl.flock
+
+    def fails(descriptor, operation):
+        if operation & fcntl.LOCK_EX:
+            raise OSError(code, os.strerror(code))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    said = rf"^the file system of {tmp_path}/checkpoints\S* has no locks \({os.strerror(code)}\), .*: choose a folder"
+    for start in (
+        lambda: files.sweep_all(tmp_path),
+        lambda: run_experiment("x", {"widths": [8]}, tmp_path, invented, "cpu", compiled=False),
+    ):
+        with pytest.raises(StoreError, match=said):
+            start()
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".lock"}
+
 
 HOLD = """
 import sys, time
@@ -139,6 +186,29 @@ def test_a_lock_names_its_holder_and_dies_with_it(run, tmp_path):
     with run.lock():
         pass
     assert not run.folder.joinpath(f"{ID}.owner").exists()
+
+
+def test_who_waits_for_a_stopped_process_is_told_how_to_wake_it(tmp_path, caplog):
+    """Ctrl-Z while results.md is written: another `run` or `report` waits, and says for whom."""
+    hold = HOLD.replace('Run(Path(sys.argv[1]), "x", sys.argv[2]).lock()', "lock_results(Path(sys.argv[1]))")
+    holder = python(hold.replace("import Run", "import lock_results").replace("time.sleep(60)", "input()"), tmp_path)
+    assert holder.stdout.readline() == "held\n"
+    holder.send_signal(signal.SIGSTOP)
+    waiter = threading.Thread(target=files.sweep_all, args=(tmp_path,))
+    waiter.start()
+    end = time.monotonic() + 30
+    while not caplog.messages:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert caplog.messages == [
+        f"waiting for process {holder.pid} on {platform.node()}, which holds {tmp_path}/checkpoints/results.lock; "
+        f"if it is stopped, `kill -CONT {holder.pid}` lets it go on"
+    ]
+    holder.send_signal(signal.SIGCONT)
+    holder.communicate("\n")
+    waiter.join(timeout=30)
+    assert not waiter.is_alive()
+    assert not (tmp_path / "checkpoints" / "results.owner").exists()
 
 
 COUNT = """
@@ -197,6 +267,7 @@ def test_the_sweep_takes_what_nobody_needs_and_nothing_else(run, tmp_path):
         run.folder / f"{ID}.json.77.tmp",
         other.folder / f"{ID}.step-0000000005.safetensors.77.tmp",
         other.folder / f"{'0' * 12}.owner.77.tmp",
+        other.folder / f"{'1' * 12}.owner",
         tmp_path / "results.md.77.tmp",
         tmp_path / "checkpoints" / "learning-curves.svg.77.tmp",
         tmp_path / "checkpoints" / "metrics.json.77.tmp",
@@ -209,16 +280,18 @@ def test_the_sweep_takes_what_nobody_needs_and_nothing_else(run, tmp_path):
 
 
 def test_the_sweep_leaves_a_run_alone_that_is_under_way(run, tmp_path):
-    temporary = run.folder / f"{ID}.json.77.tmp"
+    temporary, owner = run.folder / f"{ID}.json.77.tmp", run.folder / f"{ID}.owner"
     temporary.touch()
     holder = python(HOLD, tmp_path, ID)
     assert holder.stdout.readline() == "held\n"
     files.sweep_all(tmp_path)
     assert temporary.exists()
+    assert owner.exists()
     holder.kill()
     holder.wait()
     files.sweep_all(tmp_path)
     assert not temporary.exists()
+    assert not owner.exists()
 
 
 # Records and resume points

@@ -8,7 +8,7 @@ from core.data import cifar10
 from core.report import best_run, markdown, metrics, plots, published, sheet, stats
 from core.report.catalog import Catalog
 from core.runs import store
-from core.runs.files import Run
+from core.runs.files import Run, lock_results
 from core.runs.record import Record, read_records
 from core.spec import FIELDS, SpecError, nearest
 
@@ -37,16 +37,16 @@ def rebuild(
         group_by: a key of the spec; results.md then also has a table by its values.
 
     Returns:
-        All records, sorted.
+        All records that can be read, sorted.
 
     Raises:
         core.spec.SpecError: there is no such key.
-        core.runs.store.StoreError: a record is damaged, or a file cannot be written; the old files are intact.
+        core.runs.store.StoreError: a file cannot be written; the old files are intact.
         core.report.plots.PictureError: no picture can be drawn; the other files are up to date.
     """
     if group_by is not None and group_by not in FIELDS:
         raise SpecError(f"cannot group by {group_by!r}: it is no key of a spec{nearest(group_by, list(FIELDS))}")
-    with store.locked(out / "checkpoints" / "results.lock"):
+    with lock_results(out):
         records = sorted(read_records(out), key=stats.order)
         results = stats.results(records)
         shown, undrawn = {}, None

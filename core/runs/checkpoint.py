@@ -38,6 +38,10 @@ class CheckpointError(StoreError):
     """A checkpoint cannot be used; the message names its path."""
 
 
+class OtherVersion(CheckpointError):
+    """A checkpoint is whole, but its metadata is that of another version of this program."""
+
+
 def shapes_of(tensors: Tensors) -> Shapes:
     return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
@@ -82,17 +86,24 @@ def load(path: Path, schema: type[Schema], template: Callable[[Schema], Shapes])
 
     Raises:
         CheckpointError: the file is missing, damaged, not a checkpoint of this program, or does not fit the template.
+        OtherVersion: it is whole, but its metadata is not `schema`.
     """
     try:
         with open(open_file(path, MAX_BYTES), "rb") as file:
             return _read(file, schema, template)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except _NotSchema as error:
+        raise OtherVersion(f"{path} is a checkpoint of another version of this program: {str(error)[:300]}") from None
     except MemoryError:
         raise CheckpointError(f"{path} needs more memory than there is") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path} is damaged or not a checkpoint of this program: {reason[:300]}") from None
+
+
+class _NotSchema(Exception):
+    """A file is whole, and its metadata is not as the schema has it."""
 
 
 def _read(
@@ -105,12 +116,6 @@ def _read(
         raise ValueError(f"{size:,} bytes with a header of {length:,}")
     raw = file.read(length)
     header, meta = _header(raw)
-    about = msgspec.convert(meta, schema)
-    expected = template(about)
-    ends = _fit(header, expected)
-    body = max(ends.values(), default=0)
-    if size != 8 + length + body:
-        raise ValueError(f"it is truncated or too long: {size:,} bytes, expected {8 + length + body:,}")
 
     def verify(chunks: Iterable[bytes | bytearray]) -> None:
         total = hashlib.sha256(start + raw.replace(_signature(meta["sha256"]), _signature(ZEROS), 1))
@@ -119,7 +124,18 @@ def _read(
         if total.hexdigest() != meta["sha256"]:
             raise ValueError("its sha256 is not the one that was written")
 
-    verify(iter(lambda: file.read(1 << 20), b""))  # before memory is taken for it
+    rest = iter(lambda: file.read(1 << 20), b"")
+    try:
+        about = msgspec.convert(meta, schema)
+    except ValueError as error:
+        verify(rest)
+        raise _NotSchema(error) from None
+    expected = template(about)
+    ends = _fit(header, expected)
+    body = max(ends.values(), default=0)
+    if size != 8 + length + body:
+        raise ValueError(f"it is truncated or too long: {size:,} bytes, expected {8 + length + body:,}")
+    verify(rest)  # before memory is taken for it
     file.seek(8 + length)
     data = bytearray(body)
     file.readinto(data)

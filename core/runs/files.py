@@ -5,14 +5,16 @@ record), and while it is under way ID.step-N.safetensors (resume points), ID.loc
 """
 
 import contextlib
+import os
 import re
+import shlex
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.runs.record import Finished, read_record
-from core.runs.store import Held, locked, reserve, sweep
+from core.runs.record import Finished, RecordError, read_each, read_record
+from core.runs.store import Held, delete, locked, reserve, sweep
 from core.spec import resolve
 
 Begun = Set[tuple[str, str]]  # runs by their names and the ids of their specs
@@ -46,10 +48,15 @@ class Run:
         """The record of a finished run, if its weights are there too.
 
         Raises:
-            StoreError: there is a record, but damaged.
+            RecordError: there is a record that cannot be read. It may be the only copy of a result, so no run
+                takes its place.
         """
-        record = read_record(self.record) if self.record.exists() and self.weights.exists() else None
-        return record if isinstance(record, Finished) else None
+        try:
+            record = read_record(self.record) if os.path.lexists(self.record) else None
+        except RecordError as error:
+            aside = shlex.join(("mv", str(self.record), f"{self.record}.old"))
+            raise RecordError(f"{error}; to train it anew, move that file away: {aside}") from None
+        return record if isinstance(record, Finished) and self.weights.exists() else None
 
     def finished(self, data: str, begun: Begun | None = None) -> Finished | None:
         """The result, unless the run is being trained again: there are resume points, or it is one of `begun`.
@@ -58,13 +65,13 @@ class Run:
             data: what the run is asked for with; see core.data.identity.
 
         Raises:
-            OtherData: the result is of other data. StoreError: there is a record, but damaged.
+            OtherData: the result is of other data. RecordError: as `result`.
         """
         # The cheap question first: a folder may hold 10,000 runs, and to look for resume points reads all their names.
-        if not self.record.exists():
+        if not (result := self.result()):
             return None
         again = self.resume_points() if begun is None else (self.folder.name, self.spec_id) in begun
-        found = None if again else self.result()
+        found = None if again else result
         if found and found.data != data:
             raise OtherData(
                 f"{self.record} is the result of other data ({found.data}, now {data}): name another folder with "
@@ -80,21 +87,27 @@ def under_way(out: Path) -> Begun:
     return {(path.parent.name, path.name.split(".step-")[0]) for path in points}
 
 
+def lock_results(out: Path) -> contextlib.AbstractContextManager[None]:
+    """Keep the report under `out` for this process, as soon as no other has it."""
+    return locked(out / "checkpoints" / "results.lock", out / "checkpoints" / "results.owner")
+
+
 def sweep_all(out: Path) -> None:
-    """Delete the temporary files that killed processes left under `out`, but for runs that another process is at work
-    on.
+    """Delete what killed processes left under `out`, temporary files and names of owners, but for runs that another
+    process is at work on.
 
     Raises:
-        StoreError: `out` cannot be written.
+        StoreError: `out` cannot be written, or its file system has no locks.
     """
-    with locked(out / "checkpoints" / "results.lock"):
+    with lock_results(out):
         reserve(out / "results.md", 1, 1)
         sweep(out, "results.md")
         sweep(out / "checkpoints", "")  # the pictures and tables of the report
-    left = (out / "checkpoints").glob("*/*.tmp")
+    left = [path for kind in ("tmp", "owner") for path in (out / "checkpoints").glob(f"*/*.{kind}")]
     for folder, run_id in sorted({(path.parent, path.name.split(".")[0]) for path in left}):
         with contextlib.suppress(Held), locked(folder / f"{run_id}.lock", timeout=0):
             sweep(folder, f"{run_id}.")
+            delete(folder / f"{run_id}.owner")
 
 
 def find_weights(out: Path, word: str, seed: int | None = None, spec: Mapping[str, Any] | None = None) -> Path:
@@ -133,5 +146,5 @@ def find_weights(out: Path, word: str, seed: int | None = None, spec: Mapping[st
 def _finished(out: Path, name: str) -> list[Finished]:
     """The records of an experiment that have weights beside them."""
     paths = sorted((out / "checkpoints" / name).glob("*.json"))
-    records = [read_record(path) for path in paths if path.with_suffix(".safetensors").exists()]
+    records = read_each(path for path in paths if path.with_suffix(".safetensors").exists())
     return [record for record in records if isinstance(record, Finished)]

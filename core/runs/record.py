@@ -7,8 +7,9 @@ A key that a later version adds gets a default, so older records stay valid; SCH
 changes its meaning.
 """
 
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,10 +23,13 @@ from core.spec import Spec, resolve, spec_id
 SCHEMA_VERSION = 1
 MAX_BYTES = 64 << 20  # of a record; 100,000 epochs, the most that a spec may ask for, take 25 MB
 
+log = logging.getLogger(__name__)
+
 # Text is shown in terminals, in Markdown and in pictures: no control, invisible, bidirectional or surrogate characters.
 UNSHOWN = r"\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff"
 Text = Annotated[str, Meta(max_length=1000, pattern=rf"\A[^{UNSHOWN}]*\Z")]
-Name = Annotated[str, Meta(max_length=100, pattern=r"\A[A-Za-z0-9][A-Za-z0-9_.+=-]*\Z")]
+MAX_NAME = 100  # characters
+Name = Annotated[str, Meta(max_length=MAX_NAME, pattern=r"\A[A-Za-z0-9][A-Za-z0-9_.+=-]*\Z")]
 Id = Annotated[str, Meta(pattern=r"\A[0-9a-f]{12}\Z")]
 Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -34,6 +38,10 @@ Loss = Annotated[float, Meta(ge=0, le=1e300)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Class = Annotated[int, Meta(ge=0, le=9)]
 TenCounts = Annotated[list[Count], Meta(min_length=10, max_length=10)]
+
+
+class RecordError(StoreError):
+    """A file is no record that this version can read; the message names it. It may be the only copy of a result."""
 
 
 class Metrics(Struct, frozen=True, gc=False):
@@ -238,7 +246,7 @@ def check_name(name: str) -> None:
         msgspec.convert(name, Name)
     except msgspec.ValidationError:
         raise UserError(
-            f"{name!r} cannot name an experiment, expected at most 100 letters, digits and _.+=-, no sign first"
+            f"{name!r} cannot name an experiment, expected at most {MAX_NAME} letters, digits and _.+=-, no sign first"
         ) from None
 
 
@@ -267,7 +275,7 @@ def read_record(path: Path) -> Record:
     """The record in a file NAME/ID.json.
 
     Raises:
-        core.runs.store.StoreError: it cannot be read, or is not a record of that run.
+        RecordError: it cannot be read: it is damaged, the record of another run, or that of another version.
     """
     try:
         record = decode(read_file(path, MAX_BYTES))
@@ -277,12 +285,20 @@ def read_record(path: Path) -> Record:
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error.strerror if isinstance(error, OSError) else error)
         reason = "".join(filter(str.isprintable, reason))[:200]  # msgspec quotes a wrong status as it is
-        raise StoreError(f"{path} is damaged or not a record ({reason}); delete it and run that experiment") from None
+        raise RecordError(f"{path} is no record that this version of the program can read: {reason}") from None
     return record
 
 
 def read_records(out: Path) -> Iterator[Record]:
-    """Every record under `out`, in the order of their paths; a damaged one raises StoreError."""
-    for path in sorted((out / "checkpoints").glob("*/*.json")):
-        if re.fullmatch(r"[0-9a-f]{12}\.json", path.name):
+    """Every record under `out`, in the order of their paths; see `read_each`."""
+    paths = sorted((out / "checkpoints").glob("*/*.json"))
+    return read_each(path for path in paths if re.fullmatch(r"[0-9a-f]{12}\.json", path.name))
+
+
+def read_each(paths: Iterable[Path]) -> Iterator[Record]:
+    """The records in these files. A file that is no record is left out, with a warning in the log."""
+    for path in paths:
+        try:
             yield read_record(path)
+        except RecordError as error:
+            log.warning("%s; it is left out, and stays as it is", error)

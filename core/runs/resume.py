@@ -13,7 +13,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.runs import checkpoint
-from core.runs.checkpoint import CheckpointError
+from core.runs.checkpoint import CheckpointError, OtherVersion
 from core.runs.files import Run
 from core.runs.provenance import difference
 from core.runs.record import About, Epoch, Progress, ResumePoint, check_validation, validation
@@ -74,7 +74,7 @@ def newest(
 
     Raises:
         ResumeError: it belongs to other data; or to another spec, or a machine or software whose bits differ, unless
-            `allow_inexact`; or all of them are damaged.
+            `allow_inexact`; or to another version of this program; or all of them are damaged.
     """
     bad = []
     for path in run.resume_points():
@@ -82,6 +82,8 @@ def newest(
             continue
         try:
             found = _load(path, about, state, steps_per_epoch)
+        except OtherVersion as error:  # which may go on from it
+            raise ResumeError(f"{error}; go on with that version, or start anew with --force") from None
         except CheckpointError as error:
             on_damage(f"{error}; looking for the one before")
             bad.append(path)

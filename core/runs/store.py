@@ -2,9 +2,12 @@
 
 import contextlib
 import errno
+import logging
 import os
 import platform
+import re
 import shutil
+import signal
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +15,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from core.errors import UserError
+
+PATIENCE = 1.0  # seconds to wait for a lock before it is said who holds it
+# What file systems answer that have no locks, or none between machines.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+log = logging.getLogger(__name__)
 
 
 class StoreError(UserError):
@@ -91,7 +100,11 @@ def reserve(path: Path, size: int, copies: int) -> None:
         if free < copies * size:
             raise OSError(errno.ENOSPC, f"{copies * size:,} bytes are needed, {free:,} are free")
         with open(temporary, "wb") as file:  # a limit on the size of files or a quota is not in the free space
-            getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, size)
+            try:
+                getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # file systems without it
+                    raise
 
 
 @contextlib.contextmanager
@@ -105,6 +118,11 @@ def _temporary(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def local(path: str | Path) -> Path:
+    """The path that a user means: a ~ at its start is a home folder."""
+    return Path(os.path.expanduser(path))
 
 
 def delete(*paths: Path) -> None:
@@ -130,19 +148,32 @@ def locked(path: Path, owner: Path | None = None, timeout: float = -1) -> Iterat
     """Hold an operating-system lock, which the death of its process frees.
 
     Args:
-        owner: where to say who holds it. timeout: seconds to wait, -1 without end.
+        owner: where to say who holds it. Whoever waits for longer than PATIENCE then logs a warning that names the
+            holder.
+        timeout: seconds to wait, -1 without end.
 
     Raises:
-        Held: it was not had in time. StoreError: the lock file cannot be made.
+        Held: it was not had in time. StoreError: the lock file cannot be made, or its file system has no locks.
     """
-    lock = FileLock(path)
+    # Without locks of the file system FileLock would make do with a file, which two processes can hold at once.
+    lock = FileLock(path, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=timeout)
-    except Timeout:
-        raise Held(_owner(owner)) from None
+        try:
+            lock.acquire(timeout=PATIENCE if timeout < 0 and owner else timeout)
+        except Timeout:
+            if timeout >= 0:
+                raise Held(_owner(owner)) from None
+            log.warning("%s", _waiting(path, _owner(owner)))
+            lock.acquire()
     except OSError as error:
-        raise StoreError(f"cannot write under {path.parent}: {error.strerror or error}") from None
+        reason = error.strerror or error
+        if error.errno in NO_LOCKS:
+            raise StoreError(
+                f"the file system of {path.parent} has no locks ({reason}), without which two processes may write the "
+                "same files: choose a folder on another file system"
+            ) from None
+        raise StoreError(f"cannot write under {path.parent}: {reason}") from None
     try:
         if owner is not None:
             atomic_write(owner, f"process {os.getpid()} on {platform.node()}\n".encode())
@@ -160,3 +191,9 @@ def _owner(path: Path | None) -> str:
         with contextlib.suppress(OSError, ValueError):  # it let go, or has not yet said who it is
             said = read_file(path, 1000).decode().strip()
     return said if said and said.isprintable() else "another process"
+
+
+def _waiting(path: Path, holder: str) -> str:
+    process = re.match("process ([0-9]+) on ", holder) if hasattr(signal, "SIGCONT") else None
+    remedy = f"; if it is stopped, `kill -CONT {process[1]}` lets it go on" if process else ""
+    return f"waiting for {holder}, which holds {path}{remedy}"

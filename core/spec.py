@@ -18,6 +18,19 @@ class SpecError(UserError, ValueError):
     """A spec that cannot be run."""
 
 
+def plain(value: Any, depth: int = 2) -> Any:
+    """Numbers and arrays of NumPy, tuples and ranges as the plain numbers and lists that they stand for.
+
+    Args:
+        depth: how many lists may be in each other: a grid of widths is a list of lists.
+    """
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if depth and isinstance(value, list | tuple | range):
+        return [plain(each, depth - 1) for each in value]
+    return value
+
+
 class Integer(NamedTuple):
     """The integers from `low` to `high`."""
 
@@ -84,7 +97,7 @@ class Integers(NamedTuple):
         return f"a list of at most {self.length} integers from {self.each.low} to {self.each.high}"
 
     def accepts(self, value: Any) -> bool:
-        return isinstance(value, list | tuple) and len(value) <= self.length and all(map(self.each.accepts, value))
+        return isinstance(value, list) and len(value) <= self.length and all(map(self.each.accepts, value))
 
     def parse(self, text: str) -> Any:
         """As Integer.parse: "512,256" is [512, 256], "none" is []."""
@@ -240,12 +253,12 @@ def resolve(spec: Mapping[str, Any]) -> Spec:
             raise SpecError(f"unknown key {key!r}{nearest(str(key), list(FIELDS))}")
     resolved: Spec = {}
     for key, field in FIELDS.items():
-        value = spec.get(key, field.default)
+        value = plain(spec.get(key, field.default))
         if not field.values.accepts(value):
             raise SpecError(f"{key} = {value!r}, expected {field.values}")
         if isinstance(field.values, Number):
             value = float(value) + 0.0  # -0.0 becomes 0.0, so both have one id
-        resolved[key] = list(value) if isinstance(field.values, Integers) else value
+        resolved[key] = value
     if resolved["warmup_epochs"] > resolved["epochs"]:
         raise SpecError(
             f"warmup_epochs = {resolved['warmup_epochs']:g}, expected at most epochs = {resolved['epochs']}"

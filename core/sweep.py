@@ -1,6 +1,7 @@
 """Many runs: grids become named experiments, seeds become runs; what they will take, and how far they are. Knows no
 tensor."""
 
+import hashlib
 import itertools
 import math
 import re
@@ -11,8 +12,8 @@ from typing import Any, NamedTuple
 
 from core.errors import UserError
 from core.report import stats
-from core.runs.record import Finished, Record, check_name
-from core.spec import FIELDS, Spec, SpecError, nearest, resolve, static_key
+from core.runs.record import MAX_NAME, Finished, Record, check_name
+from core.spec import FIELDS, Spec, SpecError, nearest, plain, resolve, static_key
 
 LIMIT = 10_000  # runs of one call
 RESUME_POINTS = 3  # of a run that is under way: two are kept while the next one is written
@@ -27,24 +28,25 @@ Run = tuple[str, Spec]  # the name of its experiment, and its resolved spec
 
 def expand(name: str, spec: Mapping[str, Any]) -> Experiments:
     """The experiments that a spec stands for: one for every combination of the values that it lists, in the order in
-    which they are written; itself where it lists none.
+    which they are written; itself where it lists none. An axis may also be a tuple, a range or a NumPy array.
 
     Raises:
         UserError: there are none or too many, or two have one name.
     """
     if not isinstance(spec, Mapping):
         raise UserError(f"experiment {name}: a spec is a dict, found {type(spec).__name__}")
+    spec = {key: plain(value) for key, value in spec.items()}
     axes = {key: values for key, values in spec.items() if _is_axis(key, values)}
     for key, values in axes.items():
         if key == "seed" or not values:
             expected = "one seed; --seeds trains several" if key == "seed" else "at least one value"
-            raise UserError(f"experiment {name}: {key} = {list(values)}, expected {expected}")
+            raise UserError(f"experiment {name}: {key} = {values}, expected {expected}")
     if (count := math.prod(map(len, axes.values()))) > LIMIT:
         raise UserError(f"experiment {name}: its grid has {count:,} members, expected at most {LIMIT:,}")
     found: Experiments = {}
     for values in itertools.product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
-        member = "-".join([name, *(f"{key}={_text(value)}" for key, value in point.items())])
+        member = _short("-".join([name, *(f"{key}={_text(value)}" for key, value in point.items())]))
         if member in found:
             raise UserError(f"experiment {name}: two members of its grid are named {member}")
         found[member] = {**spec, **point}
@@ -54,15 +56,23 @@ def expand(name: str, spec: Mapping[str, Any]) -> Experiments:
 def _is_axis(key: str, value: Any) -> bool:
     """Whether it is a list of values. A value may itself be a list (widths); then a list of lists is meant."""
     if key in FIELDS and isinstance(FIELDS[key].default, list):
-        return isinstance(value, list | tuple) and any(isinstance(each, list | tuple) for each in value)
-    return isinstance(value, list | tuple)
+        return isinstance(value, list) and any(isinstance(each, list) for each in value)
+    return isinstance(value, list)
 
 
 def _text(value: Any) -> str:
     """A value in a name: 0.001, relu, 1024x512."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return "x".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _short(name: str) -> str:
+    """A name that an experiment may have: of one that is too long the beginning, and a hash of all of it."""
+    if len(name) <= MAX_NAME:
+        return name
+    tail = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{name[: MAX_NAME - len(tail) - 1]}-{tail}"
 
 
 def catalog(suites: Suites) -> dict[str, Experiments]:

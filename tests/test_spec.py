@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -209,6 +210,36 @@ def test_whatever_the_value_it_is_resolved_or_refused_in_one_line(key, value):
     ids=lambda value: repr(value)[:20],
 )
 def test_wrong_types_and_ranges_are_refused(key, value):
+    with pytest.raises(SpecError, match=rf"^{key} = [^\n]*, expected [^\n]*$"):
+        resolve({key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "same"),
+    [
+        ("lr", np.float64(1e-3), 1e-3),
+        ("lr", np.array(0.01), 0.01),
+        ("lr", np.float32(0.5), 0.5),
+        ("epochs", np.int64(3), 3),
+        ("dropout", np.int32(0), 0.0),
+        ("widths", np.array([64, 32]), [64, 32]),
+        ("widths", [np.int64(64), 32], [64, 32]),
+        ("widths", range(3, 1, -1), [3, 2]),
+        ("activation", np.str_("relu"), "relu"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_numbers_of_numpy_are_the_plain_numbers(key, value, same):
+    """Types too: the spec goes into JSON, and its id is that of the plain one."""
+    found, plain = resolve({key: value}), resolve({key: same})
+    assert repr(found) == repr(plain)
+    assert spec_id(found) == spec_id(plain)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("epochs", np.bool_(True)), ("epochs", np.float64(3)), ("lr", np.array([1e-3])), ("lr", np.nan)]
+)
+def test_what_is_no_such_number_is_refused_from_numpy_too(key, value):
     with pytest.raises(SpecError, match=rf"^{key} = [^\n]*, expected [^\n]*$"):
         resolve({key: value})
 

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from core import sweep, terminal
@@ -31,8 +32,60 @@ def test_a_grid_is_every_combination_in_the_order_written():
 def test_widths_are_a_list_and_a_grid_of_them_a_list_of_lists():
     assert sweep.expand("x", {"widths": [64, 32]}) == {"x": {"widths": [64, 32]}}
     grid = sweep.expand("x", {"widths": [[64, 32], [], (8,)]})
-    assert [spec["widths"] for spec in grid.values()] == [[64, 32], [], (8,)]
+    assert [spec["widths"] for spec in grid.values()] == [[64, 32], [], [8]]
     assert list(grid) == ["x-widths=64x32", "x-widths=none", "x-widths=8"]
+
+
+def test_numpy_arrays_ranges_and_tuples_are_axes():
+    """A notebook writes np.logspace. The members, their names and their ids are those of plain lists."""
+    arrays = {
+        "lr": np.array([1e-3, 5e-4]),
+        "epochs": range(1, 3),
+        "dropout": (np.float64(0.1), 0),
+        "widths": np.array([[64, 32], [8, 8]]),
+        "ema": np.float64(0.5),
+        "batch_size": np.array(100),
+    }
+    lists = {
+        "lr": [1e-3, 5e-4],
+        "epochs": [1, 2],
+        "dropout": [0.1, 0],
+        "widths": [[64, 32], [8, 8]],
+        "ema": 0.5,
+        "batch_size": 100,
+    }
+    grid = sweep.expand("x", arrays)
+    assert list(grid.items()) == list(sweep.expand("x", lists).items())
+    assert len(grid) == 16
+    assert sweep.runs(grid, {}, np.arange(2)) == sweep.runs(sweep.expand("x", lists), {}, range(2))
+    assert sweep.catalog({"s": {"x": arrays}, "t": {"x": arrays}})["x"] == grid
+
+
+SIX = {
+    "activation": ["leaky_relu", "relu"],
+    "optimizer": ["adam", "nesterov"],
+    "schedule": ["constant", "cosine"],
+    "label_smoothing": [0.1, 0.15],
+    "weight_decay": [0.0005, 0.001],
+    "warmup_epochs": [1, 2],
+}
+
+
+def test_names_that_are_too_long_are_shortened_and_stay_unique():
+    """The names are folders and never change: a run that was trained is found again."""
+    grid = sweep.expand("six", SIX)
+    assert len(grid) == 64
+    for name, spec in grid.items():
+        check_name(name)
+        assert name.startswith("six-activation=")
+        assert resolve(spec)["activation"] == name.split("=")[1].split("-")[0]
+    assert next(iter(grid)) == (
+        "six-activation=leaky_relu-optimizer=adam-schedule=constant-label_smoothing=0.1-weight_d-704edf12cf20"
+    )
+    fits = {key: SIX[key] for key in list(SIX)[:4]}
+    assert all(name.count("=") == 4 for name in sweep.expand("four", fits)), "a name that fits is written out"
+    with pytest.raises(UserError, match="two members of its grid are named six-"):
+        sweep.expand("six", {**SIX, "warmup_epochs": [1, 1]})
 
 
 def test_names_of_members_are_valid():

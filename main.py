@@ -22,6 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent
+if sys.flags.safe_path:  # PYTHONSAFEPATH or python -P: this folder is not in the path
+    sys.path.insert(0, str(ROOT))
+
 from core import cli, overrides, sweep, terminal
 from core.data import cifar10
 from core.errors import UserError
@@ -33,8 +37,6 @@ from core.runs.store import Held, StoreError
 from core.spec import resolve, spec_id
 from core.terminal import say, warn
 from experiments import ABLATIONS, DEFAULT, SUITES
-
-ROOT = Path(__file__).resolve().parent
 
 
 def chosen(args: argparse.Namespace) -> list[sweep.Run]:

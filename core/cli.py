@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from core import sweep
 from core.errors import UserError
+from core.runs.store import local
 
 OVERRIDES = ("epochs", "batch_size", "lr", "precision", "seed")  # the keys of a spec that are options, too
 
@@ -31,9 +32,9 @@ def parse(argv: list[str], data: Path, default: str) -> argparse.Namespace:
     top = Parser(prog="main.py", description="CIFAR-10 with fully connected networks.")
     commands = top.add_subparsers(dest="command")
     shared = Parser(add_help=False)
-    shared.add_argument("--out", type=Path, default=".", metavar="DIR", help="where results.md and checkpoints/ are")
+    shared.add_argument("--out", type=local, default=".", metavar="DIR", help="where results.md and checkpoints/ are")
     where = Parser(add_help=False)
-    where.add_argument("--data", type=Path, default=data, metavar="DIR", help="where CIFAR-10 is, or goes")
+    where.add_argument("--data", type=local, default=data, metavar="DIR", help="where CIFAR-10 is, or goes")
     machine = Parser(add_help=False, parents=[where])
     machine.add_argument(
         "--data-url",
@@ -91,13 +92,13 @@ def parse(argv: list[str], data: Path, default: str) -> argparse.Namespace:
         "predict", parents=[which], help="classify image files: any image gets one of the ten classes"
     )
     predict.add_argument("checkpoint", metavar="CHECKPOINT", help="the name of an experiment, an id or a file")
-    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a file, or a folder of them")
+    predict.add_argument("images", nargs="+", type=local, metavar="IMAGE", help="a file, or a folder of them")
     predict.add_argument("--json", action="store_true", help="one JSON object a line")
 
     export = commands.add_parser("export", parents=[which, where], help="write a network for other programs")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="the name of an experiment, an id or a file")
     export.add_argument("--format", choices=("torch", "onnx"), required=True)
-    export.add_argument("--output", type=Path, metavar="FILE", help="by default beside the checkpoint")
+    export.add_argument("--output", type=local, metavar="FILE", help="by default beside the checkpoint")
 
     verify = commands.add_parser(
         "verify", parents=[shared, machine, training], help="train again elsewhere, compare the bits"

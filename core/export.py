@@ -15,7 +15,7 @@ from core import predict
 from core.data import cifar10
 from core.errors import UserError
 from core.predict import Network
-from core.runs.store import atomic_write, reserve
+from core.runs.store import atomic_write, local, reserve
 
 COUNT = 100  # images to check a file with
 # By how much a logit may differ, as a share of the largest where that is above 1: of a logit of 40, float32 has no more
@@ -123,7 +123,7 @@ def check_images(folder: Path) -> tuple[Tensor, str]:
     return images.view(COUNT, 3, 32, 32), f"{COUNT} test images"
 
 
-def export(network: Network, kind: str, path: Path, images: Tensor) -> Exported:
+def export(network: Network, kind: str, path: str | Path, images: Tensor) -> Exported:
     """Write a network, whose weights are on the CPU, as a file that takes any number of images and normalises them.
 
     The file takes the place of `path` after it was read again and gave the same logits, of one image alone and of the
@@ -137,7 +137,7 @@ def export(network: Network, kind: str, path: Path, images: Tensor) -> Exported:
         ExportError: a package is missing, or the file would not be right.
         core.runs.store.StoreError: it cannot be written.
     """
-    form = FORMATS[kind]
+    form, path = FORMATS[kind], local(path)
     if missing := [name for name in form.needs if importlib.util.find_spec(name) is None]:
         command = f"`uv run --group {kind} main.py export CHECKPOINT --format {kind}`"
         raise ExportError(f"the format {kind} needs {', '.join(missing)}, not installed here; {command} installs them")

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from core.errors import UserError
-from core.runs.store import open_file
+from core.runs.store import local, open_file
 
 # What Pillow decodes itself: for EPS, say, it would start another program.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -24,11 +24,11 @@ class ImageError(UserError):
     """A file is not an image that can be read; the message names it."""
 
 
-def find(paths: Iterable[Path]) -> list[Path]:
+def find(paths: Iterable[str | Path]) -> list[Path]:
     """These files; in place of a folder the files in it, sorted, but for hidden ones. A folder in which none can be
     read stays, for `read` to refuse."""
     found: list[Path] = []
-    for path in paths:
+    for path in map(local, paths):
         inside: list[Path] = []
         with contextlib.suppress(OSError):  # it is no folder, or a closed one
             inside = [each for each in path.iterdir() if each.is_file() and not each.name.startswith(".")]
@@ -51,13 +51,14 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
-def read(path: Path) -> Tensor:
+def read(path: str | Path) -> Tensor:
     """The image in a file: upright as its EXIF orientation says, its central square, made 32x32 by Pillow's Lanczos
     filter (which antialiases), in RGB. What is transparent becomes white; of an animation, this is the first picture.
 
     Raises:
         ImageError: it cannot be read, or its header promises too many pixels; then none of them is decoded.
     """
+    path = local(path)
     if os.path.isdir(path):
         raise ImageError(f"there is no file to read in the folder {path}, expected images")
     try:

@@ -13,6 +13,7 @@ from core.functional import augment, model, step
 from core.runs import checkpoint
 from core.runs.checkpoint import Shapes
 from core.runs.record import Finished, Metrics, Record, Weights, read_record
+from core.runs.store import local
 from core.spec import Spec
 
 
@@ -58,7 +59,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     Raises:
         core.runs.checkpoint.CheckpointError: the file is missing, damaged or does not hold such a network.
     """
-    tensors, about = checkpoint.load(Path(path), Weights, template)
+    tensors, about = checkpoint.load(local(path), Weights, template)
     named = model.template(model.folded(about.spec))
     params, stats = ({name: tensors[name] for name in names} for names in named)
     return Network(params, stats, about).to(device)
@@ -91,17 +92,17 @@ class Evaluation(NamedTuple):
     same: bool
 
 
-def recorded(path: Path) -> Record | None:
+def recorded(path: str | Path) -> Record | None:
     """The record beside a checkpoint, if there is one.
 
     Raises:
         core.runs.record.RecordError: it cannot be read.
     """
-    beside = path.with_suffix(".json")
+    beside = local(path).with_suffix(".json")
     return read_record(beside) if beside.exists() else None
 
 
-def evaluate(path: Path, network: Network, data: Cifar10, flip: bool = False) -> Evaluation:
+def evaluate(path: str | Path, network: Network, data: Cifar10, flip: bool = False) -> Evaluation:
     """Evaluate the network of a checkpoint on the test split, and compare with its record, if that is of the same data.
 
     Raises:

@@ -155,7 +155,7 @@ def run_cohort(
         check_name(name)
         spec = resolve(spec)
         loader.check(data.train_labels, spec)
-        sessions.append(Session(Run(Path(out), name, spec_id(spec)), name, spec, data, named, device, on_event, mode))
+        sessions.append(Session(Run(out, name, spec_id(spec)), name, spec, data, named, device, on_event, mode))
     shapes = {(static_key(session.spec), session.spec["epochs"]) for session in sessions}
     if len(shapes) > 1 or len({session.run.record for session in sessions}) < len(sessions):
         raise SpecError("these runs cannot be trained together: they differ in shape or epochs, or one is there twice")

@@ -58,7 +58,7 @@ def verify(
 def read_finished(name: str, spec: Spec, out: str | Path, data: str) -> Finished:
     """The record of a finished run that can be made again alone, with data of this identity; UserError where there is
     none."""
-    path = Run(Path(out), name, spec_id(resolve(spec))).record
+    path = Run(out, name, spec_id(resolve(spec))).record
     record = read_record(path) if path.exists() else None
     if not isinstance(record, Finished):
         train = f"`uv run main.py run {name}`, with the same options, trains it"

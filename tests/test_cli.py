@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 
-from core import predict
+from core import cli, predict
 from core.data import cifar10 as dataset
 from core.functional import model
-from core.runs import checkpoint
+from core.runs import checkpoint, files
 from core.runs.provenance import environment
 from core.runs.record import Metrics, Weights
 from core.spec import resolve, spec_id
@@ -411,6 +411,29 @@ def run_main(*arguments, shell="", **env):
     """A process of its own, started by a shell that may redirect its streams."""
     command = " ".join([sys.executable, str(ROOT / "main.py"), *map(str, arguments), shell])
     return subprocess.run(command, shell=True, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("option", ["-P", "-I"])
+def test_a_python_that_leaves_the_folder_of_the_script_out_of_its_path(tmp_path, option):
+    """PYTHONSAFEPATH=1 is -P."""
+    done = subprocess.run(
+        (sys.executable, option, str(ROOT / "main.py"), "list"), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    """A shell leaves --out=~/x as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def parse(*argv):
+        return cli.parse(list(argv), ROOT / "data", "suite")
+
+    home = tmp_path / "x"
+    assert parse("--out=~/x").out == parse("--data=~/x").data == home
+    assert parse("predict", "y", "~/x").images == [home]
+    assert parse("export", "y", "--format", "torch", "--output=~/x").output == home
+    assert files.find_weights(tmp_path, "~/x") == home
 
 
 @pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&- <&-"])

@@ -29,7 +29,7 @@ RULES = {
     "remote": {"code_hash", "errors", "spec", "data", "runs", "session"},
     "session": {"errors", "spec", "functional", "data", "compile", "runs", "train"},
     "sweep": {"errors", "spec", "functional", "runs", "report"},
-    "cli": {"errors", "sweep"},
+    "cli": {"errors", "runs", "sweep"},
     "overrides": {"errors", "spec"},
     "terminal": {"errors", "spec", "data", "report", "runs", "sweep"},
     "spec": {"errors"},

@@ -14,15 +14,19 @@ import time
 from collections import namedtuple
 
 import pytest
+from PIL import Image
 
-from core import predict
+from core import images, predict
 from core.data import cifar10
 from core.errors import UserError
+from core.report.catalog import Catalog
+from core.report.rebuild import rebuild
 from core.runs import checkpoint, files, store
 from core.runs.files import Run
-from core.runs.record import ResumePoint, read_record, write_record
+from core.runs.record import ResumePoint, read_record, read_records, write_record
 from core.runs.store import Held, StoreError
 from core.session import run_experiment
+from core.verify import read_finished
 from tests.conftest import ROOT
 from tests.test_report import failed, make
 
@@ -253,6 +257,28 @@ def test_processes_that_rebuild_at_once_lose_no_row(tmp_path):
     assert [writer.wait(timeout=120) for writer in writers] == [0] * 3
     text = (tmp_path / "results.md").read_text()
     assert all(f"| x{seed} |" in text for seed in range(12))
+
+
+# Paths
+
+
+def test_a_tilde_is_the_home_folder_from_python_too(monkeypatch, tmp_path, invented):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    record = run_experiment(
+        "x", {"widths": [8], "epochs": 1, "batch_size": 500}, "~/a", invented, "cpu", compiled=False
+    )
+    path = f"~/a/checkpoints/x/{record.spec_id}.safetensors"
+    network = predict.load(path)
+    assert predict.evaluate(path, network, invented).same
+    assert read_finished("x", record.spec, "~/a", record.data) == record
+    assert list(read_records("~/a")) == [record]
+    Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
+    assert images.read("~/b.png").shape == (3, 32, 32)
+    assert images.find(["~/b.png"]) == [tmp_path / "b.png"]
+    rebuild("~/a", Catalog())
+    assert (tmp_path / "a" / "results.md").exists()
+    assert not (tmp_path / "~").exists()
 
 
 # What killed processes left

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from filelock import FileLock
 
 from core.errors import UserError
-from core.runs.store import read_file
+from core.runs.store import local, read_file
 
 if TYPE_CHECKING:  # torch takes two seconds to import, which `main.py list` and a missing file need not wait for
     from torch import Tensor
@@ -59,12 +59,13 @@ class Cifar10(NamedTuple):
     test_labels: "Tensor"
 
 
-def load(folder: Path, url: str | None = None, progress: Progress = lambda *_: None) -> Cifar10:
+def load(folder: str | Path, url: str | None = None, progress: Progress = lambda *_: None) -> Cifar10:
     """Read CIFAR-10 from `folder`/cifar-10-batches-py, fetching what is missing first.
 
     Raises:
         DataError: a file is missing and cannot be fetched, or is not the published one. No such file is unpickled.
     """
+    folder = local(folder)
     fetch(folder, url, progress)
     return read(folder)
 

@@ -18,7 +18,7 @@ SUITES = 10  # pictures of suites, at most
 
 
 def rebuild(
-    out: Path,
+    out: str | Path,
     catalog: Catalog,
     data: Path | None = None,
     redraw: bool = False,
@@ -46,6 +46,7 @@ def rebuild(
     """
     if group_by is not None and group_by not in FIELDS:
         raise SpecError(f"cannot group by {group_by!r}: it is no key of a spec{nearest(group_by, list(FIELDS))}")
+    out = store.local(out)
     with lock_results(out):
         records = sorted(read_records(out), key=stats.order)
         results = stats.results(records)

@@ -14,7 +14,7 @@ from typing import Any
 
 from core.errors import UserError
 from core.runs.record import Finished, RecordError, read_each, read_record
-from core.runs.store import Held, delete, locked, reserve, sweep
+from core.runs.store import Held, delete, local, locked, reserve, sweep
 from core.spec import resolve
 
 Begun = Set[tuple[str, str]]  # runs by their names and the ids of their specs
@@ -27,8 +27,8 @@ class OtherData(UserError):
 class Run:
     """The files of one run."""
 
-    def __init__(self, out: Path, name: str, spec_id: str) -> None:
-        self.folder = out / "checkpoints" / name
+    def __init__(self, out: str | Path, name: str, spec_id: str) -> None:
+        self.folder = local(out) / "checkpoints" / name
         self.spec_id = spec_id
         self.weights = self.folder / f"{spec_id}.safetensors"
         self.record = self.folder / f"{spec_id}.json"
@@ -83,7 +83,7 @@ class Run:
 def under_way(out: Path) -> Begun:
     """The runs under `out` that have resume points, found in one pass over the folders: to ask each of 10,000 runs of a
     folder would read all their names 10,000 times."""
-    points = (out / "checkpoints").glob("*/*.step-*.safetensors")
+    points = (local(out) / "checkpoints").glob("*/*.step-*.safetensors")
     return {(path.parent.name, path.name.split(".step-")[0]) for path in points}
 
 
@@ -120,8 +120,9 @@ def find_weights(out: Path, word: str, seed: int | None = None, spec: Mapping[st
     Raises:
         UserError: There is no such file, or the word may mean several.
     """
-    if Path(word).exists() or Path(word).name != word or word.endswith(".safetensors"):
-        return Path(word)
+    path = local(word)
+    if path.exists() or path.name != word or word.endswith(".safetensors"):
+        return path
     if re.fullmatch("[0-9a-f]{12}", word):
         found = sorted((out / "checkpoints").glob(f"*/{word}.safetensors"))
         if not found:

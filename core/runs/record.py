@@ -17,7 +17,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from core.errors import UserError
-from core.runs.store import StoreError, atomic_write, read_file
+from core.runs.store import StoreError, atomic_write, local, read_file
 from core.spec import Spec, resolve, spec_id
 
 SCHEMA_VERSION = 1
@@ -289,9 +289,9 @@ def read_record(path: Path) -> Record:
     return record
 
 
-def read_records(out: Path) -> Iterator[Record]:
+def read_records(out: str | Path) -> Iterator[Record]:
     """Every record under `out`, in the order of their paths; see `read_each`."""
-    paths = sorted((out / "checkpoints").glob("*/*.json"))
+    paths = sorted((local(out) / "checkpoints").glob("*/*.json"))
     return read_each(path for path in paths if re.fullmatch(r"[0-9a-f]{12}\.json", path.name))
 
 

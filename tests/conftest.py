@@ -5,12 +5,9 @@ import os
 import subprocess
 import sys
 import time
-from typing import Any, NamedTuple
-
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two workers share two cores
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import hypothesis
 import pytest
@@ -42,10 +39,11 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two workers, each with one half of the tests; whoever is done first takes over some of the other's."""
-    config.option.dist = "worksteal"
-    return 2
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread for each of two workers on two cores. Benchmarks, with which this file is read too, take all cores."""
+    if not config.option.benchmark_only:
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -233,6 +231,7 @@ def start(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         out: Path | None = None,
         env: dict[str, str | None] | None = None,
         whole: bool = False,
+        pictures: bool = False,
         threads: int = 1,
         patch: str = "",
     ) -> Process:
@@ -241,7 +240,7 @@ def start(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         stderr.touch()
         where = [] if out is None else ["--out", str(out)]
         request = {"argv": [*map(str, argv), *where], "stdout": str(stdout), "stderr": str(stderr)}
-        options = {"env": env or {}, "whole": whole, "threads": threads, "patch": patch}
+        options = {"env": env or {}, "whole": whole, "pictures": pictures, "threads": threads, "patch": patch}
         return Process(ask(request | options), stdout, stderr, ask)
 
     yield start

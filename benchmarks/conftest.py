@@ -29,15 +29,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[board_key] = Board()
 
 
-@pytest.hookimpl(tryfirst=True)  # before that of tests/, when both run at once
-def pytest_xdist_auto_num_workers() -> int:
-    """None: a second process would spoil every measurement."""
-    return 0
-
-
 @pytest.fixture(scope="session")
 def board(request: pytest.FixtureRequest) -> Board:
     return request.config.stash[board_key]
+
+
+@pytest.fixture(scope="session")
+def choose(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """A function from two numbers of rounds to the one that counts: the first with --long, else the second."""
+    return lambda long, short: long if request.config.option.long else short
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,16 +74,18 @@ def data_on(data: cifar10.Cifar10) -> Callable[[str], cifar10.Cifar10]:
 
 
 @pytest.fixture(scope="module")
-def epochs(data: cifar10.Cifar10, board: Board) -> Iterator[Callable[[int, str], dict[str, Any]]]:
-    """A function from (batch size, device) to the result of every contestant, over an epoch in interleaved rounds."""
+def epochs(
+    data: cifar10.Cifar10, board: Board, choose: Callable[[int, int], int]
+) -> Iterator[Callable[[int, str], dict[str, Any]]]:
+    """A function from (batch size, device) to the result of every contestant, in interleaved rounds."""
     from benchmarks import harness
 
-    rounds = 9  # of 39 steps at batch 128: the whole epoch of 45,000 images
+    rounds = choose(9, 3)  # with 9, of 39 steps at batch 128, the whole epoch of 45,000 images
     workers: dict[str, harness.Worker] = {}
 
     def measure(batch: int, device: str) -> dict[str, Any]:
         if (batch, device) not in board.epochs:
-            steps = 45_000 // batch // rounds
+            steps = 45_000 // batch // 9
             for name, entry in harness.contestants(device).items():
                 if harness.missing(entry.kind, device):
                     continue

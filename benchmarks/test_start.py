@@ -20,13 +20,10 @@ sys.exit(status)
 """
 
 
-ROUNDS = 3
-
-
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory):
+def caches(tmp_path_factory, choose):
     """An empty compile cache for each cold start; the warm ones use what the cold ones made."""
-    return [tmp_path_factory.mktemp("cache") for _ in range(ROUNDS)]
+    return [tmp_path_factory.mktemp("cache") for _ in range(choose(3, 1))]
 
 
 def start(cache, out):
@@ -56,7 +53,7 @@ def test_first_step(state, caches, data, tmp_path, benchmark, board):
     benchmark.extra_info |= {"peak_gigabytes": round(max(gigabytes), 3)}
     spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
     board.lines.append(
-        f"First step of main.py, caches {state}: {statistics.median(seconds):.1f} s (of {ROUNDS}: {spread}); "
+        f"First step of main.py, caches {state}: {statistics.median(seconds):.1f} s (of {len(caches)}: {spread}); "
         f"peak memory of its largest process over the whole run {max(gigabytes):.2f} GB"
     )
     harness.replay.report(benchmark, seconds)

@@ -11,7 +11,7 @@ KINDS = (harness.OURS, harness.PRODUCTS, harness.LIMIT)
 
 
 @pytest.fixture(scope="module")
-def steps(data):
+def steps(data, choose):
     """A function from (batch size, precision) to the results of ours and the limits, in rounds of one step."""
     done = {}
 
@@ -19,7 +19,7 @@ def steps(data):
         if (batch, precision) not in done:
             contestants = {kind: harness.build(harness.Entry(kind, precision), data, batch) for kind in KINDS}
             plays = {kind: harness.timed(lambda c=c: c.run(1)) for kind, c in contestants.items()}
-            seconds = harness.interleave(plays, 60)
+            seconds = harness.interleave(plays, choose(60, 20))
             done[batch, precision] = {
                 kind: harness.Result(seconds[kind], batch, c.loss()) for kind, c in contestants.items()
             }

@@ -2,11 +2,17 @@
 
 import importlib.util
 import itertools
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 
+import conftest
 from benchmarks import harness
-from tests.conftest import lacking
+from tests.conftest import ROOT, lacking
 
 # What is compiled is left out, as that takes half a minute: our step has tests of its own, and what torch.compile
 # compiles is the eager contestant.
@@ -94,3 +100,35 @@ def test_contestants_take_turns_after_a_round_that_does_not_count():
     plays = {name: lambda name=name: turns.append(name) or next(clock) for name in "ab"}
     assert harness.interleave(plays, 2) == {"a": [2, 4], "b": [3, 5]}
     assert turns == list("ababab")
+
+
+@pytest.mark.parametrize(
+    ("args", "source", "only", "taken", "workers"),
+    [
+        (["tests"], "TESTPATHS", False, ["tests"], 2),
+        (["tests"], "TESTPATHS", True, [str(conftest.BENCHMARKS)], 0),
+        (["benchmarks"], "ARGS", False, ["benchmarks"], 0),
+        (["benchmarks/test_step.py::test_step"], "ARGS", True, ["benchmarks/test_step.py::test_step"], 0),
+        (["tests", "benchmarks"], "ARGS", False, ["tests", "benchmarks"], 0),
+    ],
+)
+def test_benchmarks_run_alone_and_only_when_asked_for(args, source, only, taken, workers):
+    source = pytest.Config.ArgsSource[source]
+    config = SimpleNamespace(args=args, args_source=source, option=SimpleNamespace(benchmark_only=only))
+    conftest.pytest_cmdline_main(config)
+    assert config.args == taken
+    assert conftest.pytest_xdist_auto_num_workers(config) == workers
+
+
+@pytest.mark.slow
+def test_benchmark_only_without_a_path():
+    """A whole process of it: all benchmarks are found, and the cheapest one runs on all cores."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "OMP"))}
+    command = (sys.executable, "-m", "pytest", "--benchmark-only", "-k", "test_write", "-p", "no:cacheprovider")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"collected (\d+) items / (\d+) deselected / 1 selected", done.stdout)
+    assert found, done.stdout
+    assert int(found[2]) > 100
+    assert "1 passed" in done.stdout
+    assert os.cpu_count() == 1 or ", 1 threads" not in done.stdout

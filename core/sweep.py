@@ -7,7 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from core.errors import UserError
@@ -16,6 +16,7 @@ from core.runs.record import MAX_NAME, Finished, Record, check_name
 from core.spec import FIELDS, Spec, SpecError, nearest, plain, resolve, static_key
 
 LIMIT = 10_000  # runs of one call
+ENOUGH = 5  # steps of a run that an estimate can be based on
 RESUME_POINTS = 3  # of a run that is under way: two are kept while the next one is written
 
 Experiments = dict[str, dict[str, Any]]  # name -> spec as experiments/ has it
@@ -201,7 +202,8 @@ class Estimate(NamedTuple):
 
 
 class Measured:
-    """How long finished runs took on one device, for each unit of work."""
+    """How long finished runs took on one device, for each unit of work. A run of fewer than ENOUGH steps says
+    nothing."""
 
     def __init__(self, records: Iterable[Record], device_name: str, threads: int) -> None:
         """`threads`: as many as the runs on a CPU must have had."""
@@ -210,9 +212,13 @@ class Measured:
         for record in records:
             there = record.environment
             here = there.device_name == device_name and (there.device != "cpu" or there.threads == threads)
-            if isinstance(record, Finished) and here:
+            if not isinstance(record, Finished) or not here:
+                continue
+            examples = record.metrics.train.n * record.spec["epochs"]
+            speed = stats.speed(record)
+            if speed and examples >= ENOUGH * record.spec["batch_size"]:
                 for key in self._keys(record.spec, there.mode):
-                    self.seconds[key] += stats.seconds(record)
+                    self.seconds[key] += examples / speed
                     self.work[key] += work(record.spec)
 
     def _keys(self, spec: Spec, mode: str) -> Iterator[Any]:
@@ -265,7 +271,8 @@ class Tally:
         self.total, self.done = len(runs), 0
         self.seeds = len(self.specs) < self.total
         self.results: dict[str, list[Result]] = {}
-        self._left, self._worked, self._seconds = sum(work(spec) for _, spec in runs), 0, 0.0
+        self._left = sum(work(spec) for _, spec in runs)
+        self._rates: list[float] = []  # seconds for a unit of work, of each run of this call
 
     def label(self, name: str, seed: int) -> str:
         """A run in a line of output: with its seed where there are several."""
@@ -275,8 +282,8 @@ class Tally:
         """Count a run that has ended; `seconds` is what it took, 0 where it was finished already."""
         self.done += 1
         self._left -= work(record.spec)
-        self._worked += work(record.spec) if seconds else 0
-        self._seconds += seconds
+        if seconds:
+            self._rates.append(seconds / work(record.spec))
         if isinstance(record, Finished):
             splits = record.metrics
             result = Result(
@@ -289,8 +296,9 @@ class Tally:
             self.results.setdefault(record.name, []).append(result)
 
     def seconds_left(self) -> float | None:
-        """As fast as the runs of this call so far; None before the first has ended."""
-        return self._seconds * self._left / self._worked if self._worked else None
+        """As fast as the runs of this call so far; None before the first has ended. The median, since one of them may
+        have been stopped with Ctrl-Z for an hour."""
+        return median(self._rates) * self._left if self._rates else None
 
     def validation(self, name: str) -> float | None:
         """The mean validation accuracy of an experiment over its runs so far, if it has one."""

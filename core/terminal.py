@@ -252,7 +252,10 @@ def duration(seconds: float) -> str:
 
 def estimate(found: Estimate, while_trained: bool = False) -> str:
     """'about 82 s, 15.2 MB'; with `while_trained`, also what a run needs before it ends."""
-    seconds = "time not measured here yet" if found.seconds is None else f"about {duration(found.seconds)}"
+    if found.seconds is None:
+        seconds = "time not measured here yet"
+    else:
+        seconds = f"about {duration(found.seconds)}" if found.seconds >= 1 else "under a second"
     meanwhile = f", and {decimal(found.meanwhile)} while one is trained" if while_trained else ""
     return f"{seconds}, {decimal(found.kept)}{meanwhile}"
 

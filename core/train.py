@@ -34,6 +34,36 @@ class Event(NamedTuple):
     details: dict[str, Any]
 
 
+PAUSE = 1.0  # seconds; a shorter pause cannot be told from a slow step
+
+
+class Stopwatch:
+    """Counts the seconds in which this process runs: neither Ctrl-Z nor the sleep of a laptop.
+
+    Attributes:
+        seconds: of all laps that count.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def lap(self, usual: float = 0.0) -> float:
+        """End a lap. It is a pause, and does not count, if it lasts longer than PAUSE and ten times what is usual, and
+        the process uses a CPU for less than a tenth of it.
+
+        Returns:
+            Its seconds; 0 for a pause.
+        """
+        wall, cpu = time.perf_counter(), time.process_time()
+        took, used = wall - self.wall, cpu - self.cpu
+        self.wall, self.cpu = wall, cpu
+        if took > max(PAUSE, 10 * usual) and used < took / 10:
+            return 0.0
+        self.seconds += took
+        return took
+
+
 class Training:
     """What a run has learnt so far, in buffers that stay on the device while `fit` advances them.
 
@@ -41,7 +71,7 @@ class Training:
         state, data, hyper: what the train step takes; see core.functional.step.make_train_step.
         step: how many steps have been taken.
         seconds, timed: the time of the steps of the epoch under way, in a cohort this one's share of it, and how many
-            steps that are.
+            steps that are; without those in which the process stood still.
         mode: of the step, as core.compile.fused.Step has it; until the step is made, what is asked for.
     """
 
@@ -145,6 +175,8 @@ def fit(
         stopped {step, total}: `should_stop` said so. This event and diverged are a training's last.
     """
     live, lead, made = list(trainings), trainings[0], None
+    # How long an epoch waits for the device at its end. Not every device keeps a CPU busy meanwhile.
+    wait = 0.0 if lead.device.type == "cpu" else float("inf")
     trees = (lead.state, lead.data, lead.hyper) if len(trainings) == 1 else stack(trainings)
     while live and lead.step < lead.total:
         if should_stop():
@@ -165,15 +197,16 @@ def fit(
             for t in trainings:
                 t.step += 1
             yield from ((t, Event("first_step", {"step": t.step, "total": t.total})) for t in live)
-        since = time.perf_counter()
+        watch = Stopwatch()
         while lead.step < end and not should_stop():
             made.advance()
             lead.step += 1
-            lead.timed += 1
+            lead.timed += watch.lap() > 0
             if lead.step % 16 == 0:
                 yield live[0], Event("step", {"step": lead.step})
         bad_steps = trees[0]["metrics"]["bad_step"].view(-1).tolist()  # the one wait for the device of an epoch
-        lead.seconds += (time.perf_counter() - since) / len(trainings)  # each one's share
+        wait = watch.lap(wait) or wait
+        lead.seconds += watch.seconds / len(trainings)  # each one's share
         seconds, timed = lead.seconds, lead.timed
         for t, bad in zip(trainings, bad_steps, strict=True):
             t.step, t.seconds, t.timed = lead.step, seconds, timed

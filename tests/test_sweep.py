@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from core import sweep, terminal
 from core.errors import UserError
@@ -209,7 +210,7 @@ def test_an_estimate_is_what_was_measured_here():
     """Seconds in proportion to epochs for the same shape; to parameters, too, for another; nothing from elsewhere."""
     here = make("a", lr=1e-3)
     name, threads, epochs = here.environment.device_name, here.environment.threads, here.spec["epochs"]
-    took = sum(epoch.seconds for epoch in here.history)
+    took = epochs * here.metrics.train.n / 9002  # samples a second, as the median of the epochs has it
     known = sweep.Measured([here, failed("b")], name, threads)
     assert known.estimate([here.spec]).seconds == pytest.approx(took)
     longer = {**here.spec, "epochs": 7 * epochs, "lr": 0.1, "seed": 3}
@@ -221,6 +222,17 @@ def test_an_estimate_is_what_was_measured_here():
     assert sweep.Measured([here], "another machine", threads).estimate([here.spec]).seconds is None
     assert sweep.Measured([here], name, threads + 1).estimate([here.spec]).seconds is None
     assert sweep.Measured([], name, threads).estimate([]) == (0, 0, 0)
+
+
+def test_an_estimate_needs_more_than_a_moment():
+    """Of a run of one step nothing was timed: the first step compiles. Of a run of two, one step."""
+    for batch_size, seconds, speed in ((45_000, 0.0, 0), (22_500, 0.9, 25_000)):
+        short = make("a", epochs=1, batch_size=batch_size)
+        short.history = [replace(short.history[0], seconds=seconds, samples_per_second=speed)]
+        name, threads = short.environment.device_name, short.environment.threads
+        found = sweep.Measured([short], name, threads).estimate([short.spec])
+        assert terminal.estimate(found).startswith("time not measured here yet, ")
+    assert terminal.estimate(sweep.Estimate(0.3, 0, 0)) == "under a second, 0 bytes"
 
 
 def test_the_bytes_of_an_estimate():
@@ -258,6 +270,12 @@ def test_progress_tells_the_time_left_and_the_best_mean(tally):
     assert terminal.progress(tally) == "3 of 4 done, about 45 s left; best so far b, validation 50.00%"
     tally.add(make("b", seed=1, validation=0.52, epochs=3), seconds=60)
     assert terminal.progress(tally) == "4 of 4 done; best so far b, mean validation of 2 seeds 51.00%"
+
+
+def test_an_hour_of_ctrl_z_is_no_measure_of_the_time_left(tally):
+    for seed, seconds in enumerate((30, 3600, 30)):
+        tally.add(make("ab"[seed % 2], seed=seed, epochs=3), seconds=seconds)
+    assert tally.seconds_left() == pytest.approx(30)
 
 
 def test_a_resumed_run_counts_with_the_time_of_all_its_steps(capsys):

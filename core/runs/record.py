@@ -69,7 +69,7 @@ class Epoch(Struct, frozen=True, gc=False):
     train_accuracy: Share
     val_loss: Loss | None
     val_accuracy: Share | None
-    seconds: Seconds  # of the steps, without the one that compiles
+    seconds: Seconds  # of the steps, without the one that compiles and those in which the process stood still
     samples_per_second: Count
 
 

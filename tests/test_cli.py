@@ -81,17 +81,17 @@ def test_a_run_leaves_weights_record_and_report(official):
     assert found["status"] == "finished"
     assert found["spec"] == resolve(EXPERIMENTS["smoke"])
     assert (found["name"], found["spec_id"], found["seed"]) == ("smoke", SMOKE, 0)
-    assert [entry["epoch"] for entry in found["history"]] == [1, 2]
+    assert found["history"]["epoch"] == [1, 2]
     history = {"train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds", "samples_per_second"}
-    assert all(entry.keys() == history | {"epoch"} for entry in found["history"])
-    assert found["history"][1]["train_loss"] < found["history"][0]["train_loss"]
+    assert found["history"].keys() == history | {"epoch"}
+    assert found["history"]["train_loss"][1] < found["history"]["train_loss"][0]
     assert {split: metrics["n"] for split, metrics in found["metrics"].items()} == {
         "train": 45_000,
         "validation": 5_000,
         "test": 10_000,
     }
     assert found["metrics"]["test"]["accuracy"] > 0.3  # chance is 0.1
-    assert found["metrics"]["validation"]["accuracy"] == found["history"][1]["val_accuracy"]
+    assert found["metrics"]["validation"]["accuracy"] == found["history"]["val_accuracy"][1]
     assert found["first_step_seconds"] > 0
     assert found["data"] == dataset.DIRECTORY_HASH
     assert found["environment"]["mode"] == "eager"

@@ -211,7 +211,7 @@ TEXTS += [(FAILED, ("error",)), (FAILED, ("environment", "git"))]
     ["1" * 400, "1" * 5000, "-1", "-0.5", "1e999", "-1e999", "NaN", "Infinity", "true", '"1"', "null", "[]", "{}"],
 )
 def test_a_number_that_is_none_is_refused_wherever_it_is(put, text):
-    assert {("seed",), ("history", 1, "seconds"), ("environment", "threads"), ("spec", "widths", 0)} < set(NUMBERS)
+    assert {("seed",), ("history", "seconds", 1), ("environment", "threads"), ("spec", "widths", 0)} < set(NUMBERS)
     for where in NUMBERS:
         said = refusal(put(edited(FINISHED, (where, text))))
         assert OF_ANOTHER_RUN not in said, f"{where}: {text[:9]} passed"
@@ -247,6 +247,21 @@ def test_a_record_without_one_of_its_keys_is_refused(put, where):
         refusal(put(edited(FINISHED, (where, None))))
 
 
+def test_a_history_as_a_list_of_epochs_is_read_forever():
+    columns = FINISHED["history"]
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    assert decode(json.dumps({**FINISHED, "history": rows}).encode()) == decode(json.dumps(FINISHED).encode())
+
+
+def test_a_record_is_short_and_readable():
+    """A line for each column of the history, for each row of a matrix, and for a few plain values together."""
+    for record in (answered(make("x", epochs=100)), make("x", epochs=5000)):
+        lines = encode(record).decode().splitlines()
+        assert len(lines) <= 100
+        assert sum(line.startswith('  "val_loss": [') for line in lines) == 1
+        assert lines[-1] == "}"
+
+
 def counts(key, i, value):
     return ("metrics", "test", key, i), value
 
@@ -268,9 +283,12 @@ def counts(key, i, value):
         ([(("metrics", "test", "n"), "0")], "Expected `int` >= 1"),
         ([counts("correct", 0, "1001"), counts("correct", 1, "139")], "more are correct than there are"),
         ([(("metrics", "test", "count", 9), None)], "length >= 10"),
-        ([(("history", 1, "val_accuracy"), "5")], "Expected `float` <= 1.0"),
-        ([(("history", 1, "epoch"), "1")], "the history is not that of 2 epochs"),
-        ([(("history", 1), None)], "the history is not that of 2 epochs"),
+        ([(("history", "val_accuracy", 1), "5")], "Expected `float` <= 1.0"),
+        ([(("history", "epoch", 1), "1")], "the history is not that of 2 epochs"),
+        ([(("history", "epoch", 1), None)], "the columns of the history are not lists of one length"),
+        ([(("history", "seconds"), "7")], "the columns of the history are not lists of one length"),
+        ([(("history", "seconds"), None)], "missing required field `seconds`"),
+        ([(("history",), "{}")], "the columns of the history are not lists of one length"),
         ([(("history",), "[]")], "length >= 1"),
         ([(("digest",), '"abc"')], "$.digest"),
         ([(("environment", "git"), json.dumps("x" * 1001))], "length <= 1000"),

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from core.errors import UserError
+from core.runs import layout
 from core.runs.store import StoreError, atomic_write, local, read_file
 from core.spec import Spec, resolve, spec_id
 
@@ -251,13 +252,26 @@ def check_name(name: str) -> None:
 
 
 def decode(data: bytes) -> Record:
-    """A record from its JSON; raises ValueError where a run cannot have written it."""
-    return msgspec.json.decode(data, type=Record)
+    """A record from its JSON. Its history may be columns or, as in older records, a list of epochs.
+
+    Raises:
+        ValueError: No run can have written it.
+    """
+    content = msgspec.json.decode(data)
+    if isinstance(content, dict) and isinstance(columns := content.get("history"), dict):
+        lengths = {len(column) if isinstance(column, list) else None for column in columns.values()}
+        if len(lengths) != 1 or None in lengths:
+            raise ValueError("the columns of the history are not lists of one length")
+        content["history"] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return msgspec.convert(content, Record)  # type: ignore[arg-type]  # a union of types is no type to mypy
 
 
 def encode(record: About) -> bytes:
-    """A record, or metadata, as JSON that is readable and the same for equal records."""
-    return msgspec.json.format(msgspec.json.encode(record, order="sorted"), indent=1) + b"\n"
+    """A record, or metadata, as JSON that is readable and the same for equal records; the history as columns."""
+    content = msgspec.json.decode(msgspec.json.encode(record))  # NaN becomes null, which `decode` refuses
+    if rows := content.get("history"):
+        content["history"] = {key: [row[key] for row in rows] for key in rows[0]}
+    return layout.dumps(content).encode()
 
 
 def write_record(path: Path, record: Record) -> None:

@@ -1,15 +1,18 @@
 """CIFAR-10 comes from DVC or a mirror, whole, or is refused by name and with a remedy; nothing altered is unpickled."""
 
+import contextlib
 import hashlib
 import http.server
 import io
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -225,9 +228,108 @@ def test_a_bad_archive_is_refused_and_leaves_nothing(fake, serve, tmp_path, page
     address = serve({"/a": pages.get(page, page if page in ("garbage", "cut") else None)}) + "/a"
     with pytest.raises(DataError) as refused:
         cifar10.load(tmp_path, address)
-    assert address in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert refused.value.args[1].startswith(f"  {address}: ")
+    assert one_line_each(refused)
     assert listing(tmp_path) == []
+
+
+@pytest.fixture
+def busy(fake, monkeypatch):
+    """A server that answers with a function of its handler, and the address."""
+    servers = []
+
+    def start(answer):
+        handler = type("Handler", (http.server.BaseHTTPRequestHandler,), {"do_GET": answer, "log_message": print})
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}/a"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_download_that_only_trickles_is_given_up_in_words(busy, tmp_path, monkeypatch):
+    """A byte now and then: no single wait is ever long enough for a timeout."""
+    monkeypatch.setattr(cifar10, "PATIENCE", 0.3)
+
+    def trickle(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        with contextlib.suppress(OSError):  # the other side has given up
+            for _ in range(3000):
+                handler.wfile.write(b"x")
+                time.sleep(0.01)
+
+    with pytest.raises(DataError) as refused:
+        cifar10.load(tmp_path, busy(trickle))
+    assert re.search(r"/a: too slow: \d+ bytes a second, expected at least 8,000$", refused.value.args[1])
+
+
+def test_a_download_may_pause(busy, fake, tmp_path, monkeypatch):
+    """What counts is the speed over the whole of PATIENCE."""
+    monkeypatch.setattr(cifar10, "PATIENCE", 0.3)
+
+    def pause(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        half = len(fake[1]) // 2
+        for part in (fake[1][:half], fake[1][half:]):
+            handler.wfile.write(part)
+            time.sleep(0.2)
+
+    cifar10.load(tmp_path, busy(pause))
+    assert listing(tmp_path) == SEVEN
+
+
+def test_a_loop_of_redirects_is_one_line(busy, tmp_path):
+    def to_itself(handler):
+        handler.send_response(302)
+        handler.send_header("Location", "/a")
+        handler.end_headers()
+
+    with pytest.raises(DataError, match="redirect error that would lead to an infinite loop") as refused:
+        cifar10.load(tmp_path, busy(to_itself))
+    assert one_line_each(refused)
+
+
+def test_a_password_in_an_address_is_used_and_never_shown(busy, fake, tmp_path):
+    """It goes to the server that it is for, not to the one that this redirects to."""
+    asked = []
+
+    def ask(handler):
+        asked.append((handler.path, handler.headers["Authorization"]))
+        if handler.path == "/a":
+            handler.send_response(302)
+            handler.send_header("Location", "/b")
+            handler.end_headers()
+        else:
+            handler.send_error(403)
+
+    address = busy(ask).replace("//", "//me:sec%2Fret@")
+    with pytest.raises(DataError) as refused:
+        cifar10.load(tmp_path, address)
+    assert asked == [("/a", "Basic bWU6c2VjL3JldA=="), ("/b", None)]  # me:sec/ret
+    assert "sec" not in str(refused.value)
+    assert refused.value.args[1] == f"  {address.replace('me:sec%2Fret@', '')}: Forbidden"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://me:sec/ret@127.0.0.1:9/a", "http://me:sec@ret@127.0.0.1:9/a", "ftp://me:secret@127.0.0.1:9/a"],
+)
+def test_a_password_that_breaks_the_address_is_not_shown_either(fake, tmp_path, address):
+    shown = []
+    with pytest.raises(DataError) as refused:
+        cifar10.load(tmp_path, address, lambda what, *_: shown.append(what))
+    assert "sec" not in "".join((*refused.value.args, *shown))
+
+
+def one_line_each(refused):
+    """Whether nothing in a paragraph ends a line but its lines."""
+    return all(line.isprintable() for line in refused.value.args)
 
 
 @pytest.mark.parametrize(
@@ -237,24 +339,42 @@ def test_a_bad_archive_is_refused_and_leaves_nothing(fake, serve, tmp_path, page
 def test_an_address_that_is_none_is_refused(fake, tmp_path, address):
     with pytest.raises(DataError) as refused:
         cifar10.load(tmp_path, address)
-    assert address in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert refused.value.args[1].startswith(f"  {address}: ")
+    assert one_line_each(refused)
 
 
 def test_nobody_delivers(fake, tmp_path):
     with pytest.raises(DataError) as refused:
         cifar10.load(tmp_path)
-    message = str(refused.value)
-    assert all(name in message for name in cifar10.FILES)
-    assert DEAD in message
-    assert "dvc pull" not in message  # which fills data/, not this folder
-    assert "--data-url" in message
-    assert "\n" not in message
+    assert refused.value.args == (
+        f"{tmp_path / cifar10.FOLDER} lacks the files of CIFAR-10, and nothing delivered them:",
+        f"  {DEAD}: Connection refused",
+        "With a network, run the same command again.",  # not `dvc pull`, which fills data/ and not this folder
+        "With a copy of the archive, run the same command again with --data-url file:///FOLDER/cifar-10-python.tar.gz.",
+        f"With a copy of the files, run the same command again with --data FOLDER, where FOLDER/{cifar10.FOLDER} holds "
+        "them.",
+    )
+
+
+def test_what_dvc_says_is_a_line_without_escape_codes(fake, tmp_path, monkeypatch):
+    """The real one ends in a link in colour."""
+
+    def fails(*_, **__):
+        raise RuntimeError("Checkout failed:\ndata\n<\x1b[36mhttps://me:secret@dvc.org/missing\x1b[39m>")
+
+    monkeypatch.setattr("dvc.repo.Repo", fails)
+    monkeypatch.setattr(cifar10, "ROOT", tmp_path)
+    with pytest.raises(DataError) as refused:
+        cifar10.load(tmp_path / "data")
+    first, dvc, _, retry, *_ = refused.value.args
+    assert "lacks the files of CIFAR-10" in first
+    assert dvc == "  DVC: Checkout failed: data <https://dvc.org/missing>"
+    assert retry == "With a network, run the same command again, or `uv run dvc pull`."
 
 
 def test_a_missing_file_is_named(fake, filled):
     (filled / cifar10.FOLDER / "data_batch_4").unlink()
-    with pytest.raises(DataError, match=r"lacks data_batch_4 and nothing delivered it \(.*\); name an address"):
+    with pytest.raises(DataError, match=r"lacks data_batch_4, and nothing delivered them:\n"):
         cifar10.load(filled)
 
 
@@ -285,7 +405,7 @@ def test_one_flipped_bit_is_refused_and_never_unpickled(filled, name, no_pickle)
     with pytest.raises(DataError) as refused:
         cifar10.verified(filled, name)
     assert f"{path} is altered" in str(refused.value)
-    assert f"rm '{path}'" in str(refused.value)
+    assert f"move it away (mv {path} {filled.parent}/{name}.old)" in str(refused.value)
 
 
 def test_load_refuses_before_it_unpickles_an_altered_file(filled, no_pickle):
@@ -301,7 +421,7 @@ def test_a_file_of_another_size_is_refused(filled, change, no_pickle):
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(
         DataError,
-        match=rf"^cannot read {path}: it has [\d,]+ bytes, expected [a-z ]*[\d,]+; delete it \(rm '{path}'\)[^\n]*$",
+        match=rf"^cannot read {path}: it has [\d,]+ bytes, expected [a-z ]*[\d,]+; move it away \(mv {path} [^\n]*$",
     ):
         cifar10.load(filled)
 
@@ -310,7 +430,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(filled):
     path = filled / cifar10.FOLDER / "batches.meta"
     path.unlink()
     path.mkdir()
-    with pytest.raises(DataError, match=rf"^cannot read {path}: it is not a regular file; delete it \(rm -r [^\n]*$"):
+    with pytest.raises(DataError, match=rf"^cannot read {path}: it is not a regular file; move it away \(mv [^\n]*$"):
         cifar10.load(filled)
 
 
@@ -329,10 +449,11 @@ def test_the_remedy_works(fake, serve, filled):
     path = filled / cifar10.FOLDER / "data_batch_3"
     path.write_bytes(b"")
     address = serve({"/a": fake[1]}) + "/a"
-    with pytest.raises(DataError):
+    with pytest.raises(DataError) as refused:
         cifar10.load(filled, address)
-    path.unlink()
+    subprocess.run(re.search(r"\((mv .*)\)", str(refused.value))[1], shell=True, check=True)
     cifar10.load(filled, address)
+    assert listing(filled) == SEVEN
 
 
 # With DVC: a copy of the project outside Git, its remote beside it as the real one lies.
@@ -422,8 +543,7 @@ def test_a_tampered_remote_is_not_believed(project):
     stored.write_bytes(data)
     done = fetch_in(project)
     assert done.returncode == 1
-    assert "lacks" in done.stderr
-    assert "batches.meta" in done.stderr
+    assert "lacks the files of CIFAR-10" in done.stderr
     assert "DVC: " in done.stderr
     assert not (project / "data" / cifar10.FOLDER / "batches.meta").exists()
 
@@ -433,9 +553,10 @@ def test_no_network_and_no_remote(project):
     shutil.rmtree(project.parent / "shared")
     done = fetch_in(project)
     assert done.returncode == 1
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "lacks data_batch_1" in done.stderr
-    assert "DVC: " in done.stderr
-    assert "run `uv run dvc pull`" in done.stderr
+    first, dvc, *_ = done.stderr.splitlines()
+    assert first.endswith("lacks the files of CIFAR-10, and nothing delivered them:")
+    assert dvc.startswith("  DVC: ")
+    assert "\x1b" not in done.stderr
+    assert "run the same command again, or `uv run dvc pull`." in done.stderr
     assert all(mirror in done.stderr for mirror in cifar10.MIRRORS)
     assert "Traceback" not in done.stderr

@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
-from core import cli, predict
+from core import cli, predict, terminal
 from core.data import cifar10 as dataset
+from core.errors import UserError
 from core.functional import model
 from core.runs import checkpoint, files
 from core.runs.provenance import environment
@@ -360,6 +361,22 @@ def test_evaluate_compares_with_the_record_beside(call, out, key):
 # Terminals
 
 
+def test_whatever_a_name_holds_it_is_shown_in_one_line(capsys):
+    """A file may be called "a\\nb". Only a program makes paragraphs: a UserError with several lines."""
+    odd = "a\nb\r\x1b[31m\u2028"
+    terminal.say(odd)
+    terminal.warn(odd)
+    terminal.fail(UserError(f"cannot read {odd}", "  because"))
+    terminal.fail(OSError(2, "No such file", odd))
+    shown = capsys.readouterr()
+    escaped = r"a\nb\r\x1b[31m\u2028"
+    assert shown.out == f"{escaped}\n"
+    lines = shown.err.splitlines()
+    assert lines[:3] == [escaped, f"error: cannot read {escaped}", "  because"]
+    assert len(lines) == 4
+    assert lines[3].startswith("error: [Errno 2] No such file: ")
+
+
 NOBODY_READS = """
 import os
 reader, writer = os.pipe()
@@ -567,7 +584,16 @@ def test_a_device_of_another_platform(call, out):
 
 def test_no_data_and_no_network(call, tmp_path):
     done = call("run", "smoke", "--no-compile", "--data", tmp_path / "data", "--out", tmp_path / "out")
-    assert_refused(done, tmp_path / "data", "lacks data_batch_1", "--data-url", *dataset.MIRRORS)
+    assert done.returncode == 2
+    first, *tried, again, archive, files = done.stderr.splitlines()
+    assert (
+        first == f"error: {tmp_path / 'data' / dataset.FOLDER} lacks the files of CIFAR-10, and nothing delivered them:"
+    )
+    assert [line.split(": ")[0] for line in tried] == [f"  {mirror}" for mirror in dataset.MIRRORS]
+    assert "run the same command again" in again
+    assert "--data-url" in archive
+    assert "--data FOLDER" in files
+    assert max(map(len, done.stderr.splitlines())) < 200
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
@@ -583,11 +609,15 @@ def test_damaged_data(call, data_dir, tmp_path, damage):
         path.write_bytes(data[:-1] if damage == "truncated" else data[:-1] + b"!")
     done = call("run", "smoke", "--no-compile", "--data", tmp_path, "--out", tmp_path / "out")
     words = {
-        "truncated": ("has 157 bytes, expected 158", f"rm '{path}'"),
-        "altered": ("is altered", f"rm '{path}'"),
+        "truncated": ("has 157 bytes, expected 158", f"mv {path} "),
+        "altered": ("is altered", f"mv {path} "),
         "missing": ("lacks batches.meta", "--data-url"),
     }
-    assert_refused(done, folder, *words[damage])
+    if damage == "missing":
+        assert done.returncode == 2
+        assert all(word in done.stderr for word in words[damage])
+    else:
+        assert_refused(done, folder, *words[damage])
 
 
 def test_damaged_checkpoints(call, out):

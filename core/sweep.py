@@ -80,7 +80,7 @@ def catalog(suites: Suites) -> dict[str, Experiments]:
     """Every name that can be asked for, and the experiments that it stands for: a suite, a grid or one experiment.
 
     Raises:
-        UserError: a name stands for two different things, or a grid cannot be expanded.
+        UserError: a name stands for two different things, a suite has no valid name, or a grid cannot be expanded.
     """
     found: dict[str, Experiments] = {}
 
@@ -89,6 +89,7 @@ def catalog(suites: Suites) -> dict[str, Experiments]:
             raise UserError(f"the name {name} stands for two different things in experiments/; rename one of them")
 
     for suite, specs in suites.items():
+        check_name(suite, "a suite")
         everything: Experiments = {}
         for name, spec in specs.items():
             grid = expand(name, spec)

@@ -41,7 +41,7 @@ def child(argv, stdout, stderr, data, env, whole, pictures, threads, patch):
         load = cifar10.load
         cifar10.load = lambda folder, *rest: data[whole] if folder == FOLDER else load(folder, *rest)
         if not pictures:
-            plots.draw = lambda picture: 10 * plots.identifier(picture)
+            plots.draw = lambda picture: b"<dc:identifier>" + 10 * plots.identifier(picture)
         exec(patch, {})
         status = main.main(argv)
     except BaseException:

@@ -160,10 +160,28 @@ def test_report_gives_the_bytes_that_the_run_left(call, out):
     assert "\n## By lr\n" in (out / "results.md").read_text()
 
 
-def test_a_report_by_a_key_that_is_none(call, tmp_path):
-    done = call("report", "--group-by", "learning_rate", "--out", tmp_path)
+def test_a_report_by_a_key_that_is_none(call, out):
+    before = contents(out)
+    done = call("report", "--group-by", "learning_rate", "--out", out)
     assert_refused(done, "cannot group by 'learning_rate'", "did you mean 'lr'?")
-    assert contents(tmp_path) == {}
+    assert contents(out) == before
+
+
+def test_a_report_of_a_folder_that_has_no_runs(call, tmp_path):
+    assert_refused(call("report", "--out", tmp_path / "typo"), "there are no runs under", tmp_path / "typo")
+    assert_refused(call("report", "--out", tmp_path), "there are no runs under")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [["run", "smoke", "--no-compile"], ["report"]], ids=lambda value: value[0])
+def test_a_file_of_somebody_else_is_left_as_it_is(call, tmp_path, command):
+    """Which is known before anything is trained."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "results.md").write_text("# Results of my thesis\n")
+    done = call(*command, "--out", tmp_path)
+    assert_refused(done, tmp_path / "results.md", "was not written by this program", "--out")
+    assert {path.name for path in tmp_path.rglob("*")} == {"checkpoints", "results.md"}
+    assert (tmp_path / "results.md").read_text() == "# Results of my thesis\n"
 
 
 def test_list_shows_every_suite_and_experiment(call):
@@ -654,7 +672,8 @@ def test_an_out_that_cannot_be_written(call, tmp_path, command, where):
         out.mkdir()
     in_the_way = out if where == "out" else out / "checkpoints"
     in_the_way.write_text("mine")
-    assert_refused(call(*command, "--out", out), "cannot write", in_the_way)
+    words = ("there are no runs under", out) if command == ["report"] else ("cannot write", in_the_way)
+    assert_refused(call(*command, "--out", out), *words)
     assert in_the_way.read_text() == "mine"
 
 

@@ -144,6 +144,19 @@ def test_to_reserve_room_is_a_courtesy_and_a_limit_is_not(tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_only_its_owner_may_replace_is_known_beforehand(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.touch()
+    tmp_path.chmod(0o1777)  # as /tmp has it
+    store.reserve(path, 1, 1)
+    monkeypatch.setattr(store.os, "geteuid", lambda: 12345)
+    with pytest.raises(StoreError, match=rf"cannot write {path}: it belongs to another user"):
+        store.reserve(path, 1, 1)
+    store.reserve(tmp_path / "b", 1, 1)
+    tmp_path.chmod(0o777)
+    store.reserve(path, 1, 1)
+
+
 # Locks
 
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from core.report import markdown
 from core.runs import checkpoint
 from core.runs.files import Run
 from core.runs.record import ResumePoint, Weights, read_record
@@ -416,12 +417,13 @@ core.runs.resume.save = fill_up
 def test_results_that_cannot_be_written_stay_as_they_are(start, smoke, tmp_path):
     finish(start, *smoke[:-1], 1, out=tmp_path)
     long = "import core.report.rebuild as r\nr.markdown.markdown = lambda *_: 'x' * 1_000_000\n"
-    for patch, name in (("", "checkpoints/learning-curves.svg"), (long, "results.md")):
-        (tmp_path / name).write_bytes(b"the old one")
+    svg, text = b"<dc:identifier>" + b"0" * 64, markdown.HEADER.encode()  # as they are known to be ours
+    for patch, name, old in (("", "checkpoints/learning-curves.svg", svg), (long, "results.md", text)):
+        (tmp_path / name).write_bytes(old)
         process = start("report", out=tmp_path, patch=patch + LIMIT.format(n=500_000 if patch else 500))
         assert process.wait() == 2
         assert f"error: cannot write {tmp_path / name}" in process.output()
-        assert (tmp_path / name).read_bytes() == b"the old one"
+        assert (tmp_path / name).read_bytes() == old
     assert_nothing_left(tmp_path)
 
 

@@ -144,6 +144,21 @@ def test_a_name_for_two_things_is_refused(suites):
         sweep.catalog(suites)
 
 
+@pytest.mark.parametrize(
+    "name", ["results.csv", "metrics.json", "learning-curves.svg", "x.PNG", "results.lock", "a.1.tmp"]
+)
+def test_names_of_files_of_the_report_are_refused(name):
+    """The folder of such an experiment would be where a file has to be."""
+    with pytest.raises(UserError, match=f"'{name}' cannot name an experiment, as files of the report end in"):
+        sweep.runs({name: {}}, {})
+
+
+@pytest.mark.parametrize("suite", ["a/b", "..", "x" * 101, "", "a\n"])
+def test_a_suite_whose_picture_could_not_be_written_is_refused(suite):
+    with pytest.raises(UserError, match="cannot name a suite"):
+        sweep.catalog({suite: {"x": {}}})
+
+
 # Seeds
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from statistics import fmean, median_high
 
 from core.code_hash import same_numbers
-from core.data.cifar10 import DIRECTORY_HASH
+from core.data import cifar10
 from core.report import best_run, comparisons, plots, published, sheet, stats, text
 from core.report.catalog import Catalog
 from core.report.stats import Group
@@ -191,7 +191,7 @@ def _introduction(results: stats.Results) -> str:
         splits = results.compared[0][0].metrics
         n = [split.n for split in (splits.train, splits.validation, splits.test) if split]
         images = f"{n[0]:,} train, {n[1]:,} validation and {n[2]:,} test"
-    other = "" if results.data == DIRECTORY_HASH else f" The data are not CIFAR-10: {results.data[:12]}."
+    other = "" if results.data == cifar10.DIRECTORY_HASH else f" The data are not CIFAR-10: {results.data[:12]}."
     return (
         f"{HEADER} Accuracies are measured in evaluation mode on all {images} images; the test split is read once, at "
         f"the end of a run. Every choice below is made by validation.{other}\n\n"

@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Collection
 from statistics import fmean
@@ -74,6 +75,11 @@ def identifier(picture: Picture) -> bytes:
     return hashlib.sha256(msgspec.json.encode(picture.content)).hexdigest().encode()
 
 
+def is_picture(data: bytes) -> bool:
+    """Whether the content of a file is a picture that `draw` made: it has an identifier."""
+    return re.search(rb"(<dc:identifier>|Identifier\0)[0-9a-f]{64}", data) is not None
+
+
 def draw(picture: Picture) -> bytes | None:
     """The picture as SVG or PNG, equal bytes for equal contents; None where what it shows is not there.
 
@@ -111,8 +117,8 @@ def _import_matplotlib() -> None:
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise PictureError(
-                f"there are no pictures, since matplotlib cannot be imported ({type(error).__name__}: {reason}); mend "
-                "its installation or its settings (a file matplotlibrc), then `uv run main.py report` draws them"
+                f"no picture can be drawn, since matplotlib cannot be imported ({type(error).__name__}: {reason}); "
+                "mend its installation or its settings (a file matplotlibrc), then `uv run main.py report` draws them"
             ) from None
         finally:
             os.environ.update(refused)
@@ -252,6 +258,10 @@ class Intervals(NamedTuple):
     bars: list[Bar]
 
 
+def suite_path(suite: str) -> str:
+    return f"checkpoints/suite-{suite}.svg"
+
+
 def intervals(suite: str, groups: list[stats.Group]) -> Picture:
     """The accuracies of the experiments of a suite, the best by validation first."""
     shown = stats.ranked(groups)[:BARS]
@@ -266,7 +276,7 @@ def intervals(suite: str, groups: list[stats.Group]) -> Picture:
     bars = [Bar(group.label, of(group, "validation"), of(group, "test")) for group in shown]
     alt = f"Accuracy on validation and test with 95% intervals, from the best, {bars[0].label}, to {bars[-1].label}"
     height = 1.5 + 0.45 * len(bars)
-    return Picture(f"checkpoints/suite-{suite}.svg", alt, Intervals(title, bars), _paint_intervals, height)
+    return Picture(suite_path(suite), alt, Intervals(title, bars), _paint_intervals, height)
 
 
 def _paint_intervals(figure: "Figure", content: Intervals, _: Any) -> None:

@@ -8,7 +8,7 @@ from statistics import fmean, median_high, stdev
 from typing import Any, NamedTuple
 
 from core.code_hash import same_numbers
-from core.data.cifar10 import DIRECTORY_HASH
+from core.data import cifar10
 from core.runs.record import UNSET, Finished, Record
 from core.spec import canonical
 
@@ -76,7 +76,9 @@ def results(records: Iterable[Record]) -> Results:
     """What is compared, and what is shown apart. The data are CIFAR-10, or where no run has that, what most have."""
     finished = [record for record in records if isinstance(record, Finished)]
     data = Counter(record.data for record in finished)
-    usual = max(data, key=lambda name: (name == DIRECTORY_HASH, data[name], name), default=DIRECTORY_HASH)
+    usual = max(
+        data, key=lambda name: (name == cifar10.DIRECTORY_HASH, data[name], name), default=cifar10.DIRECTORY_HASH
+    )
     parts = Results([], [], [], usual)
     ours = [record for record in finished if parts.has(record)]
     return Results(

@@ -241,14 +241,22 @@ class ResumePoint(About):
 Record = Finished | Failed
 
 
-def check_name(name: str) -> None:
-    """Raise UserError unless `name` can name an experiment, and so a folder."""
+# How names of other things in checkpoints/ end, beside the folders of the experiments.
+ENDINGS = (".csv", ".json", ".lock", ".owner", ".png", ".svg", ".tmp")
+
+
+def check_name(name: str, what: str = "an experiment") -> None:
+    """Raise UserError unless `name` can name an experiment, and so a folder in checkpoints/; or a suite."""
     try:
         msgspec.convert(name, Name)
     except msgspec.ValidationError:
         raise UserError(
-            f"{name!r} cannot name an experiment, expected at most {MAX_NAME} letters, digits and _.+=-, no sign first"
+            f"{name!r} cannot name {what}, expected at most {MAX_NAME} letters, digits and _.+=-, no sign first"
         ) from None
+    if name.lower().endswith(ENDINGS):
+        raise UserError(
+            f"{name!r} cannot name {what}, as files of the report end in {', '.join(ENDINGS)}; choose another name"
+        )
 
 
 def decode(data: bytes) -> Record:

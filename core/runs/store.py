@@ -96,6 +96,8 @@ def reserve(path: Path, size: int, copies: int) -> None:
     with _temporary(path) as temporary:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "Is a directory")
+        if _is_kept(path):
+            raise PermissionError(errno.EPERM, "it belongs to another user, in a folder with the sticky bit")
         free = shutil.disk_usage(path.parent).free
         if free < copies * size:
             raise OSError(errno.ENOSPC, f"{copies * size:,} bytes are needed, {free:,} are free")
@@ -105,6 +107,14 @@ def reserve(path: Path, size: int, copies: int) -> None:
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # file systems without it
                     raise
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether there is a file that only its owner may replace: the folder has the sticky bit, as /tmp has."""
+    if not path.exists() or not hasattr(os, "geteuid"):
+        return False
+    folder = path.parent.stat()
+    return bool(folder.st_mode & stat.S_ISVTX) and os.geteuid() not in (0, folder.st_uid, path.lstat().st_uid)
 
 
 @contextlib.contextmanager

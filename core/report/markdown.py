@@ -170,12 +170,11 @@ def _apart(results: stats.Results, catalog: Catalog) -> str:
     commands = "\n".join(_commands(results.apart, catalog, " --force"))
     return (
         f"\n## {APART}\n\nOther code or other data can give other numbers. These runs are therefore in no other table, "
-        "mean, choice, comparison or picture of this report. A row has the runs whose code gives the same numbers and "
-        "whose data are the same. In [results.csv]"
-        f"({sheet.RUNS}) their column `current` is False.\n\n"
+        "mean, choice, comparison or picture of this report. A row is an experiment, with one code and one data set. "
+        f"In [results.csv]({sheet.RUNS}), the column `current` of these runs is False.\n\n"
         + _table(columns, results.apart[: text.ROWS])
         + (f"\n{left_out:,} more are left out.\n" if left_out > 0 else "")
-        + f"\nThis trains them anew, with this code on CIFAR-10:\n\n```sh\n{commands}\n```\n"
+        + f"\nThese commands train them anew, with this code and on CIFAR-10:\n\n```sh\n{commands}\n```\n"
     )
 
 

@@ -1,6 +1,7 @@
 """CIFAR-10 comes from DVC or a mirror, whole, or is refused by name and with a remedy; nothing altered is unpickled."""
 
 import contextlib
+import functools
 import hashlib
 import http.server
 import io
@@ -30,11 +31,11 @@ def md5(data):
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
-def batch(i):
+def batch(i, count):
     """One of the six files of images, each of one grey but for a column that counts."""
-    images = np.full((10_000, 3072), i, dtype=np.uint8)
-    images[:, 1] = np.arange(10_000) % 251
-    return pickle.dumps({b"data": images, b"labels": [(i + n) % 10 for n in range(10_000)]}, protocol=2)
+    images = np.full((count, 3072), i, dtype=np.uint8)
+    images[:, 1] = np.arange(count) % 251
+    return pickle.dumps({b"data": images, b"labels": [(i + n) % 10 for n in range(count)]}, protocol=2)
 
 
 def packed(files):
@@ -48,17 +49,21 @@ def packed(files):
     return out.getvalue()
 
 
-@pytest.fixture(scope="module")
-def contents():
-    """Name -> bytes of an invented CIFAR-10, and its archive."""
-    files = {name: batch(i) for i, name in enumerate(list(cifar10.FILES)[:6])} | {"batches.meta": b"labels" * 20}
+@functools.cache
+def contents(count):
+    """Name -> bytes of an invented CIFAR-10 with so many images a file, and its archive."""
+    names = list(cifar10.FILES)
+    files = {name: batch(i, count) for i, name in enumerate(names[:6])} | {"batches.meta": b"labels" * 20}
     return files, packed(files)
 
 
+whole = pytest.mark.parametrize("fake", [10_000], indirect=True, ids=["whole"])  # for those that read it into tensors
+
+
 @pytest.fixture
-def fake(monkeypatch, contents):
-    """The invented CIFAR-10 as the published one, with no mirror that answers."""
-    files, archive = contents
+def fake(request, monkeypatch):
+    """An invented CIFAR-10, small but for `whole`, as the published one, with no mirror that answers."""
+    files, archive = contents(getattr(request, "param", 20))
     monkeypatch.setattr(cifar10, "FILES", {name: (md5(data), len(data)) for name, data in files.items()})
     monkeypatch.setattr(cifar10, "ARCHIVE_MD5", md5(archive))
     monkeypatch.setattr(cifar10, "ARCHIVE_BYTES", len(archive))
@@ -156,6 +161,7 @@ def test_data_dvc_tracks_the_directory_of_these_files():
     assert f"size: {sum(size for _, size in cifar10.FILES.values())}\n" in tracked
 
 
+@whole
 def test_read_puts_every_image_and_label_in_its_place(filled):
     data = cifar10.read(filled)
     assert [tuple(t.shape) for t in data] == [(50_000, 3072), (50_000,), (10_000, 3072), (10_000,)]
@@ -182,6 +188,7 @@ def test_complete_data_asks_nobody(filled, monkeypatch):
     cifar10.fetch(filled)
 
 
+@whole
 def test_a_mirror_delivers_the_seven_files_and_no_other(fake, serve, tmp_path, monkeypatch):
     files, archive = fake
     monkeypatch.setattr(cifar10, "MIRRORS", (DEAD, serve({"/a": archive}) + "/a"))
@@ -268,6 +275,7 @@ def test_a_download_that_only_trickles_is_given_up_in_words(busy, tmp_path, monk
     assert re.search(r"/a: too slow: \d+ bytes a second, expected at least 8,000$", refused.value.args[1])
 
 
+@whole
 def test_a_download_may_pause(busy, fake, tmp_path, monkeypatch):
     """What counts is the speed over the whole of PATIENCE."""
     monkeypatch.setattr(cifar10, "PATIENCE", 0.3)
@@ -434,6 +442,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(filled):
         cifar10.load(filled)
 
 
+@whole
 def test_what_is_unpickled_are_the_bytes_that_were_hashed(filled, monkeypatch):
     """A file that changes between the two must not slip through: it is opened once."""
     opened: list[str] = []
@@ -444,6 +453,7 @@ def test_what_is_unpickled_are_the_bytes_that_were_hashed(filled, monkeypatch):
     assert sorted(opened) == sorted(cifar10.FILES)
 
 
+@whole
 def test_the_remedy_works(fake, serve, filled):
     """What the message says to do mends it."""
     path = filled / cifar10.FOLDER / "data_batch_3"

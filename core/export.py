@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from core import predict
+from core.compile.isolation import isolated
 from core.data import cifar10
 from core.errors import UserError
 from core.predict import Network
@@ -33,14 +34,15 @@ class Classifier(nn.Sequential):
     """A network as the module that is exported: a `Model`. Its tensors have the names that the checkpoint has."""
 
     def __init__(self, network: Network) -> None:
-        super().__init__(*predict.as_module(network.spec))
+        with torch.random.fork_rng(devices=[]):  # the weights that torch draws for the modules are replaced below
+            super().__init__(*predict.as_module(network.spec))
         self.load_state_dict(network.params | network.stats)
         self.network = network
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         params: dict[str, Tensor] = dict(self.named_parameters())
-        return self.network._replace(params=params, stats=dict(self.named_buffers()))(images)
+        return self.network._replace(params=params, stats=dict(self.named_buffers())).logits(images)
 
 
 def torch_bytes(program: ExportedProgram) -> bytes:
@@ -117,12 +119,13 @@ def check_images(folder: Path) -> tuple[Tensor, str]:
     is in `folder`, else random ones."""
     if "test_batch" in cifar10.missing(folder):
         generator = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (COUNT, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        images = torch.randint(0, 256, (COUNT, 3, 32, 32), generator=generator, dtype=torch.uint8, device="cpu")
         return images, f"{COUNT} random images"
     images = torch.from_numpy(cifar10.read_batch(folder, "test_batch")[b"data"][:COUNT])
     return images.view(COUNT, 3, 32, 32), f"{COUNT} test images"
 
 
+@isolated()
 def export(network: Network, kind: str, path: str | Path, images: Tensor) -> Exported:
     """Write a network, whose weights are on the CPU, as a file that takes any number of images and normalises them.
 

@@ -4,17 +4,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.compile.isolation import is_traced, isolated
+from core.data import identity
 from core.data.cifar10 import Cifar10
-from core.data.identity import data_identity
+from core.errors import UserError
 from core.functional import augment, model, step
 from core.runs import checkpoint
 from core.runs.checkpoint import Shapes
 from core.runs.record import Finished, Metrics, Record, Weights, read_record
 from core.runs.store import local
 from core.spec import Spec
+
+
+class InputError(UserError, ValueError):
+    """What a network is called with are no images or labels; the message says what they are."""
 
 
 class Network(NamedTuple):
@@ -34,17 +41,78 @@ class Network(NamedTuple):
         params, stats = ({name: t.to(device) for name, t in part.items()} for part in (self.params, self.stats))
         return Network(params, stats, self.about)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits, float32 [n, 10], of images: uint8 [n, 3, 32, 32] or [n, 3072], the red plane first."""
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.params.values())).device
+
+    def __call__(self, images: Tensor | np.ndarray) -> Tensor:
+        """Logits, float32 [n, 10], on the device of the network.
+
+        Args:
+            images: uint8 [n, 3, 32, 32] or [n, 3072], the red plane first; a tensor on any device, or an array.
+
+        Raises:
+            InputError: they are something else.
+        """
+        if is_traced():  # only the arithmetic can be
+            return self.logits(images)  # type: ignore[arg-type]  # an array becomes a tensor there
+        with isolated(self.spec["precision"]):
+            return self.logits(as_images(images).to(self.device))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The same for a tensor on the device of the network, unchecked and under the caller's settings of torch."""
         return model.forward(self.params, self.stats, augment.normalise(images.flatten(1)), self.spec)[0]
 
     def digest(self) -> str:
         """The sha256 of the weights; see core.runs.checkpoint.digest."""
         return checkpoint.digest({**self.params, **self.stats})
 
-    def evaluate(self, images: Tensor, labels: Tensor, flip: bool = False) -> dict[str, Any]:
-        """Loss and accuracy over all the images; see core.functional.step.answers."""
-        return step.evaluate(self.params, self.stats, images, labels, self.spec, flip=flip)
+    def evaluate(self, images: Tensor | np.ndarray, labels: Tensor | np.ndarray, flip: bool = False) -> dict[str, Any]:
+        """Loss and accuracy over all the images; see core.functional.step.answers.
+
+        Args:
+            images: as in a call. labels: int64 [n], from 0 to 9; a tensor on any device, or an array.
+
+        Raises:
+            InputError: they are something else, or there are none.
+        """
+        with isolated(self.spec["precision"]):
+            pixels, classes = as_images(images).flatten(1).to(self.device), as_labels(labels, len(images))
+            return step.evaluate(self.params, self.stats, pixels, classes.to(self.device), self.spec, flip=flip)
+
+
+def as_images(images: Tensor | np.ndarray) -> Tensor:
+    """Images as a tensor, if they are such that a network can be called with them; else raises InputError."""
+    pixels = _as_tensor(images, "images")
+    if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) not in ((3, 32, 32), (3072,)):
+        raise InputError(
+            f"the images are {pixels.dtype} {list(pixels.shape)}, expected uint8 [n, 3, 32, 32] or [n, 3072]: the red, "
+            "green and blue planes of each, with values from 0 to 255"
+        )
+    return pixels
+
+
+def as_labels(labels: Tensor | np.ndarray, n: int) -> Tensor:
+    """Labels of so many images as a tensor; raises InputError where they are none."""
+    classes = _as_tensor(labels, "labels")
+    if not n:
+        raise InputError("there are no images, expected at least one")
+    if classes.dtype != torch.int64 or tuple(classes.shape) != (n,):
+        raise InputError(f"the labels are {classes.dtype} {list(classes.shape)}, expected int64 [{n}]")
+    if classes.min() < 0 or classes.max() >= model.CLASSES:
+        raise InputError(f"the labels are from {classes.min()} to {classes.max()}, expected 0 to {model.CLASSES - 1}")
+    return classes
+
+
+def _as_tensor(values: Tensor | np.ndarray, name: str) -> Tensor:
+    if isinstance(values, np.ndarray):
+        try:
+            return torch.from_numpy(values.copy())  # torch takes no array that is read-only, or reversed
+        except TypeError:
+            raise InputError(f"the {name} are an array of {values.dtype}, expected integers") from None
+    if not isinstance(values, Tensor):
+        raise InputError(f"the {name} are of the type {type(values).__name__}, expected a tensor or an array of NumPy")
+    return values
 
 
 def template(about: Weights) -> Shapes:
@@ -53,6 +121,7 @@ def template(about: Weights) -> Shapes:
     return checkpoint.shapes_of(params | stats)
 
 
+@isolated()
 def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     """The network in a checkpoint.
 
@@ -65,9 +134,14 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     return Network(params, stats, about).to(device)
 
 
-def likeliest(network: Network, image: Tensor, count: int = 3) -> list[tuple[int, float]]:
-    """The most likely classes of one image, uint8 [3, 32, 32], and their probabilities, the most likely first."""
-    found = network(image[None]).softmax(1)[0].topk(count)
+@isolated()
+def likeliest(network: Network, image: Tensor | np.ndarray, count: int = 3) -> list[tuple[int, float]]:
+    """The most likely classes of one image, uint8 [3, 32, 32], and their probabilities, the most likely first.
+
+    Raises:
+        InputError: it is something else.
+    """
+    found = network(_as_tensor(image, "images")[None]).softmax(1)[0].topk(count)
     return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
 
 
@@ -107,13 +181,15 @@ def evaluate(path: str | Path, network: Network, data: Cifar10, flip: bool = Fal
 
     Raises:
         core.runs.record.RecordError: there is a record, but it cannot be read.
+        core.data.cifar10.DataError: it is no such data.
     """
+    identity.check(data)
     record = recorded(path)
     test, digest, trained_with = None if flip else network.about.test, network.about.digest, network.about.data
     if isinstance(record, Finished):
         digest, trained_with = record.digest, record.data
         test = (record.flipped.test if record.flipped else None) if flip else record.metrics.test
-    other_data = None if trained_with == data_identity(data) else trained_with
+    other_data = None if trained_with == identity.data_identity(data) else trained_with
     test = None if other_data else test
     found = network.evaluate(data.test_images, data.test_labels, flip)
     as_recorded = test is None or (found["correct"] == test.correct and abs(found["loss"] - test.loss) < 1e-4)

@@ -13,6 +13,7 @@ import torch
 from core.compile import cache
 from core.compile.device import emulates_bfloat16, pick_device
 from core.compile.fused import CompileError
+from core.compile.isolation import check_threads, isolated
 from core.data import identity, loader
 from core.data.cifar10 import Cifar10
 from core.errors import UserError
@@ -52,6 +53,10 @@ OnEvent = Callable[[Event], None]
 
 class TooLarge(UserError):
     """There is not enough memory for these runs together; one by one they may have it."""
+
+
+class ForkError(UserError):
+    """This process is a fork of one that has used a GPU, or gradients beside one; the message says what to do."""
 
 
 class Interrupted(UserError):
@@ -101,6 +106,7 @@ def run_experiment(
     return record
 
 
+@isolated()
 def run_cohort(
     runs: Sequence[tuple[str, Spec]],
     out: str | Path,
@@ -116,6 +122,8 @@ def run_cohort(
 ) -> list[Record]:
     """Train experiments together: each step is one call for all of them. Every run has the files that it would have
     alone, and the numbers within rounding (tests/test_cohort.py). One that diverges does not stop the others.
+
+    The caller's settings of torch change nothing; see core.compile.isolation.
 
     Args:
         runs: names and specs; the specs agree on core.spec.static and on `epochs`.
@@ -143,13 +151,17 @@ def run_cohort(
         core.runs.store.StoreError: files cannot be written or read.
         core.runs.files.OtherData: a run is finished already, with other data.
         core.runs.resume.ResumeError: a run cannot go on bit for bit, or has begun with other data.
+        core.compile.isolation.SettingError: the caller has changed torch in a way that changes bits for ever.
         TooLarge: memory does not suffice for more than one run.
+        ForkError: torch does not work in this fork of a process.
         Interrupted: `should_stop` said so.
     """
+    check_threads()
     device = pick_device(device) if isinstance(device, str) else device
     identity.check(data)
     named, mode = identity.data_identity(data), "compiled" if compiled else "eager"
-    data = loader.place(data, device)
+    with _failing([]):
+        data = loader.place(data, device)
     sessions = []
     for (name, spec), on_event in zip(runs, on_events or [lambda event: None] * len(runs), strict=True):
         check_name(name)
@@ -191,10 +203,19 @@ def _last_common_step(sessions: list["Session"]) -> int | None:
 
 @contextlib.contextmanager
 def _failing(sessions: list["Session"]) -> Iterator[None]:
-    """Where memory runs out, a run has failed, and a cohort is too large."""
+    """Where memory runs out, a run has failed, and a cohort is too large.
+
+    Raises:
+        ForkError: torch refuses to work in a fork.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "fork" in str(error):
+            raise ForkError(
+                "torch does not work in a fork of a process that has used a GPU, or gradients beside one: start the "
+                "workers with the method 'spawn' of multiprocessing"
+            ) from error
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise  # a CPU allocator raises a RuntimeError, and says only in its message what it is
         if len(sessions) > 1:

@@ -22,9 +22,9 @@ RULES = {
         "data",
     },  # data: its identity, classes, images
     "train": {"errors", "spec", "functional", "data", "compile"},  # no files, so no runs; no terminal
-    "predict": {"errors", "spec", "functional", "data", "runs"},
+    "predict": {"errors", "spec", "functional", "data", "compile", "runs"},
     "images": {"errors", "runs"},
-    "export": {"errors", "runs", "data", "predict"},
+    "export": {"errors", "runs", "data", "compile", "predict"},
     "verify": {"errors", "spec", "data", "runs", "session"},
     "remote": {"code_hash", "errors", "spec", "data", "runs", "session"},
     "session": {"errors", "spec", "functional", "data", "compile", "runs", "train"},

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from core import predict
 from core.data.identity import data_identity
 from core.functional import model, step
+from core.predict import InputError
 from core.runs import checkpoint
 from core.runs.checkpoint import CheckpointError
 from core.runs.files import Run
@@ -94,6 +95,77 @@ def test_evaluate_is_the_evaluation_of_the_run(saved, invented):
     path, spec, params, stats = saved
     expected = step.evaluate(params, stats, invented.test_images, invented.test_labels, spec)
     assert predict.load(path).evaluate(invented.test_images, invented.test_labels) == expected
+
+
+# What it is called with
+
+
+def test_images_are_tensors_or_arrays_in_either_shape(saved, invented):
+    network = predict.load(saved[0])
+    images, labels = invented.test_images, invented.test_labels
+    expected, evaluated = network(images), network.evaluate(images, labels)
+    pictures = images.view(-1, 3, 32, 32)
+    frozen = pictures.numpy().copy()
+    frozen.flags.writeable = False
+    for same in (pictures, images.numpy(), frozen, pictures.numpy()[::-1].copy()[::-1]):
+        assert torch.equal(network(same), expected)
+        assert network.evaluate(same, labels.numpy()) == evaluated
+    assert network(images[:0]).shape == (0, 10)
+    assert predict.likeliest(network, pictures[0].numpy()) == predict.likeliest(network, pictures[0])
+
+
+def test_a_network_can_be_compiled_and_differentiated(saved, invented):
+    network = predict.load(saved[0])
+    images = invented.test_images[:3]
+    traced = torch.compile(network, backend="eager", fullgraph=True)
+    assert torch.equal(traced(images), network(images))
+
+    def loss(params):
+        return network._replace(params=params)(images).sum()
+
+    assert torch.func.grad(loss)(network.params).keys() == network.params.keys()
+
+
+WRONG_IMAGES = {
+    "floats in 0..1": (
+        lambda t: t / 255,
+        r"the images are torch\.float32 \[100, 3, 32, 32\], expected uint8 \[n, 3, 32",
+    ),
+    "integers": (lambda t: t.long(), r"torch\.int64"),
+    "channels last": (lambda t: t.permute(0, 2, 3, 1), r"torch\.uint8 \[100, 32, 32, 3\]"),
+    "one image": (lambda t: t[0], r"\[3, 32, 32\]"),
+    "one flat image": (lambda t: t[0].flatten(), r"\[3072\]"),
+    "half of it": (lambda t: t.flatten(1)[:, :1536], r"\[100, 1536\]"),
+    "an array of floats": (lambda t: t.numpy() / 255, r"torch\.float64"),
+    "an array of text": (lambda t: t.numpy().astype(str), "an array of <U3"),
+    "a list": (lambda t: t.tolist(), "the images are of the type list"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_IMAGES.values(), ids=WRONG_IMAGES)
+def test_other_images_are_refused_in_a_sentence(saved, invented, change, message):
+    network, images = predict.load(saved[0]), invented.test_images.view(-1, 3, 32, 32)
+    for call in (network, lambda wrong: network.evaluate(wrong, invented.test_labels)):
+        with pytest.raises(InputError, match=message) as refused:
+            call(change(images))
+        assert isinstance(refused.value, ValueError)
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.int(), r"the labels are torch\.int32 \[100\], expected int64 \[100\]"),
+        (lambda t: t[1:], r"the labels are torch\.int64 \[99\], expected int64 \[100\]"),
+        (lambda t: t + 1, "the labels are from 1 to 10, expected 0 to 9"),
+        (lambda t: t.tolist(), "the labels are of the type list"),
+    ],
+)
+def test_other_labels_are_refused_in_a_sentence(saved, invented, change, message):
+    with pytest.raises(InputError, match=message):
+        predict.load(saved[0]).evaluate(invented.test_images, change(invented.test_labels))
+    with pytest.raises(InputError, match="there are no images"):
+        predict.load(saved[0]).evaluate(invented.test_images[:0], invented.test_labels[:0])
 
 
 # Beside what the run recorded

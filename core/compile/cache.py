@@ -76,6 +76,9 @@ class Description(msgspec.Struct):
     sha256: str
 
 
+_descriptions = msgspec.json.Decoder(Description)  # built here: see the types in core/runs/record.py
+
+
 _chosen: tuple[Path, str | None] | None = None  # what `folder` and `problem` return
 
 
@@ -177,7 +180,7 @@ def find(recipe: Recipe) -> Library | None:
     for place in dict.fromkeys(_candidates() + chosen):
         path = place / f"{recipe.name}.so"
         with contextlib.suppress(OSError, ValueError, RecursionError):  # It is missing, damaged or not to be trusted.
-            described = msgspec.json.decode(_read(path.with_suffix(".json"), DESCRIPTION_LIMIT), type=Description)
+            described = _descriptions.decode(_read(path.with_suffix(".json"), DESCRIPTION_LIMIT))
             inputs = described.inputs
             fits = len(set(inputs)) == len(inputs) and all(0 <= i < recipe.tensors for i in inputs)
             built = Built(_read(path, LIBRARY_LIMIT), inputs, described.problem)

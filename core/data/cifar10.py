@@ -84,13 +84,13 @@ def read(folder: Path) -> Cifar10:
 
     from core.data.identity import note_published
 
-    images = torch.empty(60_000, 3072, dtype=torch.uint8)
-    labels = torch.empty(60_000, dtype=torch.int64)
+    images = torch.empty(60_000, 3072, dtype=torch.uint8, device="cpu")
+    labels = torch.empty(60_000, dtype=torch.int64, device="cpu")
     verified(folder, "batches.meta")
     for i, name in enumerate(list(FILES)[:6]):
         batch = read_batch(folder, name)
         images[i * 10_000 : (i + 1) * 10_000] = torch.from_numpy(batch[b"data"])
-        labels[i * 10_000 : (i + 1) * 10_000] = torch.tensor(batch[b"labels"])
+        labels[i * 10_000 : (i + 1) * 10_000] = torch.tensor(batch[b"labels"], device="cpu")
     data = Cifar10(images[:50_000], labels[:50_000], images[50_000:], labels[50_000:])
     note_published(data)
     return data

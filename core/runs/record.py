@@ -240,6 +240,11 @@ class ResumePoint(About):
 
 Record = Finished | Failed
 
+# msgspec builds what it needs for a type when the type is first used. Two threads that do so at once crash the process,
+# so all types are built here.
+for _each in (Finished, Failed, Weights, ResumePoint):
+    msgspec.json.Decoder(_each)
+
 
 # How names of other things in checkpoints/ end, beside the folders of the experiments.
 ENDINGS = (".csv", ".json", ".lock", ".owner", ".png", ".svg", ".tmp")

@@ -52,6 +52,7 @@ def test_a_new_file_counts_from_its_first_day(core, folder):
         ("compile/fused.py", "fullgraph=True", "fullgraph=False"),
         ("train.py", "+= 1", "-= 1"),
         ("__init__.py", "AUTO,STRICT", "AUTO"),
+        ("spec.py", "1e-3", "2e-3"),  # a default
     ],
 )
 def test_a_changed_constant_counts(core, name, old, new):

@@ -133,7 +133,7 @@ def run_command(args: argparse.Namespace) -> int:
         return dry_run(args, runs)
     prepare(args.out, catalog())  # an --out that cannot be written is found before the training, not after it
     display, todo = terminal.Display(runs, args.verbose, STARTED), []
-    for run, record in with_results(args, runs):
+    for run, record in with_results(args, runs, display.tally):
         if record:
             display.tally.add(record)
         else:
@@ -147,18 +147,24 @@ def run_command(args: argparse.Namespace) -> int:
     return status
 
 
-def with_results(args: argparse.Namespace, runs: list[sweep.Run]) -> Iterator[tuple[sweep.Run, Finished | None]]:
+def with_results(
+    args: argparse.Namespace, runs: list[sweep.Run], tally: sweep.Tally
+) -> Iterator[tuple[sweep.Run, Finished | None]]:
     """The runs, each with its result if it need not be trained. Names, and leaves out, those that may not be trained:
-    their record cannot be read."""
-    begun = files.under_way(args.out)
+    their record cannot be read, or other code has made it."""
+    begun, of_other_code = files.under_way(args.out), []
     for name, spec in runs:
         try:
             run = files.Run(args.out, name, spec_id(spec))
             result = run.result() if args.force else run.finished(cifar10.DIRECTORY_HASH, begun)
         except RecordError as error:
             warn(f"error: {error}")
+        except files.OtherCode:
+            of_other_code.append(tally.label(name, spec["seed"]))
+            tally.leave_out(spec)
         else:
             yield (name, spec), None if args.force else result
+    terminal.other_code(of_other_code)
 
 
 def train_and_tell(args: argparse.Namespace, runs: list[sweep.Run], display: terminal.Display) -> int:
@@ -197,12 +203,12 @@ def measured(out: Path, device: str = "auto", threads: int | None = None) -> swe
 
 def dry_run(args: argparse.Namespace, runs: list[sweep.Run]) -> int:
     """Show each run with what it will take; write nothing."""
-    known, label = measured(args.out, args.device, 1 if args.ray else None), sweep.Tally(runs).label
+    known, tally = measured(args.out, args.device, 1 if args.ray else None), sweep.Tally(runs)
     mode, todo = "eager" if args.no_compile else "compiled", []
-    for (name, spec), done in with_results(args, runs):
+    for (name, spec), done in with_results(args, runs, tally):
         todo += [] if done else [spec]
         found = "finished" if done else terminal.estimate(known.estimate([spec], mode))
-        say(f"{label(name, spec['seed'])}  {spec_id(spec)}  {found}")
+        say(f"{tally.label(name, spec['seed'])}  {spec_id(spec)}  {found}")
     total = known.estimate(todo, mode)
     say(f"{len(runs):,} runs, {len(todo):,} to train: {terminal.estimate(total, while_trained=True)}")
     return 0

@@ -149,7 +149,8 @@ def run_cohort(
         core.runs.store.Held: another process is at work on one of the runs.
         core.runs.record.RecordError: a run has a record that cannot be read, and that it does not replace.
         core.runs.store.StoreError: files cannot be written or read.
-        core.runs.files.OtherData: a run is finished already, with other data.
+        core.runs.files.OtherData, core.runs.files.OtherCode: a run is finished already, but with other data, or by code
+            that gives other numbers; with `force` it is trained anew.
         core.runs.resume.ResumeError: a run cannot go on bit for bit, or has begun with other data.
         core.compile.isolation.SettingError: the caller has changed torch in a way that changes bits for ever.
         TooLarge: memory does not suffice for more than one run.

@@ -296,6 +296,11 @@ class Tally:
             )
             self.results.setdefault(record.name, []).append(result)
 
+    def leave_out(self, spec: Spec) -> None:
+        """Do not count a run of the call: it is neither finished nor trained."""
+        self.total -= 1
+        self._left -= work(spec)
+
     def seconds_left(self) -> float | None:
         """As fast as the runs of this call so far; None before the first has ended. The median, since one of them may
         have been stopped with Ctrl-Z for an hour."""

@@ -35,6 +35,7 @@ from core.sweep import Estimate, Run, Tally
 SAME_STOP = 1.0  # seconds within which a second signal is the same stop: `uv run` and a supervisor may both send it
 NARROW = 60  # columns
 ROWS = 30  # of a table, at most
+SHOWN = 3  # runs that a sentence names, at most
 
 console = Console(highlight=False, markup=False, emoji=False)
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -92,6 +93,17 @@ class Warnings(logging.Handler):
             warn(text)
 
 
+def other_code(labels: Sequence[str]) -> None:
+    """Say which finished runs are of other code, if any are."""
+    if labels:
+        more = f" and {len(labels) - SHOWN:,} more" if len(labels) > SHOWN else ""
+        runs = "finished run is" if len(labels) == 1 else "finished runs are"
+        warn(
+            f"{len(labels):,} {runs} of other code, which gives other numbers ({', '.join(labels[:SHOWN])}{more}): "
+            "neither counted as results of this code nor replaced; --force trains them anew"
+        )
+
+
 class Stop:
     """SIGINT, SIGTERM and SIGHUP: the first asks the run to save and stop, a later one stops at once."""
 
@@ -127,7 +139,8 @@ class Display:
         """`verbose`: show the epochs of several runs, too. `started`: time.perf_counter() at the start of the
         process."""
         self.tally, self.stop = Tally(runs), Stop()
-        self.epochs = verbose or self.tally.total == 1
+        self.several = self.tally.total > 1
+        self.epochs = verbose or not self.several
         self.since, self.what = started, "the process"
         self.seconds = 0.0  # what each of the last runs took; 0 where they were finished already
         self.noticed: set[str] = set()
@@ -136,7 +149,7 @@ class Display:
     def found(self) -> None:
         """Say which runs were finished already."""
         tally = self.tally
-        if tally.done and tally.total > 1:
+        if tally.done and self.several:
             say(f"{tally.done:,} of {tally.total:,} runs are finished already; --force trains them again")
         elif tally.done:
             ((name, (result,)),) = tally.results.items()
@@ -223,7 +236,7 @@ class Display:
         tally.add(record, seconds)
         if not isinstance(record, Finished):
             warn(f"{label} failed: {record.error}")
-        elif tally.total > 1:
+        elif self.several:
             validation, test = record.metrics.validation, record.metrics.test.accuracy
             on_validation = f"validation {stats.percent(validation.accuracy)}, " if validation else ""
             how = f"in {duration(self.seconds)}" if self.seconds else "by another process"

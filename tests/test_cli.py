@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from core import cli, predict, terminal
+from core.code_hash import CODE
 from core.data import cifar10 as dataset
 from core.errors import UserError
 from core.functional import model
@@ -112,6 +113,24 @@ def test_a_second_call_trains_nothing(call, out):
     assert f"smoke ({SMOKE}) is finished: {100 * record(out)['metrics']['test']['accuracy']:.2f}%" in done.stdout
     assert "epoch 1" not in done.stdout
     assert contents(out) == before
+
+
+@pytest.mark.slow
+def test_a_run_of_other_code_is_named_and_neither_counted_nor_replaced(call, out):
+    path = weights(out).with_suffix(".json")
+    path.write_text(path.read_text().replace(CODE, "0" * 12))
+    before = path.read_bytes()
+    done = call("run", "smoke", "--no-compile", "--data", "/nowhere", "--out", out)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "1 finished run is of other code, which gives other numbers (smoke): neither counted as results of this code "
+        "nor replaced; --force trains them anew\n"
+    )
+    assert done.stdout == ""
+    assert path.read_bytes() == before
+    dry = call("run", "smoke", "--dry-run", "--no-compile", "--out", out)
+    assert dry.stderr == done.stderr
+    assert dry.stdout.startswith("1 runs, 0 to train")
 
 
 @pytest.mark.slow

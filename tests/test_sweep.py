@@ -301,6 +301,22 @@ def test_a_resumed_run_counts_with_the_time_of_all_its_steps(capsys):
         assert f"{seed + 1} of 3 done, about {left} left" in capsys.readouterr().out
 
 
+def test_runs_of_other_code_are_named_in_a_line(capsys):
+    terminal.other_code([])
+    terminal.other_code([f"a seed {seed}" for seed in range(5)])
+    (line,) = capsys.readouterr().err.splitlines()
+    said = "5 finished runs are of other code, which gives other numbers (a seed 0, a seed 1, a seed 2 and 2 more): "
+    assert line.startswith(said)
+    assert line.endswith("; --force trains them anew")
+
+
+def test_a_run_that_is_left_out_counts_neither_as_done_nor_as_left(tally):
+    for seed in range(2):
+        tally.leave_out(sweep.runs({"b": {}}, {"epochs": 3, "seed": seed})[0][1])
+        tally.add(make("a", seed=seed, epochs=3), 2.0)
+    assert (tally.done, tally.total, tally.seconds_left()) == (2, 2, 0)
+
+
 def test_a_table_has_a_row_for_each_experiment(tally, capsys):
     for seed in range(2):
         for name in "ab":

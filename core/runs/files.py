@@ -12,6 +12,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from core.code_hash import CODE, same_numbers
 from core.errors import UserError
 from core.runs.record import Finished, RecordError, read_each, read_record
 from core.runs.store import Held, delete, local, locked, reserve, sweep
@@ -22,6 +23,10 @@ Begun = Set[tuple[str, str]]  # runs by their names and the ids of their specs
 
 class OtherData(UserError):
     """There is a result of a run, but of other data; the message says where."""
+
+
+class OtherCode(UserError):
+    """There is a result of a run, but of other code; the message says how to replace it."""
 
 
 class Run:
@@ -65,7 +70,8 @@ class Run:
             data: what the run is asked for with; see core.data.identity.
 
         Raises:
-            OtherData: the result is of other data. RecordError: as `result`.
+            OtherData, OtherCode: the result is of other data, or of code that gives other numbers. RecordError: as
+                `result`.
         """
         # The cheap question first: a folder may hold 10,000 runs, and to look for resume points reads all their names.
         if not (result := self.result()):
@@ -76,6 +82,11 @@ class Run:
             raise OtherData(
                 f"{self.record} is the result of other data ({found.data}, now {data}): name another folder with "
                 "--out, or replace it with --force"
+            )
+        if found and not same_numbers(found.environment.code):
+            raise OtherCode(
+                f"{self.record} is the result of other code ({found.environment.code or 'unknown'}, now {CODE}): name "
+                "another folder with --out, or replace it with --force"
             )
         return found
 

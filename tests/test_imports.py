@@ -106,7 +106,7 @@ def test_only_the_terminal_and_main_print():
 
 
 def test_what_answers_at_once_imports_no_torch():
-    """`main.py list` and a refused argument need not wait for it."""
+    """`main.py --help`, `list --keys`, `report` and a refused argument need not wait for it."""
     seen, left = set(), [ROOT / "main.py"]
     while left:
         path = left.pop()

@@ -1,4 +1,6 @@
-"""The example of the README, as it stands there."""
+"""What the README says of the code: its example as it stands there, its map of the files, its count of lines."""
+
+import re
 
 from core import session
 from core.data import cifar10
@@ -28,3 +30,23 @@ def test_the_notebook_of_the_readme(invented, tmp_path, monkeypatch, capsys):
     assert [isinstance(record, Failed) for record in names["records"]] == [False, False, True, False, False, False]
     assert len(list(tmp_path.glob("trials/checkpoints/small-lr=*/*.json"))) == 6
     assert capsys.readouterr().out == f"{best.name} {best.seed} {best.metrics.test.accuracy}\n"
+
+
+def test_the_map_names_every_file_of_core():
+    """In the block of "Read it": a file as core/x.py, or below the line of its folder, such as core/data/."""
+    block = (ROOT / "README.md").read_text().split("## Read it\n")[1].split("```")[1]
+    found, folder = [], ""
+    for line in block.splitlines():
+        places = re.match(r" *([\w./]+(?:, [\w./]+)*)", line)
+        names = places[1].split(", ") if places else []
+        folder = folder if line.startswith(" ") else names[0] if names else ""
+        found += [folder + name for name in names] if line.startswith(" ") else names
+    files = [path.relative_to(ROOT).as_posix() for path in (ROOT / "core").rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(name for name in found if name.startswith("core/") and name.endswith(".py")) == sorted(files)
+    assert all((ROOT / name).exists() for name in re.findall(r"[\w./]+/[\w./]*", block))
+
+
+def test_the_core_has_about_as_many_lines_as_the_readme_says():
+    said = re.search(r"numbers\s+take about ([\d,]+) lines", (ROOT / "README.md").read_text())
+    files = [*(ROOT / "core" / "functional").glob("*.py"), ROOT / "core" / "data" / "loader.py"]
+    assert abs(sum(len(path.read_text().splitlines()) for path in files) - int(said[1].replace(",", ""))) <= 50

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from core.errors import UserError
 from core.runs.store import local, locked, read_file
 
-if TYPE_CHECKING:  # torch takes two seconds to import, which `main.py list` and a missing file need not wait for
+if TYPE_CHECKING:  # torch takes two seconds to import, and only `read` needs it
     from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,10 +5,11 @@ import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from core.errors import UserError
@@ -36,19 +37,43 @@ def find(paths: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """The image in 8 bits a channel. Of 16 bits the upper 8 stay, as Pillow has it for colours; grey it would cut off
-    at 255.
+def eight_bits(image: Image.Image, source: Image.Image) -> Image.Image:
+    """The image in 8 bits a channel, with its transparent colour. Of 16 bits the upper 8 stay, as Pillow has it for
+    colours; grey it would cut off at 255.
+
+    Args:
+        source: the file that it is from.
 
     Raises:
-        ValueError: it has more bits, or floats, whose black and white are not known.
+        ValueError: it has numbers of which one does not know which is white.
     """
+    if image.mode == "RGBA" and source.format == "BMP" and source.getchannel("A").getextrema() == (0, 0):
+        return image.convert("RGB")  # many programs leave the fourth byte of a pixel empty
     if not image.mode.startswith(("I", "F")):
         return image
-    pixels = np.asarray(image)
-    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 0xFFFF:
-        raise ValueError("it has more than 16 bits a channel")
-    return Image.fromarray((pixels >> 8).astype(np.uint8))
+    tags = source.tag_v2 if isinstance(source, TiffImagePlugin.TiffImageFile) else {}
+    # 32 bits of Pillow are 16 of a PPM.
+    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (32,))[0] if source.format == "TIFF" else 16
+    signed = tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0] != 1
+    if image.mode == "F" or bits > 16 or signed:
+        raise ValueError("it has floats, signed numbers or more than 16 bits a channel: its white is not known")
+    pixels = np.asarray(image).astype(np.uint16)
+    grey = (pixels >> (bits - 8)).astype(np.uint8)
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # white is 0; Pillow heeds it in 8 bits only
+        grey = 255 - grey
+    if (transparent := image.info.get("transparency")) is None:
+        return Image.fromarray(grey)
+    return Image.fromarray(np.stack([grey, np.where(pixels == transparent, 0, 255).astype(np.uint8)], 2))
+
+
+def scale_transparent_colour(image: Image.Image) -> None:
+    """In a PNG the transparent colour is in the bits of the file. Pillow makes 8 bits a channel of the pixels alone; it
+    has to be asked before it reads them."""
+    colour, raw = image.info.get("transparency"), str(image.tile[0][3]) if image.format == "PNG" else ""
+    if colour is not None and raw in ("L;2", "L;4"):
+        image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[raw]
+    elif colour is not None and raw == "RGB;16B":
+        image.info["transparency"] = tuple(channel >> 8 for channel in colour)
 
 
 def read(path: str | Path) -> Tensor:
@@ -65,13 +90,16 @@ def read(path: str | Path) -> Tensor:
         with warnings.catch_warnings(), open(open_file(path, MAX_BYTES), "rb") as file:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(file, formats=FORMATS)
-            if max(image.size) > MAX_SIDE:
-                raise Image.DecompressionBombError
-            ImageOps.exif_transpose(image, in_place=True)
-            side = min(image.size)
-            left, top = ((length - side) // 2 for length in image.size)
-            image = eight_bits(image.crop((left, top, left + side, top + side))).convert("RGBA")
+            with mock.patch.object(PngImagePlugin, "MAX_TEXT_CHUNK", PngImagePlugin.MAX_TEXT_MEMORY):
+                source = Image.open(file, formats=FORMATS)
+                if max(source.size) > MAX_SIDE:
+                    raise Image.DecompressionBombError
+                scale_transparent_colour(source)
+                source.load()  # a PNG may have text after its pixels, too
+            ImageOps.exif_transpose(source, in_place=True)
+            side = min(source.size)
+            left, top = ((length - side) // 2 for length in source.size)
+            image = eight_bits(source.crop((left, top, left + side, top + side)), source).convert("RGBA")
             image = image.resize((32, 32), Image.Resampling.LANCZOS)
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     except UnidentifiedImageError:

@@ -4,9 +4,10 @@ import json
 import struct
 import zlib
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from core import images, predict
 from core.data.cifar10 import CLASSES
@@ -113,6 +114,107 @@ def test_what_is_transparent_is_white(tmp_path, mode):
     assert flat(images.read(path)) == (255, 255, 255)
 
 
+def png_of(depth, colour_type, rows, *chunks):
+    """A PNG of 32x32 pixels, from the bytes of each row, with more chunks in front of the pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 32, 32, depth, colour_type, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(b"".join(b"\0" + row for row in rows))
+    parts = (header, *chunks, data, b"IEND")
+    lengths = (struct.pack(">I", len(part) - 4) for part in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        length + part + struct.pack(">I", zlib.crc32(part)) for length, part in zip(lengths, parts, strict=True)
+    )
+
+
+def tiff(bits, photometric, data, sample_format=1):
+    """A TIFF of 32x32 grey pixels."""
+    tags = [(256, 32), (257, 32), (258, bits), (259, 1), (262, photometric), (273, 0), (277, 1), (278, 32)]
+    tags += [(279, len(data)), (339, sample_format)]
+    start = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, start if tag == 273 else value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
+# Rows of which the left half is transparent: depth, colour type, row, transparent colour, colour of the right half.
+HALVES = {
+    "1 bit": (1, 0, bytes([0xFF] * 2 + [0] * 2), (1,), (0, 0, 0)),
+    "2 bits": (2, 0, bytes([0b10101010] * 4 + [0b01010101] * 4), (2,), (85, 85, 85)),
+    "4 bits": (4, 0, bytes([0x55] * 8 + [0x11] * 8), (5,), (17, 17, 17)),
+    "8 bits": (8, 0, bytes([7] * 16 + [8] * 16), (7,), (8, 8, 8)),
+    "16 bits": (16, 0, bytes([70, 1] * 16 + [70, 2] * 16), (70 * 256 + 1,), (70, 70, 70)),
+    "8 bits, colour": (8, 2, bytes([9, 8, 7] * 16 + [8, 8, 7] * 16), (9, 8, 7), (8, 8, 7)),
+    "16 bits, colour": (16, 2, bytes([9, 0, 8, 0, 7, 1] * 16 + [8, 0, 8, 0, 7, 1] * 16), (2304, 2048, 1793), (8, 8, 7)),
+}
+
+
+@pytest.mark.parametrize(("depth", "colour", "row", "transparent", "expected"), HALVES.values(), ids=HALVES)
+def test_the_transparent_colour_of_a_png_is_white(tmp_path, depth, colour, row, transparent, expected):
+    chunk = b"tRNS" + struct.pack(f">{len(transparent)}H", *transparent)
+    (tmp_path / "x.png").write_bytes(png_of(depth, colour, [row] * 32, chunk))
+    found = images.read(tmp_path / "x.png")
+    assert (flat(found[:, :, :16]), flat(found[:, :, 16:])) == ((255, 255, 255), expected)
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [((0, 0), (10, 20, 30)), ((0, 255), None)])
+def test_a_bmp_whose_alpha_is_nowhere_set_has_none(tmp_path, alpha, expected):
+    image = Image.new("RGBA", (32, 32), (10, 20, 30, alpha[0]))
+    image.paste((10, 20, 30, alpha[1]), (0, 0, 16, 32))
+    saved(tmp_path, image, "x.bmp")
+    data = bytearray((tmp_path / "x.bmp").read_bytes())
+    pixels = data[-4096:]
+    # With a header of the fourth version, and masks, the fourth byte is called alpha.
+    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII", 108, 32, 32, 1, 32, 3, 4096, 0, 0, 0, 0) + masks + bytes(52)
+    (tmp_path / "x.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 122 + 4096, 0, 0, 122) + header + pixels)
+    with Image.open(tmp_path / "x.bmp") as opened:
+        assert opened.mode == "RGBA"
+    found = images.read(tmp_path / "x.bmp")
+    if expected:
+        assert flat(found) == expected
+    else:
+        assert (flat(found[:, :, :16]), flat(found[:, :, 16:])) == ((10, 20, 30), (255, 255, 255))
+
+
+@pytest.mark.parametrize(
+    ("bits", "photometric", "data", "expected"),
+    [
+        (16, 1, np.full(1024, 200 * 256 + 3, "<u2").tobytes(), 200),
+        (16, 0, np.full(1024, 200 * 256 + 3, "<u2").tobytes(), 55),
+        (8, 0, bytes([200] * 1024), 55),
+        (12, 1, bytes([0xC8, 0x3C, 0x83] * 512), 200),
+    ],
+)
+def test_grey_of_a_tiff_is_as_bright_as_it_says(tmp_path, bits, photometric, data, expected):
+    (tmp_path / "x.tiff").write_bytes(tiff(bits, photometric, data))
+    assert flat(images.read(tmp_path / "x.tiff")) == (expected,) * 3
+
+
+def test_grey_of_sixteen_bits_in_either_order_of_bytes_and_with_alpha(tmp_path):
+    values = np.full((32, 32), 200 * 256 + 3, ">u2")
+    image = Image.frombytes("I;16B", (32, 32), values.tobytes())
+    assert flat(images.read(saved(tmp_path, image, "x.tiff"))) == (200, 200, 200)
+    (tmp_path / "x.png").write_bytes(png_of(16, 4, [bytes([200, 3, 0, 0] * 16 + [200, 3, 255, 255] * 16)] * 32))
+    found = images.read(tmp_path / "x.png")
+    assert (flat(found[:, :, :16]), flat(found[:, :, 16:])) == ((255, 255, 255), (200, 200, 200))
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_png_may_have_much_text(tmp_path, after):
+    """As programs that make pictures leave there; up to the 64 MB that Pillow reads."""
+    text = b"zTXt" + b"prompt\0\0" + zlib.compress(b"a word " * 500_000)
+    (tmp_path / "x.png").write_bytes(png_of(8, 2, [bytes([1, 2, 3] * 32)] * 32, text))
+    if after:
+        data = png_of(8, 2, [bytes([1, 2, 3] * 32)] * 32)
+        chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+        (tmp_path / "x.png").write_bytes(data[:-12] + chunk + data[-12:])
+    limit = PngImagePlugin.MAX_TEXT_CHUNK
+    assert flat(images.read(tmp_path / "x.png")) == (1, 2, 3)
+    assert limit == PngImagePlugin.MAX_TEXT_CHUNK
+    bomb = b"zTXt" + b"prompt\0\0" + zlib.compress(bytes(70 << 20))
+    (tmp_path / "x.png").write_bytes(png_of(8, 2, [bytes([1, 2, 3] * 32)] * 32, bomb))
+    with pytest.raises(ImageError, match="as an image: Decompressed data too large"):
+        images.read(tmp_path / "x.png")
+
+
 def test_of_an_animation_the_first_picture(tmp_path):
     first, *rest = [Image.new("RGB", (40, 40), colour) for colour in (RED, GREEN, BLUE)]
     assert flat(images.read(saved(tmp_path, first, "x.gif", save_all=True, append_images=rest))) == RED
@@ -165,11 +267,17 @@ def test_not_an_image_or_too_many_pixels(tmp_path, data, words):
         images.read(path)
 
 
-@pytest.mark.parametrize(("mode", "value"), [("I", 70_000), ("I", -1), ("F", 0.5)])
+@pytest.mark.parametrize(("mode", "value"), [("I", 70_000), ("I", -1), ("I", 255), ("F", 0.5), ("F", 255)])
 def test_more_than_sixteen_bits_are_refused_rather_than_cut_off(tmp_path, mode, value):
     path = saved(tmp_path, Image.new(mode, (40, 40), value), "x.tiff")
-    with pytest.raises(ImageError, match=r"as an image: it has more than 16 bits a channel$"):
+    with pytest.raises(ImageError, match=r"or more than 16 bits a channel: its white is not known$"):
         images.read(path)
+
+
+def test_signed_numbers_are_refused(tmp_path):
+    (tmp_path / "x.tiff").write_bytes(tiff(16, 1, np.full(1024, 255, "<i2").tobytes(), sample_format=2))
+    with pytest.raises(ImageError, match=r"signed numbers"):
+        images.read(tmp_path / "x.tiff")
 
 
 @pytest.mark.parametrize("strange", [s for s in STRANGE if s != "folder"])  # what a folder holds is read

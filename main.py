@@ -116,10 +116,18 @@ def train_on_cluster(args: argparse.Namespace, runs: list[sweep.Run], display: t
     with quick_imports():
         from core import remote
     data, groups = load_data(args), sweep.cohorts(runs, args.cohort or 1)
-    left_out = partial(leave_out, display.tally)
-    options = {"device": args.device, "compiled": not args.no_compile, "force": args.force, "on_held": left_out}
     with display.cluster() as ended:
-        for record in remote.train(groups, args.out, data, args.ray, **options):
+        for record in remote.train(
+            groups,
+            args.out,
+            data,
+            args.ray,
+            args.device,
+            compiled=not args.no_compile,
+            force=args.force,
+            on_held=partial(leave_out, display.tally),
+            on_notice=warn,
+        ):
             ended()
             yield record
 

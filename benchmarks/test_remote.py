@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from benchmarks import harness
 from core import remote, session
 from core.runs import record as records
+from core.runs.files import Run
 from core.spec import resolve, spec_id
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="uv run --group ray ... has it")
@@ -40,29 +41,22 @@ def test_two_workers_against_one_process(data, tmp_path, benchmark, board):
     harness.replay.report(benchmark, [times[-1]])
 
 
-def at_once(group, arrays, software, device, compiled):
-    """A worker that has nothing to do: the record of another run, under the name of this one."""
-    [(name, spec)] = group
-    made = replace(records.decode(arrays[0].tobytes()), name=name, spec=spec, spec_id=spec_id(spec), seed=spec["seed"])
-    return [remote.Trained(records.encode(made), b"weights")]
-
-
 @pytest.mark.benchmark(group="remote", timer=harness.replay)
 def test_runs_that_end_at_once(data, tmp_path, benchmark, board, choose, monkeypatch):
-    import numpy as np
+    """The workers have nothing to do: they return one run under many names."""
+    many, tiny = choose(10_000, 1_000), {"widths": [1], "epochs": 1}
+    record = session.run_experiment("x", {**SMALL, **tiny}, tmp_path / "one", data, "cpu", compiled=False)
+    file = Run(tmp_path / "one", "x", record.spec_id).weights.read_bytes()
+    made = records.encode(record)
 
-    many = choose(10_000, 1_000)
-    found = session.run_experiment("x", {**SMALL, "epochs": 1}, tmp_path / "one", data, "cpu", compiled=False)
+    def task(software, group, *rest):
+        [(name, spec)] = group
+        found = replace(records.decode(made), name=name, spec=spec, spec_id=spec_id(spec), seed=spec["seed"])
+        return [remote.Trained(records.encode(found), file)]
 
-    class Canned(list):
-        """What stands in for the images: tensors that are one record."""
-
-        def __iter__(self):
-            yield type("Bytes", (), {"numpy": lambda _: np.frombuffer(records.encode(found), np.uint8)})()
-
-    monkeypatch.setattr(remote, "work", at_once)
+    monkeypatch.setattr(remote, "by_value", lambda: task)
     begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    done = sum(1 for _ in remote.train(groups(many, epochs=1), tmp_path / "many", Canned()))
+    done = sum(1 for _ in remote.train(groups(many, **tiny), tmp_path / "many", data))
     seconds, megabytes = (
         time.perf_counter() - begun,
         (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,

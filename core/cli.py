@@ -19,6 +19,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def parse_address(text: str) -> str:
+    """The address of a Ray cluster. An empty one, as of a variable that is not set, must not mean this machine."""
+    if not text.strip():
+        raise UserError("--ray has an empty address, expected HOST:PORT or auto, or --ray alone for this machine")
+    return text
+
+
 def parse(argv: list[str], data: Path, default: str) -> argparse.Namespace:
     """The `command`, which is `run` where none is named, and its options.
 
@@ -69,6 +76,7 @@ def parse(argv: list[str], data: Path, default: str) -> argparse.Namespace:
         "--ray",
         nargs="?",
         const="local",
+        type=parse_address,
         metavar="ADDRESS",
         help="train on a Ray cluster, by default all of this machine",
     )

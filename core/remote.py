@@ -3,51 +3,73 @@
 import contextlib
 import functools
 import os
+import secrets
 import signal
+import socket
+import sys
 import tempfile
 import threading
+import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors
+import safetensors.torch
 import torch
+from msgspec.structs import replace
 
-from core.code_hash import CODE
+from core.code_hash import CODE, core_bytes_hash
 from core.data import loader
-from core.data.cifar10 import DIRECTORY_HASH, Cifar10
+from core.data.cifar10 import Cifar10
 from core.data.identity import data_identity
 from core.errors import UserError
+from core.runs import checkpoint
 from core.runs import record as records
 from core.runs.files import Begun, Run, under_way
-from core.runs.record import Finished, Record
-from core.runs.store import Held, StoreError, atomic_write, delete, reserve
+from core.runs.provenance import environment
+from core.runs.record import Failed, Finished, Record
+from core.runs.store import Held, atomic_write, delete, reserve
 from core.session import TooLarge, run_cohort
-from core.spec import Spec, spec_id
+from core.spec import Spec, resolve, spec_id
 
 Group = list[tuple[str, Spec]]  # runs that are trained together, as core.session.run_cohort takes them
 
 AHEAD = 2  # tasks handed over for each one that the cluster runs at once: enough to keep it busy
+DEATHS = 3  # a run that has killed so many workers has failed
+FIRST_ANSWER = 10.0  # seconds that the head of a cluster has to answer in
+LOOK = 1.0  # seconds between two looks at the cluster
+QUIET = 10.0  # seconds that the runs wait for a node, or for the head, before it is said
+GONE = 45.0  # seconds after which a silent head is given up. Ray kills this process after 60, without a word
+LOCAL = "local"  # instead of an address: a cluster of this machine alone, for this call
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # reports to nobody
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # nodes have the project and its environment, which are not sent to them
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # else a node that dies prints pages of its state here
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a task without a GPU leaves CUDA_VISIBLE_DEVICES as it is
 }
-LOCAL = "local"  # instead of an address: a cluster of this machine alone, for this call
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # a client's greeting: no settings
 
 
 class ClusterError(UserError):
     """There is no Ray, no cluster, or one that has other code."""
 
 
+class NodeLost(Exception):
+    """A task ended with its node, which is no fault of the run."""
+
+
+class WorkerLost(Exception):
+    """A task ended with its worker; the message says why that may be."""
+
+
 class Software(NamedTuple):
-    """What a worker must have in common with the process that started it."""
+    """What a worker must have in common with the process that started it. The data comes from that process."""
 
     code: str
     torch: str
-    data: str
 
 
 class Trained(NamedTuple):
@@ -57,10 +79,34 @@ class Trained(NamedTuple):
     weights: bytes
 
 
-SOFTWARE = Software(CODE, str(torch.__version__), DIRECTORY_HASH)
+SOFTWARE = Software(core_bytes_hash(), str(torch.__version__))
 
 
-def work(group: Group, stored: list[Any], software: Software, device: str, compiled: bool) -> list[Trained]:
+def by_value() -> Callable[..., list[Trained] | str]:
+    """The task that Ray sends to a worker. Ray sends a function inside a function with its code, and every other one
+    by its name, which means nothing to a worker without this project."""
+
+    def task(software: tuple[str, ...], *arguments: Any) -> Any:
+        """What `work` returns; or a sentence that says why this worker cannot call it."""
+        import platform
+
+        worker = f"a worker on {platform.node()}"
+        remedy = "every node needs this project in the same folder, at the same commit, with its environment"
+        try:
+            from core import remote
+
+            mine = tuple(remote.SOFTWARE)
+        except Exception as error:
+            return f"{worker} cannot import this project ({type(error).__name__}: {error}): {remedy}"
+        if mine != software:
+            different = [f"{a[:12]} (here {b[:12]})" for a, b in zip(mine, software, strict=False) if a != b]
+            return f"{worker} has other code or another torch, {', '.join(different)}: {remedy}"
+        return remote.work(*arguments)
+
+    return task
+
+
+def work(group: Group, stored: list[Any], device: str, compiled: bool) -> list[Trained]:
     """Train a group in a folder of its own: what a worker does.
 
     Args:
@@ -68,13 +114,8 @@ def work(group: Group, stored: list[Any], software: Software, device: str, compi
             list, so that Ray hands over the reference itself.
 
     Raises:
-        ClusterError: this worker has other software. core.session.TooLarge: as `run_cohort`.
+        core.session.TooLarge: as `run_cohort`.
     """
-    different = [
-        f"{key} {mine}" for key, mine, other in zip(Software._fields, SOFTWARE, software, strict=True) if mine != other
-    ]
-    if different:
-        raise ClusterError(f"a worker on {os.uname().nodename} has another {', another '.join(different)}: update it")
     torch.set_num_threads(1)
     data = _mapped(stored[0], device)
     with tempfile.TemporaryDirectory() as out:
@@ -100,25 +141,122 @@ def connected(address: str) -> Iterator[Any]:
     """The module ray, connected to the cluster at an address; "local" starts one on this machine and ends it again.
 
     Raises:
-        ClusterError: Ray is not installed, or there is no cluster.
+        ClusterError: Ray is not installed, or there is no cluster that this process can use.
     """
+    if not address.strip() or "://" in address:
+        raise ClusterError(f"--ray {address!r}, expected HOST:PORT, auto, or nothing for this machine alone")
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    _choose_token(address)
     try:
         import ray
     except ImportError:
         raise ClusterError("Ray is not installed: `uv run --group ray main.py ...` has it") from None
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address, log_to_driver=False, include_dashboard=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"no Ray cluster at {address}: {str(error).splitlines()[0]}") from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, which exits at once
+        head = ray._private.services.canonicalize_bootstrap_address(address)  # what "auto" means; None of "local"
+        if head and (problem := _silent(head, FIRST_ANSWER)):  # else ray.init waits for minutes
+            raise ConnectionError(problem)
+        with _quiet():
+            ray.init(address, log_to_driver=False, include_dashboard=False, configure_logging=False)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        ray.shutdown()
+        raise ClusterError(f"no Ray cluster at {address}: {_reason(error)}") from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, which exits at once
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what is written to stderr: a line for each second that Ray, whose C++ writes there, cannot connect."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _choose_token(address: str) -> None:
+    """Choose the token that Ray's processes know each other by. By itself, Ray writes one into the home folder for a
+    local cluster. From then on `ray start` demands it, but a process that names an address does not send it."""
+    variables = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    known = bool(variables) or os.path.exists(os.path.expanduser("~/.ray/auth_token"))
+    if address == LOCAL and not known:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this process and its cluster
+    elif known:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster without tokens does not mind
+
+
+def _silent(address: str, timeout: float) -> str | None:
+    """Why the head of a cluster does not answer at HOST:PORT; None where it does. It is a gRPC server, so it answers a
+    greeting of HTTP/2 with its settings. A stopped process, or a server of another kind, does not."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout) as connection:
+            if os.environ.get("RAY_USE_TLS") == "1":
+                return None
+            connection.sendall(HTTP2)
+            return None if connection.recv(9)[3:4] == b"\x04" else "what answers there is no Ray cluster"
+    except TimeoutError:
+        return f"no answer within {timeout:g} s"
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _reason(error: BaseException) -> str:
+    """What Ray says, in a line, and what to do where it says that in pages."""
+    said = " ".join(str(error).split())
+    if "InvalidAuthToken" in f"{error} {error.__cause__}":
+        return "it demands another token than ~/.ray/auth_token or $RAY_AUTH_TOKEN here has: copy that of its head"
+    if "ersion mismatch" in said:
+        said += ": every node needs the Ray and the Python of this one"
+    return said
+
+
+class Watch:
+    """Looks at a cluster each `LOOK` seconds, and says what the runs wait for."""
+
+    def __init__(self, ray: Any, device: str, on_notice: Callable[[str], None]) -> None:
+        self.ray, self.what, self.on_notice = ray, "GPU" if device == "cuda" else "CPU", on_notice
+        self.head = ray.get_runtime_context().gcs_address
+        self.looked = -1.0
+        self.answered = self.able = time.monotonic()  # when the head, and a node for a run, were last there
+        self.noticed = False
+        self.count = 1
+
+    def at_once(self) -> int:
+        """How many runs the cluster trains at once, at least 1, since a cluster that grows does so for tasks that wait;
+        0 while its head does not answer, when most calls of Ray would not return.
+
+        Raises:
+            ClusterError: the head has not answered for `GONE` seconds.
+        """
+        now = time.monotonic()
+        if now - self.looked < LOOK:
+            return self.count
+        problem = _silent(self.head, timeout=2)
+        found = 0 if problem else int(self.ray.cluster_resources().get(self.what, 0))
+        self.looked = now = time.monotonic()
+        self.answered = self.answered if problem else now
+        if found:
+            self.able, self.noticed = now, False
+        if now - self.answered > GONE:
+            raise ClusterError(f"the head of the Ray cluster, {self.head}, is gone ({problem})")
+        if now - self.able > QUIET and not self.noticed:
+            self.noticed = True
+            why = f"the head of the cluster, {self.head}, does not answer ({problem})"
+            self.on_notice(f"{why if problem else f'the cluster has no {self.what}'}; the runs wait for it")
+        self.count = 0 if problem else max(1, found)
+        return self.count
 
 
 def train(
@@ -130,49 +268,107 @@ def train(
     compiled: bool = True,
     force: bool = False,
     on_held: Callable[[tuple[str, Spec], Held], None] = lambda run, held: None,
+    on_notice: Callable[[str], None] = lambda notice: None,
 ) -> Iterator[Record]:
     """Train groups of runs on a cluster, each as a task of one CPU core, or of one GPU where the cluster has any, and
     yield their records as they come.
 
-    A task that loses its worker or its node is done again, as often as it takes: for ever, where it is the run that
-    kills its worker, as one does that needs more memory than a node has. Of a run, nothing is written but its end: the
+    A task that loses its node is done again. So is one that loses its worker, until a run has lost `DEATHS` of them: it
+    has then failed, as one does that needs more memory than a node has. Of a run, nothing is written but its end: the
     record and the weights, by this process; what is already finished under `out` is not trained again.
 
     Args:
         data: on the CPU. It goes into the object store once, from where each node maps it.
         force: train even what is finished.
         on_held: called for a run that another process is at work on, which is left out.
+        on_notice: called with a sentence when the runs wait for the cluster.
 
     Raises:
-        ClusterError: there is no cluster, it lacks the device, or a worker has other software.
+        ClusterError: there is no cluster, it lacks the device, a worker has other software or returned something else
+            than it was asked for, or the cluster is gone.
         core.runs.store.StoreError: a file cannot be written.
     """
     named, begun, waiting = data_identity(data), under_way(out), deque(groups)
+    sizes = functools.cache(functools.partial(split_sizes, data))
     tasks: dict[Any, tuple[Group, contextlib.ExitStack]] = {}  # with the locks of their runs
+    deaths: Counter[Path] = Counter()  # of workers, by the record of the run that they were training
     with connected(address) as ray, contextlib.ExitStack() as held:
         chosen = _device(device, ray.cluster_resources())
-        task = ray.remote(num_cpus=1, num_gpus=int(chosen == "cuda"), max_retries=-1)(work)
+        task = ray.remote(num_cpus=1, num_gpus=int(chosen == "cuda"), max_retries=0)(by_value())
         stored = [ray.put([t.numpy() for t in data])]
+        watch = Watch(ray, chosen, on_notice)
         while waiting or tasks:
-            while waiting and len(tasks) < AHEAD * _at_once(ray.cluster_resources(), chosen):
+            at_once = watch.at_once()
+            while waiting and len(tasks) < AHEAD * at_once:
                 locks = held.enter_context(contextlib.ExitStack())
                 mine = [run for run in waiting.popleft() if _lock(run, out, locks, on_held)]
                 # Asked with the locks held: another process may have finished one by now.
                 done = [None if force else _files(out, run).finished(named, begun) for run in mine]
                 yield from filter(None, done)
                 if group := [run for run, record in zip(mine, done, strict=True) if record is None]:
-                    tasks[task.remote(group, stored, SOFTWARE, chosen, compiled)] = group, locks
+                    tasks[task.remote(tuple(SOFTWARE), group, stored, chosen, compiled)] = group, locks
                 else:
                     locks.close()
-            for ended in ray.wait(list(tasks), timeout=1)[0] if tasks else ():
+            if not at_once or not tasks:
+                time.sleep(LOOK)
+                continue
+            for ended in ray.wait(list(tasks), timeout=1)[0]:
                 group, locks = tasks.pop(ended)
                 with locks:
                     try:
-                        yield from [keep(out, trained, begun) for trained in ray.get(ended)]
-                    except ray.exceptions.RayTaskError as error:
-                        if not isinstance(error.cause, TooLarge):
-                            raise error.cause from None
-                        waiting.extendleft([run] for run in reversed(group))  # one by one
+                        trained = _result(ray, ended)
+                    except NodeLost:
+                        waiting.appendleft(group)
+                        continue
+                    except (TooLarge, WorkerLost) as error:
+                        # One by one, and at the end, when others have let go of their memory.
+                        waiting.extend([run] for run in group)
+                        if isinstance(error, WorkerLost) and len(group) == 1:
+                            deaths[(record := _files(out, group[0]).record)] += 1
+                            if deaths[record] == DEATHS:
+                                waiting.pop()
+                                yield keep(out, _failed(group[0], named, chosen, compiled, str(error)), b"")
+                        continue
+                    found = [
+                        (checked(run, each, named, sizes), each.weights)
+                        for run, each in zip(group, trained, strict=True)
+                    ]
+                    yield from [keep(out, record, weights, begun) for record, weights in found]
+
+
+def _result(ray: Any, ended: Any) -> list[Trained]:
+    """What a task returned.
+
+    Raises:
+        NodeLost, WorkerLost: it did not end. ClusterError: its worker has other software, or Ray failed. What `work`
+        raised.
+    """
+    errors = ray.exceptions
+    try:
+        found = ray.get(ended)
+    except errors.RayTaskError as error:
+        raise error.cause from None
+    except (errors.NodeDiedError, errors.ObjectLostError):
+        raise NodeLost from None
+    except errors.OutOfMemoryError:
+        raise WorkerLost("its node had too little memory") from None
+    except errors.WorkerCrashedError:
+        raise WorkerLost("it may need more memory than a node has") from None
+    except errors.RayError as error:
+        raise ClusterError(f"the Ray cluster has failed: {_reason(error)}") from None
+    if isinstance(found, str):
+        raise ClusterError(found)
+    return found
+
+
+def _failed(run: tuple[str, Spec], data: str, device: str, compiled: bool, reason: str) -> Failed:
+    """The record of a run that has lost its last worker, of which this process knows nothing."""
+    name, spec = run
+    here = environment(torch.device("cpu"), "compiled" if compiled else "eager")
+    there = replace(here, device=device, hardware="unknown", device_name="unknown", threads=1)
+    error = f"the worker died {DEATHS} times while it trained this run; {reason}"
+    about = {"name": name, "spec": spec, "spec_id": spec_id(spec), "seed": spec["seed"], "data": data}
+    return Failed(**about, environment=there, error=error)
 
 
 def _files(out: Path, run: tuple[str, Spec]) -> Run:
@@ -185,11 +381,6 @@ def _device(asked: str, resources: dict[str, float]) -> str:
     if asked == "mps" or (asked == "cuda" and not gpus):
         raise ClusterError(f"the cluster has no {'GPU' if asked == 'cuda' else 'device mps'}")
     return "cuda" if gpus and asked != "cpu" else "cpu"
-
-
-def _at_once(resources: dict[str, float], device: str) -> int:
-    """How many tasks a cluster with these resources runs at once."""
-    return max(1, int(resources.get("GPU" if device == "cuda" else "CPU", 1)))
 
 
 def _lock(
@@ -207,29 +398,78 @@ def _lock(
     return True
 
 
-def keep(out: Path, trained: Trained, begun: Begun = frozenset()) -> Record:
+def split_sizes(data: Cifar10, train_on: str) -> list[int | None]:
+    """How many images a run trains on, validates with (None: with none), and is tested on."""
+    examples, validation = loader.to_train_on(data.train_labels, train_on)
+    return [len(examples), None if validation is None else len(validation), len(data.test_labels)]
+
+
+def checked(
+    run: tuple[str, Spec], trained: Trained, data: str, sizes: Callable[[str], list[int | None]]
+) -> Finished | Failed:
+    """The record that a worker returned, if it is one of this run.
+
+    Args:
+        data: the identity of the data; see core.data.identity.
+        sizes: from `train_on` to what `split_sizes` returns.
+
+    Raises:
+        ClusterError: it is another one, or its digest is not that of the weights.
+    """
+    name, spec = run
+    try:
+        record = records.decode(trained.record)
+        found: dict[str, Any] = {
+            "name": record.name,
+            "id": record.spec_id,
+            **{f"spec.{key}": value for key, value in record.spec.items()},  # `decode` has counted the epochs
+            "code": record.environment.code,
+            "torch": record.environment.torch,
+            "data": record.data,
+        }
+        expected: dict[str, Any] = {
+            "name": name,
+            "id": spec_id(spec),
+            **{f"spec.{key}": value for key, value in resolve(spec).items()},
+            "code": CODE,
+            "torch": SOFTWARE.torch,
+            "data": data,
+        }
+        if isinstance(record, Finished):
+            splits = record.metrics.train, record.metrics.validation, record.metrics.test
+            found["images"] = [split and split.n for split in splits]
+            found["digest"] = record.digest
+            expected["images"] = sizes(spec["train_on"])
+            expected["digest"] = checkpoint.digest(safetensors.torch.load(trained.weights))
+    except (ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise ClusterError(f"a worker returned no result of {name} ({error}); it is not kept") from None
+    for key, value in expected.items():
+        if found[key] != value:
+            label = f"{name} seed {spec['seed']}"
+            raise ClusterError(f"a worker returned {label} with {key} {found[key]}, expected {value}; it is not kept")
+    return record
+
+
+def keep(out: Path, record: Record, weights: bytes, begun: Begun = frozenset()) -> Record:
     """Write what a worker has made, and return the record.
 
     Args:
+        weights: the file; of a run that failed, nothing.
         begun: the runs of which there are resume points, which a result makes useless.
 
     Raises:
-        core.runs.store.StoreError: it cannot be written, is no record, or would replace one that cannot be read.
+        core.runs.store.StoreError: it cannot be written, or would replace one that cannot be read.
     """
-    try:
-        record = records.decode(trained.record)
-    except ValueError as error:
-        raise StoreError(f"a worker returned no record ({error})") from None
-    run = Run(out, record.name, spec_id(record.spec))
+    run = Run(out, record.name, record.spec_id)
     had = run.result()  # refuses to replace a record that cannot be read
     if isinstance(record, Finished):
         if run.record.exists():  # of other weights: between the two writes there must be none
-            reserve(run.weights, len(trained.weights), 1)
+            reserve(run.weights, len(weights), 1)
             delete(run.record)
-        atomic_write(run.weights, trained.weights)
-        atomic_write(run.record, trained.record)
+        atomic_write(run.weights, weights)
+        records.write_record(run.record, record)
         if (record.name, run.spec_id) in begun:
             delete(*run.resume_points())
     elif not had:  # the result that it had another time stays
-        atomic_write(run.record, trained.record)
+        records.write_record(run.record, record)
     return record

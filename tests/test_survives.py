@@ -169,7 +169,7 @@ def test_killed_inside_every_write(start, smoke, tmp_path):
         assert_nothing_left(out)
         assert (out / "results.md").read_text().count("| smoke |") == 1
         n += 1
-    assert n >= 12  # the owner of the lock, the resume point, the weights, record, picture, results.md; two syncs each
+    assert n >= 12  # the resume point, weights, record, tables, picture, results.md; two syncs each
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

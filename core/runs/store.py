@@ -186,7 +186,9 @@ def locked(path: Path, owner: Path | None = None, timeout: float = -1) -> Iterat
         raise StoreError(f"cannot write under {path.parent}: {reason}") from None
     try:
         if owner is not None:
-            atomic_write(owner, f"process {os.getpid()} on {platform.node()}\n".encode())
+            with _temporary(owner) as temporary:  # not synced: it says nothing after a power cut
+                temporary.write_text(f"process {os.getpid()} on {platform.node()}\n")
+                os.replace(temporary, owner)
         yield
     finally:
         if owner is not None:

@@ -167,6 +167,7 @@ def with_results(
             result = run.result() if args.force else run.finished(cifar10.DIRECTORY_HASH, begun)
         except RecordError as error:
             warn(f"error: {error}")
+            tally.leave_out(spec)
         except files.OtherCode:
             of_other_code.append(tally.label(name, spec["seed"]))
             tally.leave_out(spec)

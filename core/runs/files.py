@@ -73,7 +73,7 @@ class Run:
             OtherData, OtherCode: the result is of other data, or of code that gives other numbers. RecordError: as
                 `result`.
         """
-        # The cheap question first: a folder may hold 10,000 runs, and to look for resume points reads all their names.
+        # Before the resume points: to look for them reads all names of a folder, which may hold 10,000 runs.
         if not (result := self.result()):
             return None
         again = self.resume_points() if begun is None else (self.folder.name, self.spec_id) in begun

@@ -9,7 +9,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from core.errors import UserError
@@ -66,7 +66,7 @@ def eight_bits(image: Image.Image, source: Image.Image) -> Image.Image:
     return Image.fromarray(np.stack([grey, np.where(pixels == transparent, 0, 255).astype(np.uint8)], 2))
 
 
-def scale_transparent_colour(image: Image.Image) -> None:
+def scale_transparent_colour(image: ImageFile.ImageFile) -> None:
     """In a PNG the transparent colour is in the bits of the file. Pillow makes 8 bits a channel of the pixels alone; it
     has to be asked before it reads them."""
     colour, raw = image.info.get("transparency"), str(image.tile[0][3]) if image.format == "PNG" else ""

@@ -488,16 +488,16 @@ def project(tmp_path):
     return copy
 
 
-def fetch_in(project):
-    """Fetch there in a process of its own, with no network but loopback."""
+def fetch_in(project, cwd=None):
+    """Fetch there in a process of its own, with no network but loopback, from the current folder `cwd`."""
     program = (
-        "import sys; from core.data import cifar10\n"
+        f"import sys; sys.path[0] = {str(project)!r}; from core.data import cifar10\n"
         "try: cifar10.fetch(cifar10.ROOT / 'data')\n"
         "except cifar10.DataError as error: sys.exit(str(error))"
     )
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     env = {**os.environ, **proxies, "no_proxy": "", "NO_PROXY": "", "PYTHONPATH": ""}
-    return subprocess.run((sys.executable, "-c", program), cwd=project, env=env, capture_output=True, text=True)
+    return subprocess.run((sys.executable, "-c", program), cwd=cwd or project, env=env, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -510,6 +510,19 @@ def test_dvc_delivers_in_a_copy_without_git(project):
     assert listing(project / "data") == SEVEN
     for name in cifar10.FILES:
         cifar10.verified(project / "data", name)
+    assert (project / "data.dvc").read_text() == (ROOT / "data.dvc").read_text()
+
+
+@pytest.mark.slow
+def test_dvc_delivers_from_another_folder_and_through_a_link(project):
+    """As a scheduler or a notebook starts it, with the data on another disk."""
+    elsewhere = project.parent / "elsewhere"
+    elsewhere.mkdir()
+    (project / "data").symlink_to(elsewhere)
+    done = fetch_in(project, elsewhere)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (project / "data").is_symlink()
+    assert listing(elsewhere) == SEVEN
     assert (project / "data.dvc").read_text() == (ROOT / "data.dvc").read_text()
 
 

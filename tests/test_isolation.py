@@ -18,6 +18,7 @@ from core.compile import isolation
 from core.compile.isolation import SettingError, check_threads, isolated
 from core.data import cifar10 as dataset
 from core.export import export
+from core.functional import model
 from core.runs.files import Run
 from core.session import run_experiment
 
@@ -208,6 +209,12 @@ def test_no_switch_changes_the_data_that_is_read(data_dir, cifar10):
     assert all(t.device.type == "cpu" for t in again)
     assert torch.equal(again.test_images, cifar10.test_images)
     assert torch.equal(again.train_labels, cifar10.train_labels)
+
+
+def test_a_template_that_was_made_under_another_dtype_is_not_kept(network, plain):
+    with SWITCHES["float64"]():
+        assert model.template(model.folded(plain[0].spec))[0]["1.weight"].dtype == torch.float64
+        predict.load(network[0])
 
 
 def test_settings_come_back_when_the_last_of_several_calls_has_ended():

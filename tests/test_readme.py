@@ -1,6 +1,8 @@
 """What the README says of the code: its example as it stands there, its map of the files, its count of lines."""
 
 import re
+import subprocess
+import sys
 
 from core import session
 from core.data import cifar10
@@ -30,6 +32,18 @@ def test_the_notebook_of_the_readme(invented, tmp_path, monkeypatch, capsys):
     assert [isinstance(record, Failed) for record in names["records"]] == [False, False, True, False, False, False]
     assert len(list(tmp_path.glob("trials/checkpoints/small-lr=*/*.json"))) == 6
     assert capsys.readouterr().out == f"{best.name} {best.seed} {best.metrics.test.accuracy}\n"
+
+
+def test_the_first_line_of_a_notebook_in_a_folder_of_its_own(tmp_path):
+    """With it, the core and the data are found from there."""
+    line = re.search(r"its first line is\s+`([^`]+)`", (ROOT / "README.md").read_text())[1]
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "core").symlink_to(ROOT / "core")
+    program = f"{line}\nimport core.spec, pathlib\nprint(pathlib.Path('data').absolute())"
+    done = subprocess.run(
+        (sys.executable, "-P", "-c", program), cwd=tmp_path / "notebooks", capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(tmp_path.resolve() / "data")
 
 
 def test_the_map_names_every_file_of_core():

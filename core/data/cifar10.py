@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # torch takes two seconds to import, and only `read` needs it
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "cifar-10-batches-py"
+TRACKED = str(ROOT / "data.dvc")  # DVC takes a relative path from the current folder
 
 # The md5 that torchvision.datasets.CIFAR10 publishes, and the size in bytes.
 FILES = {
@@ -162,9 +163,9 @@ def _fetch(folder: Path, url: str | None, progress: Progress) -> None:
         if name not in absent:
             verified(folder, name)  # existing files first, so that the error names the bad one
     tried = []
-    tracked = folder.resolve() == ROOT / "data"
+    tracked = folder.resolve() == (ROOT / "data").resolve()  # it may be a link
     if tracked:
-        problem = _dvc(lambda repo: repo.pull("data.dvc"))
+        problem = _dvc(lambda repo: repo.pull(TRACKED))
         if not missing(folder):
             return
         tried.append(f"  DVC: {problem or 'the pull left files missing'}")
@@ -188,7 +189,7 @@ def _fetch(folder: Path, url: str | None, progress: Progress) -> None:
         for name in FILES:
             verified(folder, name)
         # It is what data.dvc names; now DVC has it in its cache, as after a pull.
-        _dvc(lambda repo: repo.commit("data.dvc", force=True))
+        _dvc(lambda repo: repo.commit(TRACKED, force=True))
 
 
 def _dvc(command: Callable[[Any], Any]) -> str | None:

@@ -240,11 +240,12 @@ def _init(stack: Stack, generator: Generator) -> tuple[Tensors, Tensors]:
 
 def template(spec: Spec) -> tuple[Tensors, Tensors]:
     """What `init` returns, on the meta device: names, shapes and dtypes without data."""
-    return _template(layers(spec))
+    return _template(layers(spec), torch.get_default_dtype())
 
 
 @functools.lru_cache(maxsize=4096)  # a sweep asks for the same few shapes thousands of times
-def _template(stack: Stack) -> tuple[Tensors, Tensors]:
+def _template(stack: Stack, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
+    """`dtype`: torch's default, which `_init` heeds."""
     with torch.device("meta"):
         return _init(stack, torch.Generator())
 

@@ -28,6 +28,7 @@ from core.data.identity import data_identity
 from core.errors import UserError
 from core.runs import checkpoint
 from core.runs import record as records
+from core.runs.checkout import keep_diff
 from core.runs.files import Begun, Run, under_way
 from core.runs.provenance import environment
 from core.runs.record import Failed, Finished, Record
@@ -467,9 +468,11 @@ def keep(out: Path, record: Record, weights: bytes, begun: Begun = frozenset()) 
             reserve(run.weights, len(weights), 1)
             delete(run.record)
         atomic_write(run.weights, weights)
+        keep_diff(run, record.environment)
         records.write_record(run.record, record)
         if (record.name, run.spec_id) in begun:
             delete(*run.resume_points())
     elif not had:  # the result that it had another time stays
+        keep_diff(run, record.environment)
         records.write_record(run.record, record)
     return record

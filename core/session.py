@@ -20,6 +20,7 @@ from core.errors import UserError
 from core.functional import step
 from core.functional.tree import flatten
 from core.runs import checkpoint, resume
+from core.runs.checkout import keep_diff
 from core.runs.files import Run
 from core.runs.provenance import environment
 from core.runs.record import (
@@ -403,11 +404,15 @@ class Session:
             flipped=Flipped(flipped.get("validation"), flipped["test"]),
             whitening=checkpoint.digest(training.whitening) if training.whitening else UNSET,
         )
-        write_record(self.run.record, self.record)
+        self.write(self.record)
         delete(*self.run.resume_points())
 
     def fail(self, reason: str) -> None:
         """Leave the record of a run that failed. The result that it had another time stays."""
         self.record = Failed(**self.about(), error=reason)
         if not self.run.result():
-            write_record(self.run.record, self.record)
+            self.write(self.record)
+
+    def write(self, record: Record) -> None:
+        keep_diff(self.run, record.environment)
+        write_record(self.run.record, record)

@@ -1,7 +1,8 @@
 """Where runs keep their files.
 
 A run of an experiment NAME whose spec has the id ID owns checkpoints/NAME/ID.*: ID.safetensors (weights), ID.json (the
-record), and while it is under way ID.step-N.safetensors (resume points), ID.lock and ID.owner.
+record), ID.diff.gz (changes of the code that were not committed, if there were any), and while it is under way
+ID.step-N.safetensors (resume points), ID.lock and ID.owner.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ class Run:
         self.spec_id = spec_id
         self.weights = self.folder / f"{spec_id}.safetensors"
         self.record = self.folder / f"{spec_id}.json"
+        self.diff = self.folder / f"{spec_id}.diff.gz"
 
     def lock(self):
         """Keep the run for this process. Raises Held where another process has it for longer than a sweep takes."""

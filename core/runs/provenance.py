@@ -3,15 +3,13 @@
 import contextlib
 import os
 import platform
-import subprocess
 from pathlib import Path
 
 import torch
 
 from core.code_hash import CODE
+from core.runs.checkout import checkout
 from core.runs.record import Environment
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # Environment variables that change the arithmetic of MKL, oneDNN, cuBLAS or ATen.
 SETTINGS = (
@@ -63,8 +61,9 @@ def environment(device: torch.device, mode: str, bfloat16: bool = False) -> Envi
         device_name=name,
         threads=torch.get_num_threads(),
         python=platform.python_version(),
-        git=_commit(),
+        git=checkout().commit,
         settings=_settings(),
+        diff=checkout().digest,
     )
 
 
@@ -95,20 +94,3 @@ def _cpuinfo(key: str) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith(key))
     return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """The commit of the code, with a plus where the code differs from it; "unknown" outside Git."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ("git", "-C", str(ROOT), *arguments), capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "--short=12", "HEAD")
-        return commit + "+" * bool(
-            git("status", "--porcelain", "--", "core", "experiments", "main.py", "pyproject.toml")
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"

@@ -127,7 +127,10 @@ class Answers(Struct, frozen=True):
 
 
 class Environment(Struct, frozen=True, gc=False):
-    """Where a run was made; see core.runs.provenance."""
+    """Where a run was made; see core.runs.provenance.
+
+    `diff` is the sha256 of the uncommitted changes; see core.runs.checkout.
+    """
 
     torch: Text
     device: Text
@@ -139,6 +142,7 @@ class Environment(Struct, frozen=True, gc=False):
     git: Text
     code: Text = ""
     settings: Text = "MKL_CBWR=AUTO,STRICT"
+    diff: Text = ""
 
 
 class About(Struct, kw_only=True):

@@ -217,7 +217,7 @@ def _reason(error: BaseException) -> str:
     """What Ray says, in a line, and what to do where it says that in pages."""
     said = " ".join(str(error).split())
     if "InvalidAuthToken" in f"{error} {error.__cause__}":
-        return "it demands another token than ~/.ray/auth_token or $RAY_AUTH_TOKEN here has: copy that of its head"
+        return "it demands a token: copy ~/.ray/auth_token of its head; set RAY_AUTH_MODE=token before Ray is imported"
     if "ersion mismatch" in said:
         said += ": every node needs the Ray and the Python of this one"
     return said

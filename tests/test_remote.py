@@ -327,7 +327,7 @@ def test_a_head_that_does_not_answer_is_told_from_one_that_does(port):
             RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1.0\n    Python: 3.12.1\n"),
             "Version mismatch: The cluster was started with: Ray: 2.1.0 Python: 3.12.1: every node needs the Ray and",
         ),
-        (SETTINGS_OF_HTTP2, ERRORS.RayError("RPC error: InvalidAuthToken: ..."), "it demands another token than"),
+        (SETTINGS_OF_HTTP2, ERRORS.RayError("RPC error: InvalidAuthToken: ..."), "it demands a token: copy"),
     ],
 )
 def test_a_cluster_that_cannot_be_used_is_a_sentence(ray, port, monkeypatch, answer, raised, said):

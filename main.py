@@ -1,26 +1,39 @@
 """The commands: run (the default), evaluate, predict, export, verify, list, report."""
 
+import contextlib
 import os
 import signal
+import sys
 import time
+from typing import Any
 
 STARTED = time.perf_counter()
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+
+def end_at_once(number: int, frame: Any) -> None:
+    """Handle a signal while modules are imported: an exception could be swallowed there, or leave half a module."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(128 + number)
+
+
+def handle(handler: Any) -> dict[int, Any]:
+    """Set the handler of all signals that stop a run; returns the handlers before. nohup has SIGHUP ignored."""
+    before = {number: signal.getsignal(number) for number in STOPS}
+    return {number: signal.signal(number, handler) for number in STOPS if before[number] != signal.SIG_IGN}
+
+
 if __name__ == "__main__":  # until there is something to stop, a signal ends the process without a traceback
-    for each in STOPS:
-        if signal.getsignal(each) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(each, lambda number, _: os._exit(128 + number))
+    handle(end_at_once)
 
 import argparse
-import contextlib
+import atexit
 import gc
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 if sys.flags.safe_path:  # PYTHONSAFEPATH or python -P: this folder is not in the path
@@ -57,12 +70,16 @@ def chosen(args: argparse.Namespace) -> list[sweep.Run]:
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import torch without garbage collection: to search what it makes again and again takes 0.3 s."""
+    """Import torch without garbage collection: to search what it makes again and again takes 0.3 s. A signal ends the
+    process."""
+    before = handle(end_at_once)
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def load_data(args: argparse.Namespace) -> cifar10.Cifar10:
@@ -82,10 +99,9 @@ def train(
     stop = display.stop
     stop.install()
     with quick_imports():
-        from core.session import COHORT, Interrupted, TooLarge, prepare
-    first = None if args.no_compile or (args.cohort or 1) > 1 else runs[0][1]
-    data, device = prepare(args.device, lambda: load_data(args), first)
-    groups = deque(sweep.cohorts(runs, args.cohort or COHORT.get(device.type, 1)))
+        from core.session import Interrupted, TooLarge, prepare
+    data, device = prepare(args.device, lambda: load_data(args))
+    groups = deque(sweep.cohorts(runs, args.cohort))
     while groups:
         group = groups.popleft()
         labels = [display.tally.label(name, spec["seed"]) for name, spec in group]
@@ -115,7 +131,7 @@ def train_on_cluster(args: argparse.Namespace, runs: list[sweep.Run], display: t
     display.stop.install()
     with quick_imports():
         from core import remote
-    data, groups = load_data(args), sweep.cohorts(runs, args.cohort or 1)
+    data, groups = load_data(args), sweep.cohorts(runs, args.cohort)
     with display.cluster() as ended:
         for record in remote.train(
             groups,
@@ -149,7 +165,10 @@ def run_command(args: argparse.Namespace) -> int:
     status = 0 if display.tally.done + len(todo) == len(runs) else 2
     display.found()
     if todo:
+        before = display.tally.done
         status = train_and_tell(args, todo, display) or status
+        if status == 130 and display.tally.done == before:  # nothing to report, and whoever has stopped it waits
+            return status
     rebuild(args.out, catalog(), args.data)
     terminal.table(display.tally)
     return status
@@ -370,9 +389,7 @@ DO = {
 
 def main(argv: list[str]) -> int:
     terminal.open_standard_streams()
-    for number in STOPS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
+    handle(signal.default_int_handler)
     try:
         args = cli.parse(argv, ROOT / "data", DEFAULT)
         status = DO[args.command](args)
@@ -390,4 +407,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if status == 130:  # stopped: it would take Python a second to clear away what a compiler has left
+        atexit._run_exitfuncs()
+        end_at_once(signal.SIGINT, None)
+    sys.exit(status)

@@ -70,7 +70,11 @@ def parse(argv: list[str], data: Path, default: str) -> argparse.Namespace:
         "lr=3e-4, widths=512,256 or activation=relu,gelu (a grid); list --keys shows all keys",
     )
     run.add_argument(
-        "--cohort", type=sweep.parse_cohort, metavar="auto|off|N", help="train up to N runs of one shape together"
+        "--cohort",
+        type=sweep.parse_cohort,
+        default=1,
+        metavar="off|N",
+        help="train up to N runs of one shape together (default: off)",
     )
     run.add_argument(
         "--ray",

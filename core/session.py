@@ -43,11 +43,7 @@ from core.runs.record import (
 from core.runs.resume import KEEP, REMEDY, ResumeError
 from core.runs.store import delete, reserve
 from core.spec import Spec, SpecError, reads_bfloat16, resolve, spec_id, static_key
-from core.train import Diverged, Event, Training, compile_ahead, fit
-
-# How many runs `--cohort auto` trains together. On a CPU only cohorts of a few small networks are faster than one by
-# one (benchmarks/test_cohort.py); on CUDA it is not measured yet.
-COHORT = {"cuda": 16}
+from core.train import Diverged, Event, Training, fit
 
 OnEvent = Callable[[Event], None]
 
@@ -64,16 +60,13 @@ class Interrupted(UserError):
     """A run was asked to stop; everything is saved, and the message says after which step."""
 
 
-def prepare(device: str, load_data: Callable[[], Cifar10], first: Spec | None = None) -> tuple[Cifar10, torch.device]:
-    """The data, on its device. While `load_data` reads it, the step of the spec `first` is being compiled already.
+def prepare(device: str, load_data: Callable[[], Cifar10]) -> tuple[Cifar10, torch.device]:
+    """The data, on its device.
 
     Raises:
         core.compile.device.DeviceError: the device is not there. Whatever `load_data` raises.
     """
     found = pick_device(device)
-    if found.type == "cpu" and first is not None:
-        with contextlib.suppress(RuntimeError, MemoryError, OSError):  # the run will meet it again, and say it
-            compile_ahead(first)
     return loader.place(load_data(), found), found
 
 

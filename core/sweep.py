@@ -151,12 +151,12 @@ def runs(
     return [(name, resolved(name, {**spec, **change})) for change in changes for name, spec in experiments.items()]
 
 
-def parse_cohort(text: str) -> int | None:
-    """'off' is 1, 'auto' is None."""
-    if text in ("auto", "off"):
-        return None if text == "auto" else 1
+def parse_cohort(text: str) -> int:
+    """'off' is 1."""
+    if text == "off":
+        return 1
     if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= 256:
-        raise UserError(f"--cohort {text}, expected auto, off, or how many runs at once, at most 256")
+        raise UserError(f"--cohort {text}, expected off, or how many runs at once, at most 256")
     return int(text)
 
 

@@ -145,14 +145,6 @@ def step_inputs(
     return state, data, steps.hyper_tensors(spec, steps_per_epoch, device)
 
 
-def compile_ahead(spec: Spec) -> None:
-    """Start to compile the step of a spec for a CPU, while the data is still being read."""
-    images, labels = torch.empty(50_000, 3072, dtype=torch.uint8), torch.arange(50_000) % 10
-    examples, k = loader.to_train_on(labels, spec["train_on"])[0], spec["whiten"]
-    like = {"weight": torch.empty(k, 3072), "bias": torch.empty(k)} if k else {}
-    fused.compile_ahead(spec, *step_inputs(spec, images, labels, like, len(examples) // spec["batch_size"]))
-
-
 def fit(
     trainings: Sequence[Training], should_stop: Callable[[], bool] = lambda: False, may_change_mode: bool = True
 ) -> Iterator[tuple[Training, Event]]:

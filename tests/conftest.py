@@ -30,10 +30,6 @@ EXPERIMENTS = sweep.experiments(SUITES)
 # A run of Muon, clipped and in bfloat16: one compilation serves all tests that use it.
 MUON = {"widths": [256, 128, 64], "optimizer": "muon", "schedule": "one-cycle", "clip": 1.0, "precision": "bfloat16"}
 
-# With the first gradient autograd starts a thread for each GPU; afterwards no process can be forked to compile. Here it
-# finds none. Once a test has traced with fake tensors, torch pretends that there is one.
-torch.zeros((), requires_grad=True).backward()
-
 # The same examples every time: a failure in CI is a failure at home.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")

@@ -109,7 +109,7 @@ def test_the_hash_does_not_depend_on_where_the_code_is(core):
 @pytest.fixture
 def settings(monkeypatch):
     """A function that sets environment variables, as a run starts with them: none but MKL_CBWR."""
-    for name in SETTINGS:
+    for name in (*SETTINGS, "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MKL_CBWR", "AUTO,STRICT")
     return monkeypatch.setenv
@@ -127,6 +127,13 @@ def test_a_setting_is_recorded_and_its_change_is_named(settings, name):
     now = environment(CPU, "eager")
     assert f"{name}=COMPATIBLE" in now.settings
     assert difference(then, now) == f"settings MKL_CBWR=AUTO,STRICT (now {now.settings})"
+
+
+def test_options_of_the_compiler_are_a_setting(settings):
+    settings("CXX", "ccache g++")
+    assert "CXX" not in environment(CPU, "compiled").settings
+    settings("CXX", "g++ -ffast-math")
+    assert environment(CPU, "compiled").settings.endswith("CXX=g++ -ffast-math")
 
 
 def test_a_record_that_is_older_than_the_settings_was_made_with_the_default(settings):

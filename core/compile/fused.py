@@ -3,10 +3,11 @@
 The step stays pure; only here is it turned into one that writes its new state over the old one.
 """
 
-import contextlib
 import os
 import platform
+import shlex
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core.compile import cache, inductor
-from core.compile.builder import first_line
+from core.compile import cache, inductor, worker
+from core.compile.cache import first_line
 from core.functional import prng
 from core.functional.step import State, make_train_step
 from core.functional.tree import leaves
@@ -56,7 +57,26 @@ def compiler_problem(device: torch.device) -> str | None:
 
 
 def _compiler() -> str | None:
-    return next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
+    """The C++ compiler as a shell would take it: $CXX, such as "ccache g++ -O1", if there is such a program, else g++
+    or clang++."""
+    own = os.environ.get("CXX", "")
+    candidates = (shlex.quote(own) if shutil.which(own) else own, "g++", "clang++")
+    return next((text for text in candidates if _are_programs(text)), None)
+
+
+def _are_programs(command: str) -> bool:
+    """Whether all words of a command before its first option are programs."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote without its other half
+        return False
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    return count > 0 and all(shutil.which(word) for word in words[:count])
+
+
+def _compiler_options() -> list[str]:
+    """The options of the C++ compiler that the user has set."""
+    return [word for word in shlex.split(_compiler() or "") if word.startswith("-")]
 
 
 def make_step(spec: Spec, state: State, data: dict) -> Callable[[State, dict, dict], None]:
@@ -75,7 +95,10 @@ def in_place(step: Callable[[State, dict, dict], State]) -> Callable[[State, dic
         for old, new in zip(leaves(state), leaves(step(state, data, hyper)), strict=True):
             old.copy_(new)
 
-    return donated
+    # Dynamo keeps what it has compiled with the code object, and only for so many shapes.
+    return types.FunctionType(
+        donated.__code__.replace(), donated.__globals__, donated.__name__, None, donated.__closure__
+    )
 
 
 def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = True) -> Step:
@@ -91,6 +114,7 @@ def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = Tru
     torch.set_float32_matmul_precision("high" if spec["precision"] == "tf32" else "highest")
     if not compiled:
         cache.repair_environment()
+        inductor.load()
         step = make_step(spec, state, data)
         return Step(lambda: step(state, data, hyper), "eager" + _cohort(state))
     try:
@@ -99,14 +123,6 @@ def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = Tru
         raise
     except Exception as error:  # Dynamo, inductor, Triton and the loader each raise their own.
         raise CompileError(first_line(error)) from error
-
-
-def compile_ahead(spec: Spec, state: State, data: dict, hyper: dict) -> None:
-    """Start to compile, in another process, what `fuse` will need on a CPU. Where that cannot be done nothing happens:
-    `fuse` will say why."""
-    if compiler_problem(state["step"].device) is None:
-        with contextlib.suppress(OSError):
-            cache.build_ahead(_recipe(spec, (state, data, hyper)))
 
 
 def _ahead_of_time(spec: Spec, trees: Trees) -> Step:
@@ -126,17 +142,25 @@ def _recipe(spec: Spec, trees: Trees) -> cache.Recipe:
     signature = [(str(t.dtype), list(t.shape)) for t in tensors]
     capability = torch.backends.cpu.get_cpu_capability()  # the instructions of this CPU that torch uses
     machine = [torch.__version__, threads, platform.machine(), capability, dict(torch.cpu.get_capabilities())]
+    options = _compiler_options()
 
     def build(scratch: Path) -> cache.Built:
-        try:
-            with inductor.patched(scratch):
-                return compile_step(inductor.options() | {"cpp.threads": threads}, "")
-        except Exception as error:  # Another version of torch may not have what is patched, or use it otherwise.
-            return compile_step({"cpp.threads": threads}, first_line(error))
-
-    def compile_step(options: dict[str, Any], problem: str) -> cache.Built:
         from torch._inductor import config
 
+        check = worker.checker()
+        compiler = {"cpp.cxx": (None, _compiler())}  # Inductor itself would try only $CXX or g++.
+        with inductor.quiet():
+            try:
+                with inductor.pinned(), config.patch(compiler), inductor.patched(scratch):
+                    return compile_step(inductor.options() | {"cpp.threads": threads}, "")
+            except Exception as error:  # Another version of torch may not have what is patched, or use it otherwise.
+                check()
+                if cache.is_temporary(error):
+                    raise
+                with config.patch(compiler):
+                    return compile_step({"cpp.threads": threads}, first_line(error))
+
+    def compile_step(options: dict[str, Any], problem: str) -> cache.Built:
         graphs: list[torch.fx.GraphModule] = []
         order: list[int] = []
 
@@ -150,15 +174,14 @@ def _recipe(spec: Spec, trees: Trees) -> cache.Recipe:
 
             return note_order
 
-        # Inductor itself would try only $CXX or g++.
-        with config.patch({"cpp.cxx": (None, _compiler())}), inductor.without_collection():
+        with inductor.without_collection():
             torch.compiler.allow_in_graph(prng.bits)  # 160 operations that Dynamo need not follow one by one
             step = make_step(spec, *trees[:2])
             torch.compile(step, fullgraph=True, dynamic=False, backend=capture)(*trees)
             library = inductor.aot_compile(graphs[0], [tensors[i] for i in order], options).read_bytes()
         return cache.Built(library, order, problem)
 
-    return cache.Recipe(cache.name_of([CODE, static_key(spec), signature, machine]), len(tensors), build)
+    return cache.Recipe(cache.name_of([CODE, static_key(spec), signature, machine, options]), len(tensors), build)
 
 
 def _cuda_graph(spec: Spec, trees: Trees) -> Step:
@@ -171,14 +194,12 @@ def _cuda_graph(spec: Spec, trees: Trees) -> Step:
     if problem := compiler_problem(state["step"].device):
         raise CompileError(problem)
     cache.export_folder()
-    step = make_step(spec, state, data)
-    compiled = _compiled.setdefault(
-        static_key(spec) + _cohort(state), torch.compile(step, fullgraph=True, dynamic=False)
-    )
     before = [t.clone() for t in leaves(state)]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with cache.one_at_a_time, cache.environment(), inductor.pinned(), torch.cuda.stream(stream):
+        step = torch.compile(make_step(spec, state, data), fullgraph=True, dynamic=False)
+        compiled = _compiled.setdefault(static_key(spec) + _cohort(state), step)
         for _ in range(3):
             compiled(*trees)
     torch.cuda.current_stream().wait_stream(stream)

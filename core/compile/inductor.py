@@ -1,20 +1,51 @@
 """How inductor compiles a step for a CPU: settings, patches, and the form of each matrix product.
 
-They make the compilation or the step faster, or its bits independent of the number of threads. What is computed is up
-to the graph alone. Each patch replaces a private name of torch; without all of them a step compiles too, in thrice the
-time (see core.compile.fused).
+They make the compilation or the step faster, or its bits independent of the number of threads and of the caller's
+settings. What is computed is up to the graph alone.
+
+All private names of torch that this project uses are listed here; they are used in this folder alone. `patched`
+replaces four of them; without all of these a step compiles too, in thrice the time (see core.compile.fused).
+
+name                                            what it buys
+replaced by `patched`:
+  cpp_builder.CppBuilder.build                  kernels and wrapper compile at the same time: 4 s; they can be stopped
+  codecache._precompile_header                  one precompiled header instead of two: 6 s
+  CppWrapperCpu.generate_input_output_runtime_checks   3,000 lines less of C++: 2 s
+  codegen.cpp.LoopNest.max_parallel_depth       the bits do not depend on the number of threads
+used:
+  _inductor.aot_compile                         the step as a library: no compiler is imported to run it
+  _C._aoti.AOTIModelContainerRunnerCpu          runs the library
+  _inductor.config, _dynamo.config              the settings in OPTIONS; what the compiler is; no collection of garbage
+  utils._config_module.ConfigModule             finds all settings of torch's compilers, to pin them
+  _inductor.decomposition.select_decomp_table   lowers the step to operations that inductor has code for
+  _subclasses.FakeTensorMode                    traces the step without computing it
+  fx.experimental.proxy_tensor.make_fx          writes the operations down
+  cpp_builder.CppTorchDeviceOptions, cpu_vec_isa.pick_vec_isa   the flags of the precompiled header
+  codegen.cpp.ParallelDepth                     says that a loop is not shared between threads
+  overrides._get_current_function_mode_stack, _pop_mode, _push_mode, utils._python_dispatch._disable_current_modes
+                                                what the caller intercepts changes no number (core.compile.isolation)
+  _inductor.lowering, ir.ExternKernel, ir.TensorBox, mkldnn_ir.LinearUnary   products by oneDNN: 10% of a step
 """
 
 import contextlib
 import gc
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+
+from core.compile import cache, worker
 
 OPTIONS: dict[str, Any] = {
     "aot_inductor.compile_wrapper_opt_level": "O0",  # of the code that calls the kernels: saves 2 s
@@ -28,10 +59,51 @@ OPTIONS: dict[str, Any] = {
     "alignment_asserts": False,
 }
 
+_loaded = False  # whether Dynamo has been imported
+
 _operators = torch.library.Library("cifar10", "FRAGMENT")
 for _name in ("mm", "flipped_mm"):
     _operators.define(f"{_name}(Tensor a, Tensor b) -> Tensor")
     _operators.impl(_name, lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
+
+
+def load() -> None:
+    """Import Dynamo, which an eager step does too, so that no variable of the environment and no signal disturbs it."""
+    global _loaded
+    if not _loaded:
+        with cache.one_at_a_time, cache.environment():
+            worker.wait_for(lambda: importlib.import_module("torch._dynamo"))
+        _loaded = True
+
+
+@contextlib.contextmanager
+def pinned() -> Iterator[None]:
+    """Compile with torch's own settings, whatever the environment or the caller has set: else one spec would get
+    different bits, and the library in the cache would keep them."""
+    import torch._inductor.config
+    from torch.utils._config_module import ConfigModule
+
+    with contextlib.ExitStack() as stack:
+        for config in [module for module in sys.modules.values() if isinstance(module, ConfigModule)]:
+            default, now = _defaults(config), config.get_config_copy()
+            stack.enter_context(config.patch({key: default[key] for key in default if default[key] != now.get(key)}))
+        stack.enter_context(torch.compiler.set_stance("default"))
+        yield
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """The settings of one of torch's configuration modules in an environment without variables, which it reads as soon
+    as it is imported."""
+    name = f"defaults of {config.__name__}"
+    spec: Any = importlib.util.spec_from_file_location(name, config.__file__)
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        with cache.environment(dict.fromkeys(set(os.environ) - {"PATH", "USER"})):
+            spec.loader.exec_module(module)
+        return module.get_config_copy()
+    finally:
+        del sys.modules[name]
 
 
 def options() -> dict[str, Any]:
@@ -59,6 +131,24 @@ def aot_compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], options: 
         examples = [fake.from_tensor(t, static_shapes=True) for t in inputs]
         lowered = make_fx(graph, select_decomp_table())(*examples)
     return Path(str(torch._inductor.aot_compile(lowered, tuple(examples), options=options)))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Show nothing that torch logs in this thread, such as that it finds no CUDA."""
+    here = threading.get_ident()
+    handlers = list(logging.getLogger("torch").handlers)
+
+    def is_elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != here
+
+    for handler in handlers:
+        handler.addFilter(is_elsewhere)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_elsewhere)
 
 
 @contextlib.contextmanager
@@ -123,38 +213,40 @@ def parallel_builds(scratch: Path) -> Iterator[None]:
     from torch._inductor import config, cpp_builder, cpu_vec_isa
     from torch._inductor.cpp_builder import CppBuilder
 
-    build = CppBuilder.build
-    objects: list[Future] = []
+    build_now, check = CppBuilder.build, worker.checker()
+    jobs: list[Future] = []
 
-    with ThreadPoolExecutor() as pool:
-        header = scratch / "wrapper.h"
-        header.write_text("#include <torch/csrc/inductor/aoti_include/cpu.h>\n")
-        with config.patch(options()):
-            isa = cpu_vec_isa.pick_vec_isa()
-            flags = cpp_builder.CppTorchDeviceOptions(
-                precompiling=True, min_optimize=True, aot_mode=True, device_type="cpu", vec_isa=isa
-            )
-            headers = pool.submit(build, CppBuilder(str(header), str(header), flags))
+    def build(builder: Any, after: Future | None = None) -> None:
+        if after is not None:
+            after.exception()  # If the headers failed, the compiler reads the header files themselves.
+        check()
+        build_now(builder)
 
-        def precompiled(name: str, *_: Any, **__: Any) -> str | None:
-            return str(header) if "aoti_include" in name else None
+    header = scratch / "wrapper.h"
+    header.write_text("#include <torch/csrc/inductor/aoti_include/cpu.h>\n")
+    with config.patch(options()):
+        isa = cpu_vec_isa.pick_vec_isa()
+        flags = cpp_builder.CppTorchDeviceOptions(
+            precompiling=True, min_optimize=True, aot_mode=True, device_type="cpu", vec_isa=isa
+        )
+        headers = worker.start(partial(build, CppBuilder(str(header), str(header), flags)))
 
-        def after_headers(builder: Any) -> None:
-            headers.exception()  # if they failed, the compiler reads the header files themselves
+    def precompiled(name: str, *_: Any, **__: Any) -> str | None:
+        return str(header) if "aoti_include" in name else None
+
+    def concurrent(builder: Any) -> None:
+        target = builder.get_target_file_path()
+        if target.endswith(".wrapper.o"):
+            jobs.append(worker.start(partial(build, builder, headers)))
+        elif target.endswith(".kernel.o"):
+            jobs.append(worker.start(partial(build, builder)))
+        else:
+            if target.endswith(".so"):  # links the objects
+                for done in jobs:
+                    done.result()
             build(builder)
 
-        def concurrent(builder: Any) -> None:
-            target = builder.get_target_file_path()
-            if target.endswith(".wrapper.o"):
-                objects.append(pool.submit(after_headers, builder))
-            elif target.endswith(".kernel.o"):
-                objects.append(pool.submit(build, builder))
-            else:
-                if target.endswith(".so"):  # links the objects
-                    for done in objects:
-                        done.result()
-                build(builder)
-
+    try:
         from torch._inductor import codecache
 
         with (
@@ -162,6 +254,8 @@ def parallel_builds(scratch: Path) -> Iterator[None]:
             mock.patch.object(codecache, "_precompile_header", precompiled),
         ):
             yield
+    finally:
+        wait([headers, *jobs])
 
 
 def prefers_onednn() -> bool:

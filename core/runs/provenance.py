@@ -76,7 +76,10 @@ def difference(then: Environment, now: Environment) -> str | None:
 
 
 def _settings() -> str:
-    values = ((name, os.environ.get(name)) for name in SETTINGS)
+    values = [(name, os.environ.get(name)) for name in SETTINGS]
+    compiler = os.environ.get("CXX", "")
+    if " -" in compiler:  # It has options, which reach the compiled step.
+        values.append(("CXX", compiler))
     text = ", ".join(f"{name}={value}" for name, value in values if value)
     return text.encode("unicode_escape").decode()[:1000]
 

@@ -46,8 +46,8 @@ from core.report.catalog import Catalog
 from core.report.rebuild import prepare, rebuild
 from core.runs import files
 from core.runs.record import Finished, Record, RecordError, read_records
-from core.runs.store import Held, StoreError
 from core.spec import resolve, spec_id
+from core.store import Held, StoreError
 from core.terminal import say, warn
 from experiments import ABLATIONS, DEFAULT, SUITES
 

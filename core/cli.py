@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from core import sweep
 from core.errors import UserError
-from core.runs.store import local
+from core.store import local
 
 OVERRIDES = ("epochs", "batch_size", "lr", "precision", "seed")  # the keys of a spec that are options, too
 

@@ -22,6 +22,7 @@ NOT_HASHED = (
     "predict.py",
     "remote.py",
     "session.py",
+    "store.py",
     "sweep.py",
     "terminal.py",
     "verify.py",

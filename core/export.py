@@ -16,7 +16,7 @@ from core.compile.isolation import isolated
 from core.data import cifar10
 from core.errors import UserError
 from core.predict import Network
-from core.runs.store import atomic_write, local, reserve
+from core.store import atomic_write, local, reserve
 
 COUNT = 100  # images to check a file with
 # By how much a logit may differ, as a share of the largest where that is above 1: of a logit of 40, float32 has no more
@@ -138,7 +138,7 @@ def export(network: Network, kind: str, path: str | Path, images: Tensor) -> Exp
 
     Raises:
         ExportError: a package is missing, or the file would not be right.
-        core.runs.store.StoreError: it cannot be written.
+        core.store.StoreError: it cannot be written.
     """
     form, path = FORMATS[kind], local(path)
     if missing := [name for name in form.needs if importlib.util.find_spec(name) is None]:

@@ -13,7 +13,7 @@ from PIL import Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin, Uni
 from torch import Tensor
 
 from core.errors import UserError
-from core.runs.store import local, open_file
+from core.store import local, open_file
 
 # What Pillow decodes itself: for EPS, say, it would start another program.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

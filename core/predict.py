@@ -16,8 +16,8 @@ from core.functional import augment, model, step
 from core.runs import checkpoint
 from core.runs.checkpoint import Shapes
 from core.runs.record import Finished, Metrics, Record, Weights, read_record
-from core.runs.store import local
 from core.spec import Spec
+from core.store import local
 
 
 class InputError(UserError, ValueError):

@@ -32,9 +32,9 @@ from core.runs.checkout import keep_diff
 from core.runs.files import Begun, Run, under_way
 from core.runs.provenance import environment
 from core.runs.record import Failed, Finished, Record
-from core.runs.store import Held, atomic_write, delete, reserve
 from core.session import TooLarge, run_cohort
 from core.spec import Spec, resolve, spec_id
+from core.store import Held, atomic_write, delete, reserve
 
 Group = list[tuple[str, Spec]]  # runs that are trained together, as core.session.run_cohort takes them
 
@@ -287,7 +287,7 @@ def train(
     Raises:
         ClusterError: there is no cluster, it lacks the device, a worker has other software or returned something else
             than it was asked for, or the cluster is gone.
-        core.runs.store.StoreError: a file cannot be written.
+        core.store.StoreError: a file cannot be written.
     """
     named, begun, waiting = data_identity(data), under_way(out), deque(groups)
     sizes = functools.cache(functools.partial(split_sizes, data))
@@ -459,7 +459,7 @@ def keep(out: Path, record: Record, weights: bytes, begun: Begun = frozenset()) 
         begun: the runs of which there are resume points, which a result makes useless.
 
     Raises:
-        core.runs.store.StoreError: it cannot be written, or would replace one that cannot be read.
+        core.store.StoreError: it cannot be written, or would replace one that cannot be read.
     """
     run = Run(out, record.name, record.spec_id)
     had = run.result()  # refuses to replace a record that cannot be read

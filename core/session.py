@@ -41,8 +41,8 @@ from core.runs.record import (
     write_record,
 )
 from core.runs.resume import KEEP, REMEDY, ResumeError
-from core.runs.store import delete, reserve
 from core.spec import Spec, SpecError, reads_bfloat16, resolve, spec_id, static_key
+from core.store import delete, reserve
 from core.train import Diverged, Event, Training, fit
 
 OnEvent = Callable[[Event], None]
@@ -140,9 +140,9 @@ def run_cohort(
         core.spec.SpecError: a spec cannot be run, or not together with the others.
         core.data.cifar10.DataError: the data cannot be trained on.
         core.compile.device.DeviceError: the device is not there.
-        core.runs.store.Held: another process is at work on one of the runs.
+        core.store.Held: another process is at work on one of the runs.
         core.runs.record.RecordError: a run has a record that cannot be read, and that it does not replace.
-        core.runs.store.StoreError: files cannot be written or read.
+        core.store.StoreError: files cannot be written or read.
         core.runs.files.OtherData, core.runs.files.OtherCode: a run is finished already, but with other data, or by code
             that gives other numbers; with `force` it is trained anew.
         core.runs.resume.ResumeError: a run cannot go on bit for bit, or has begun with other data.

@@ -26,10 +26,10 @@ from unittest import mock
 import pytest
 import torch
 
+from core import store
 from core.compile import cache, fused, inductor, worker
 from core.compile.device import DeviceError, pick_device, to_device
 from core.functional import step, tree
-from core.runs import store
 from core.spec import static
 from tests.conftest import MUON, ROOT
 

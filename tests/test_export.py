@@ -11,7 +11,7 @@ import torch
 from core import export, predict
 from core.data import cifar10
 from core.export import FORMATS, ExportError
-from core.runs.store import StoreError
+from core.store import StoreError
 from tests.conftest import lacking
 from tests.test_cli import assert_refused
 from tests.test_predict import write_checkpoint

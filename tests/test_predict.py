@@ -13,8 +13,8 @@ from core.runs import checkpoint
 from core.runs.checkpoint import CheckpointError
 from core.runs.files import Run
 from core.runs.record import Flipped, Metrics, Weights, write_record
-from core.runs.store import StoreError
 from core.spec import spec_id
+from core.store import StoreError
 from tests.test_checkpoint import signed
 from tests.test_report import make
 

@@ -22,9 +22,9 @@ from core import cli, remote
 from core.data.identity import data_identity
 from core.errors import UserError
 from core.runs.record import Failed, Finished, decode, encode, read_record, read_records
-from core.runs.store import StoreError
 from core.session import TooLarge, run_experiment
 from core.spec import resolve, spec_id
+from core.store import StoreError
 from tests.conftest import ROOT, lacking
 from tests.test_report import make
 

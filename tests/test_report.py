@@ -21,8 +21,8 @@ from core.errors import UserError
 from core.report import best_run, markdown, plots, published, rebuild, sheet, stats
 from core.report.catalog import Catalog
 from core.runs.record import UNSET, Answers, Failed, Finished, Flipped, Mistake, decode, encode
-from core.runs.store import StoreError
 from core.spec import FIELDS, SpecError, resolve, spec_id
+from core.store import StoreError
 
 ROOT = Path(__file__).resolve().parent.parent
 

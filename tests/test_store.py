@@ -16,16 +16,16 @@ from collections import namedtuple
 import pytest
 from PIL import Image
 
-from core import images, predict
+from core import images, predict, store
 from core.data import cifar10
 from core.errors import UserError
 from core.report.catalog import Catalog
 from core.report.rebuild import rebuild
-from core.runs import checkpoint, files, store
+from core.runs import checkpoint, files
 from core.runs.files import Run
 from core.runs.record import ResumePoint, read_record, read_records, write_record
-from core.runs.store import Held, StoreError
 from core.session import run_experiment
+from core.store import Held, StoreError
 from core.verify import read_finished
 from tests.conftest import ROOT
 from tests.test_report import failed, make
@@ -231,7 +231,7 @@ def test_who_waits_for_a_stopped_process_is_told_how_to_wake_it(tmp_path, caplog
 COUNT = """
 import sys
 from pathlib import Path
-from core.runs import store
+from core import store
 path = Path(sys.argv[1])
 for _ in range(50):
     with store.locked(path.with_suffix(".lock")):

@@ -16,8 +16,8 @@ from core.runs import checkpoint
 from core.runs.files import Run
 from core.runs.record import ResumePoint, Weights, read_record
 from core.runs.resume import KEEP
-from core.runs.store import locked
 from core.spec import resolve, spec_id
+from core.store import locked
 from tests.conftest import EXPERIMENTS, ROOT
 from tests.test_reproducible import shapes
 

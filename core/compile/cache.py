@@ -27,8 +27,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from core import store
 from core.compile import worker
-from core.runs import store
 from core.spec import canonical
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # where torch keeps its own compiled files

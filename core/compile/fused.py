@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from core.code_hash import CODE
 from core.compile import cache, inductor, worker
 from core.compile.cache import first_line
 from core.functional import prng
 from core.functional.step import State, make_train_step
 from core.functional.tree import leaves
-from core.runs.provenance import CODE
 from core.spec import Spec, static, static_key
 
 Trees = tuple[State, dict, dict]  # state, data, hyper

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from core.errors import UserError
-from core.runs.store import local, locked, read_file
+from core.store import local, locked, read_file
 
 if TYPE_CHECKING:  # torch takes two seconds to import, and only `read` needs it
     from torch import Tensor
@@ -142,7 +142,7 @@ def fetch(folder: Path, url: str | None = None, progress: Progress = lambda *_: 
     first.
 
     Raises:
-        DataError: nothing delivered them. core.runs.store.StoreError: the folder cannot be locked.
+        DataError: nothing delivered them. core.store.StoreError: the folder cannot be locked.
     """
     if not missing(folder):
         return

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from core import store
 from core.data import cifar10
 from core.report import best_run, markdown, metrics, plots, published, sheet, stats
 from core.report.catalog import Catalog
-from core.runs import files, store
+from core.runs import files
 from core.runs.files import Run, lock_results
 from core.runs.record import Record, read_records
 from core.spec import FIELDS, SpecError, nearest
@@ -34,7 +35,7 @@ def prepare(out: Path, catalog: Catalog) -> None:
     """Find out before anything is trained whether a report can be written, and delete what killed processes left.
 
     Raises:
-        core.runs.store.StoreError: a file of the report cannot be written, or one with its name is not ours.
+        core.store.StoreError: a file of the report cannot be written, or one with its name is not ours.
     """
     check(out, catalog)
     files.sweep_all(out)
@@ -98,7 +99,7 @@ def rebuild(
 
     Raises:
         core.spec.SpecError: there is no such key.
-        core.runs.store.StoreError: a file cannot be written, or one with its name is not ours; the old files are
+        core.store.StoreError: a file cannot be written, or one with its name is not ours; the old files are
             intact.
     """
     if group_by is not None and group_by not in FIELDS:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from core.runs.files import Run
 from core.runs.record import Environment
-from core.runs.store import atomic_write, delete
+from core.store import atomic_write, delete
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("core", "experiments", "main.py", "pyproject.toml")
@@ -88,7 +88,7 @@ def keep_diff(run: Run, made: Environment) -> None:
     not too large; else delete what an earlier run of the same id has left.
 
     Raises:
-        core.runs.store.StoreError: It cannot be written.
+        core.store.StoreError: It cannot be written.
     """
     found = checkout()
     packed = gzip.compress(found.diff, mtime=0) if found.diff and found.digest == made.diff else b""

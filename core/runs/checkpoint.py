@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from core.runs.record import About
-from core.runs.store import StoreError, atomic_write, open_file
 from core.spec import canonical
+from core.store import StoreError, atomic_write, open_file
 
 KEY, ZEROS = "cifar10-mlp", "0" * 64
 MAX_HEADER, MAX_BYTES = 1 << 18, 1 << 40
@@ -60,7 +60,7 @@ def save(path: Path, tensors: Tensors, about: About) -> None:
     """Write tensors and metadata as one file, whole or not at all.
 
     Raises:
-        core.runs.store.StoreError: it cannot be written.
+        core.store.StoreError: it cannot be written.
     """
     host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     data = safetensors.torch.save(host, {KEY: canonical({**msgspec.to_builtins(about), "sha256": ZEROS})})

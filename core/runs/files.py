@@ -16,8 +16,8 @@ from typing import Any
 from core.code_hash import CODE, same_numbers
 from core.errors import UserError
 from core.runs.record import Finished, RecordError, read_each, read_record
-from core.runs.store import Held, delete, local, locked, reserve, sweep
 from core.spec import resolve
+from core.store import Held, delete, local, locked, reserve, sweep
 
 Begun = Set[tuple[str, str]]  # runs by their names and the ids of their specs
 

@@ -18,8 +18,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from core.errors import UserError
 from core.runs import layout
-from core.runs.store import StoreError, atomic_write, local, read_file
 from core.spec import Spec, resolve, spec_id
+from core.store import StoreError, atomic_write, local, read_file
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 64 << 20  # of a record; 100,000 epochs, the most that a spec may ask for, take 25 MB
@@ -295,7 +295,7 @@ def write_record(path: Path, record: Record) -> None:
     """Write a record, whole or not at all.
 
     Raises:
-        core.runs.store.StoreError: it cannot be written. ValueError: a value is out of its range.
+        core.store.StoreError: it cannot be written. ValueError: a value is out of its range.
     """
     data = encode(record)
     decode(data)  # what is written can be read

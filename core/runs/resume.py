@@ -17,8 +17,8 @@ from core.runs.checkpoint import CheckpointError, OtherVersion
 from core.runs.files import Run
 from core.runs.provenance import difference
 from core.runs.record import About, Epoch, Progress, ResumePoint, check_validation, validation
-from core.runs.store import delete
 from core.spec import canonical
+from core.store import delete
 
 KEEP = 2
 REMEDY = "the rest would not be the same bits; --resume-anyway goes on all the same, --force starts anew"
@@ -47,7 +47,7 @@ class Restored(NamedTuple):
 
 
 def save(run: Run, state: dict[str, Tensor], history: list[Epoch], about: ResumePoint) -> None:
-    """Write the resume point of a flat state, and delete all but the newest two; raises core.runs.store.StoreError."""
+    """Write the resume point of a flat state, and delete all but the newest two; raises core.store.StoreError."""
     values = [[NONE if v is None else v for v in msgspec.structs.astuple(entry)] for entry in history]
     rows = torch.tensor(values, dtype=torch.float64)
     tensors = {**state, "history": rows.view(-1, len(COLUMNS))}

@@ -428,16 +428,16 @@ def test_the_newest_damaged_falls_back_to_the_one_before_loudly(train):
 
 
 @pytest.mark.parametrize("key", ["spec", "data", "environment", "progress"])
-def test_a_resume_point_that_lacks_something_is_damaged(train, key, monkeypatch):
-    """Though rightly signed: the one before is good."""
+def test_a_resume_point_that_lacks_something_but_is_whole_is_of_another_version(train, key, monkeypatch):
+    """That version may go on from it."""
     newest = stopped(train, "cut", 40)
     to_builtins = checkpoint.msgspec.to_builtins
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.msgspec, "to_builtins", lambda about: {**to_builtins(about), key: None})
         edit(newest)
-    events = []
-    train("cut", on_event=events.append)
-    assert seen(events)[:2] == ["notice", "resumed"]
+    with pytest.raises(ResumeError, match=rf"^{newest} is a checkpoint of another version .*--force$"):
+        train("cut")
+    assert newest.exists()
 
 
 def test_all_damaged_is_refused_and_nothing_restarts(train):

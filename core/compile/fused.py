@@ -142,7 +142,7 @@ def _recipe(spec: Spec, trees: Trees) -> cache.Recipe:
     signature = [(str(t.dtype), list(t.shape)) for t in tensors]
     capability = torch.backends.cpu.get_cpu_capability()  # the instructions of this CPU that torch uses
     machine = [torch.__version__, threads, platform.machine(), capability, dict(torch.cpu.get_capabilities())]
-    options = _compiler_options()
+    compiler_options = _compiler_options()
 
     def build(scratch: Path) -> cache.Built:
         from torch._inductor import config
@@ -181,7 +181,8 @@ def _recipe(spec: Spec, trees: Trees) -> cache.Recipe:
             library = inductor.aot_compile(graphs[0], [tensors[i] for i in order], options).read_bytes()
         return cache.Built(library, order, problem)
 
-    return cache.Recipe(cache.name_of([CODE, static_key(spec), signature, machine, options]), len(tensors), build)
+    key = [CODE, static_key(spec), signature, machine, compiler_options]
+    return cache.Recipe(cache.name_of(key), len(tensors), build)
 
 
 def _cuda_graph(spec: Spec, trees: Trees) -> Step:

@@ -272,7 +272,8 @@ class Tally:
         self.total, self.done = len(runs), 0
         self.seeds = len(self.specs) < self.total
         self.results: dict[str, list[Result]] = {}
-        self._left = sum(work(spec) for _, spec in runs)
+        self._runs, self._left = runs, 0  # _left: the work of all runs but those of _ended, once it is asked for
+        self._ended: list[Spec] = []
         self._rates: list[float] = []  # seconds for a unit of work, of each run of this call
 
     def label(self, name: str, seed: int) -> str:
@@ -282,7 +283,7 @@ class Tally:
     def add(self, record: Record, seconds: float = 0.0) -> None:
         """Count a run that has ended; `seconds` is what it took, 0 where it was finished already."""
         self.done += 1
-        self._left -= work(record.spec)
+        self._ended.append(record.spec)
         if seconds:
             self._rates.append(seconds / work(record.spec))
         if isinstance(record, Finished):
@@ -299,12 +300,18 @@ class Tally:
     def leave_out(self, spec: Spec) -> None:
         """Do not count a run of the call: it is neither finished nor trained."""
         self.total -= 1
-        self._left -= work(spec)
+        self._ended.append(spec)
 
     def seconds_left(self) -> float | None:
         """As fast as the runs of this call so far; None before the first has ended. The median, since one of them may
         have been stopped with Ctrl-Z for an hour."""
-        return median(self._rates) * self._left if self._rates else None
+        if not self._rates:
+            return None
+        if self._runs:  # not before a run has been trained: to know the work imports torch, which takes a second
+            self._left, self._runs = sum(work(spec) for _, spec in self._runs), ()
+        while self._ended:
+            self._left -= work(self._ended.pop())
+        return median(self._rates) * self._left
 
     def validation(self, name: str) -> float | None:
         """The mean validation accuracy of an experiment over its runs so far, if it has one."""

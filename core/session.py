@@ -189,8 +189,8 @@ def run_cohort(
 
 
 def _last_common_step(sessions: list["Session"]) -> int | None:
-    """The last step of which all have a resume point, since in a cohort that was killed some are a point ahead of the
-    others: 0 where the ones ahead have their first, None where there is none and each goes on by itself."""
+    """The latest step that every run has a resume point for: after a kill, some runs of a cohort may be a point ahead.
+    0 where those ahead have only their first point; None where each run goes on by itself."""
     steps = [{resume.step_of(path) for path in session.run.resume_points()} for session in sessions]
     common = set.intersection(*steps) if steps else set()
     return max(common) if common else 0 if all(len(each) <= 1 for each in steps) else None

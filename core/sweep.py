@@ -272,8 +272,8 @@ class Tally:
         self.total, self.done = len(runs), 0
         self.seeds = len(self.specs) < self.total
         self.results: dict[str, list[Result]] = {}
-        self._runs, self._left = runs, 0  # _left: the work of all runs but those of _ended, once it is asked for
-        self._ended: list[Spec] = []
+        self._left = 0  # the work of the runs that have not ended; `seconds_left` brings it up to date
+        self._not_counted, self._ended = runs, list[Spec]()  # what `seconds_left` has to add to it, and to take away
         self._rates: list[float] = []  # seconds for a unit of work, of each run of this call
 
     def label(self, name: str, seed: int) -> str:
@@ -307,8 +307,9 @@ class Tally:
         have been stopped with Ctrl-Z for an hour."""
         if not self._rates:
             return None
-        if self._runs:  # not before a run has been trained: to know the work imports torch, which takes a second
-            self._left, self._runs = sum(work(spec) for _, spec in self._runs), ()
+        # Only here, after a run has been trained: `work` imports torch, and a call that trains nothing need not.
+        self._left += sum(work(spec) for _, spec in self._not_counted)
+        self._not_counted = ()
         while self._ended:
             self._left -= work(self._ended.pop())
         return median(self._rates) * self._left

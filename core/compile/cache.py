@@ -56,7 +56,7 @@ Build = Callable[[Path], Built]  # from an empty scratch folder
 
 
 class Recipe(NamedTuple):
-    """A library, there or not.
+    """How to build a library, and its file name.
 
     Attributes:
         name: of its file; a hash of all that the library depends on.

@@ -32,7 +32,7 @@ def whitening(images: Tensor, examples: Tensor, components: int, eps: float) -> 
 
 
 class _Same:
-    """Indices, equal to others with the same values: the key of a cache."""
+    """Index tensor hashed by value, usable as a cache key."""
 
     def __init__(self, indices: Tensor) -> None:
         self.indices = indices.cpu()

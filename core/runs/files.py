@@ -106,8 +106,8 @@ def lock_results(out: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def sweep_all(out: Path) -> None:
-    """Delete what killed processes left under `out`, temporary files and names of owners, but for runs that another
-    process is at work on.
+    """Delete the temporary files and the names of owners that killed processes left under `out`. Skips runs that
+    another process is training.
 
     Raises:
         StoreError: `out` cannot be written, or its file system has no locks.

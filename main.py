@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent
 if sys.flags.safe_path:  # PYTHONSAFEPATH or python -P: this folder is not in the path
     sys.path.insert(0, str(ROOT))
 
-from core import cli, overrides, sweep, terminal
+from core import cli, estimate, plan, terminal
 from core.data import cifar10
 from core.errors import UserError
 from core.report.catalog import Catalog
@@ -48,24 +48,25 @@ from core.runs import files
 from core.runs.record import Finished, Record, RecordError, read_records
 from core.spec import resolve, spec_id
 from core.store import Held, StoreError
+from core.tally import Tally
 from core.terminal import say, warn
 from experiments import ABLATIONS, DEFAULT, SUITES
 
 
-def chosen(args: argparse.Namespace) -> list[sweep.Run]:
+def chosen(args: argparse.Namespace) -> list[plan.Run]:
     """The runs that a command asks for; all are checked before anything starts."""
     options = {key: getattr(args, key) for key in cli.OVERRIDES if getattr(args, key) is not None}
-    words = overrides.split(args.names, sweep.catalog(SUITES))
+    words = plan.split_words(args.names, plan.catalog(SUITES))
     if twice := options.keys() & (words.values.keys() | words.axes.keys()):
         raise UserError(f"{min(twice)} is given twice, once as an option")
     if "seed" in words.values and args.seeds is not None:
         raise UserError("seed is given twice, once as --seeds")
-    picked = sweep.pick(SUITES, words.names or [DEFAULT])
-    members: sweep.Experiments = {}
+    picked = plan.pick(SUITES, words.names or [DEFAULT])
+    members: plan.Experiments = {}
     for name, spec in picked.items():
         fixed = {key: value for key, value in spec.items() if key not in words.axes}
-        members |= sweep.expand(name, fixed | words.axes)
-    return sweep.runs(members, options | words.values, args.seeds)
+        members |= plan.expand(name, fixed | words.axes)
+    return plan.runs(members, options | words.values, args.seeds)
 
 
 @contextlib.contextmanager
@@ -88,7 +89,7 @@ def load_data(args: argparse.Namespace) -> cifar10.Cifar10:
 
 
 def train(
-    args: argparse.Namespace, runs: list[sweep.Run], display: terminal.Display, do: Callable[..., Any], **options: Any
+    args: argparse.Namespace, runs: list[plan.Run], display: terminal.Display, do: Callable[..., Any], **options: Any
 ) -> Iterator[Any]:
     """Call `do`, which takes what core.session.run_cohort takes, for groups of runs over one copy of the data, and
     yield each of the things it returns. A run that another process is at work on is left out.
@@ -101,7 +102,7 @@ def train(
     with quick_imports():
         from core.session import Interrupted, TooLarge, prepare
     data, device = prepare(args.device, lambda: load_data(args))
-    groups = deque(sweep.cohorts(runs, args.cohort))
+    groups = deque(plan.cohorts(runs, args.cohort))
     while groups:
         group = groups.popleft()
         labels = [display.tally.label(name, spec["seed"]) for name, spec in group]
@@ -121,17 +122,17 @@ def train(
             raise KeyboardInterrupt(f"stopped after {labels[-1]}")
 
 
-def leave_out(tally: sweep.Tally, run: sweep.Run, held: UserError) -> None:
+def leave_out(tally: Tally, run: plan.Run, held: UserError) -> None:
     name, spec = run
     warn(f"{tally.label(name, spec['seed'])} is being trained by {held}; taking the next one")
 
 
-def train_on_cluster(args: argparse.Namespace, runs: list[sweep.Run], display: terminal.Display) -> Iterator[Record]:
+def train_on_cluster(args: argparse.Namespace, runs: list[plan.Run], display: terminal.Display) -> Iterator[Record]:
     """Have a Ray cluster train runs; yield their records as they come."""
     display.stop.install()
     with quick_imports():
         from core import remote
-    data, groups = load_data(args), sweep.cohorts(runs, args.cohort)
+    data, groups = load_data(args), plan.cohorts(runs, args.cohort)
     with display.cluster() as ended:
         for record in remote.train(
             groups,
@@ -175,8 +176,8 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def with_results(
-    args: argparse.Namespace, runs: list[sweep.Run], tally: sweep.Tally
-) -> Iterator[tuple[sweep.Run, Finished | None]]:
+    args: argparse.Namespace, runs: list[plan.Run], tally: Tally
+) -> Iterator[tuple[plan.Run, Finished | None]]:
     """The runs, each with its result if it need not be trained. Names, and leaves out, those that may not be trained:
     their record cannot be read, or other code has made it."""
     begun, of_other_code = files.under_way(args.out), []
@@ -195,7 +196,7 @@ def with_results(
     terminal.other_code(of_other_code)
 
 
-def train_and_tell(args: argparse.Namespace, runs: list[sweep.Run], display: terminal.Display) -> int:
+def train_and_tell(args: argparse.Namespace, runs: list[plan.Run], display: terminal.Display) -> int:
     """Train; returns the exit status."""
     with quick_imports():
         from core.session import run_cohort
@@ -218,7 +219,7 @@ def train_and_tell(args: argparse.Namespace, runs: list[sweep.Run], display: ter
     return status
 
 
-def measured(out: Path, device: str = "auto", threads: int | None = None) -> sweep.Measured:
+def measured(out: Path, device: str = "auto", threads: int | None = None) -> estimate.Measured:
     """What this machine has measured with so many threads, by default PyTorch's, from the records under `out`."""
     with quick_imports():
         from torch import get_num_threads
@@ -226,12 +227,12 @@ def measured(out: Path, device: str = "auto", threads: int | None = None) -> swe
         from core.compile.device import pick_device
         from core.runs import provenance
     name = provenance.device_name(pick_device(device))
-    return sweep.Measured(read_records(out), name, threads or get_num_threads())
+    return estimate.Measured(read_records(out), name, threads or get_num_threads())
 
 
-def dry_run(args: argparse.Namespace, runs: list[sweep.Run]) -> int:
+def dry_run(args: argparse.Namespace, runs: list[plan.Run]) -> int:
     """Show each run with what it will take; write nothing."""
-    known, tally = measured(args.out, args.device, 1 if args.ray else None), sweep.Tally(runs)
+    known, tally = measured(args.out, args.device, 1 if args.ray else None), Tally(runs)
     mode, todo = "eager" if args.no_compile else "compiled", []
     for (name, spec), done in with_results(args, runs, tally):
         todo += [] if done else [spec]
@@ -244,7 +245,7 @@ def dry_run(args: argparse.Namespace, runs: list[sweep.Run]) -> int:
 
 def weights(args: argparse.Namespace, word: str) -> Path:
     """The file of weights that a word means."""
-    return files.find_weights(args.out, word, args.seed, sweep.experiments(SUITES).get(word))
+    return files.find_weights(args.out, word, args.seed, plan.experiments(SUITES).get(word))
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
@@ -326,7 +327,7 @@ def verify_command(args: argparse.Namespace) -> int:
     display = terminal.Display(runs, args.verbose, STARTED)
 
     def verify_one(
-        group: list[sweep.Run], out: Path, data: Any, device: Any, listeners: list, *rest: Any, **options: Any
+        group: list[plan.Run], out: Path, data: Any, device: Any, listeners: list, *rest: Any, **options: Any
     ):
         return [verify(*group[0], out, data, device, listeners[0], *rest, **options)]
 
@@ -348,7 +349,7 @@ def list_command(args: argparse.Namespace) -> int:
     if args.keys:
         terminal.keys()
         return 0
-    found = [(suite, members, dict(sweep.runs(members, {}))) for suite, members in catalog().suites.items()]
+    found = [(suite, members, dict(plan.runs(members, {}))) for suite, members in catalog().suites.items()]
     known = measured(args.out)
     for suite, members, specs in found:
         default = " (the default)" if suite == DEFAULT else ""
@@ -361,7 +362,7 @@ def list_command(args: argparse.Namespace) -> int:
 
 def catalog() -> Catalog:
     """What experiments/ says, with grids expanded."""
-    expanded = sweep.catalog(SUITES)
+    expanded = plan.catalog(SUITES)
     found = Catalog({suite: expanded[suite] for suite in SUITES}, ABLATIONS, DEFAULT)
     found.check()
     return found

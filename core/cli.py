@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
-from core import sweep
+from core import plan
 from core.errors import UserError
 from core.store import local
 
@@ -59,7 +59,7 @@ def parse(argv: list[str], data: Path, default: str) -> argparse.Namespace:
     training.add_argument("--precision", metavar="float32|tf32|bfloat16")
     seeds = training.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, metavar="N")
-    seeds.add_argument("--seeds", type=sweep.parse_seeds, metavar="N|A,B,...", help="how many from 0 on, or which")
+    seeds.add_argument("--seeds", type=plan.parse_seeds, metavar="N|A,B,...", help="how many from 0 on, or which")
 
     run = commands.add_parser("run", parents=[shared, machine, training], help="train experiments (the default)")
     run.add_argument(
@@ -71,7 +71,7 @@ def parse(argv: list[str], data: Path, default: str) -> argparse.Namespace:
     )
     run.add_argument(
         "--cohort",
-        type=sweep.parse_cohort,
+        type=plan.parse_cohort,
         default=1,
         metavar="off|N",
         help="train up to N runs of one shape together (default: off)",

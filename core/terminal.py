@@ -27,10 +27,12 @@ from rich.table import Table
 
 from core.data.cifar10 import CLASSES
 from core.errors import UserError
+from core.estimate import Estimate
+from core.plan import Run
 from core.report import stats
 from core.runs.record import Finished, Record
 from core.spec import FIELDS, spec_id
-from core.sweep import Estimate, Run, Tally
+from core.tally import Tally
 
 SAME_STOP = 1.0  # seconds within which a second signal is the same stop: `uv run` and a supervisor may both send it
 NARROW = 60  # columns

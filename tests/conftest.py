@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core import sweep
+from core import plan
 from core.data import cifar10 as dataset
 from core.data.whitening import whitening
 from core.functional import model, step
@@ -25,7 +25,7 @@ from tests.fork_server import TRAIN_IMAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 REMOTE = ROOT.parent / "shared" / "dvc-remote"
-EXPERIMENTS = sweep.experiments(SUITES)
+EXPERIMENTS = plan.experiments(SUITES)
 
 # A run of Muon, clipped and in bfloat16: one compilation serves all tests that use it. With a batch of this size the
 # first product is computed transposed (core/compile/inductor.py).

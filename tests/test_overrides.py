@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import main
-from core import cli, overrides
+from core import cli, plan
 from core.errors import UserError
 from core.spec import FIELDS, SpecError, resolve
 from tests.test_spec import VALID
@@ -37,8 +37,8 @@ def test_without_a_name_the_default_suite_is_changed():
 
 
 def test_a_name_with_an_equals_sign_is_a_name():
-    assert overrides.split(["x-lr=1", "lr=1"], {"x-lr=1"}) == (["x-lr=1"], {"lr": 1.0}, {})
-    assert overrides.split(["lr=1"], {"lr=1"}).names == ["lr=1"]
+    assert plan.split_words(["x-lr=1", "lr=1"], {"x-lr=1"}) == (["x-lr=1"], {"lr": 1.0}, {})
+    assert plan.split_words(["lr=1"], {"lr=1"}).names == ["lr=1"]
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,13 @@ def text(value):
 @given(st.data(), st.sampled_from(sorted(FIELDS)))
 def test_every_value_of_every_key_can_be_written(data, key):
     value = data.draw(VALID[key])
-    [found] = overrides.parse(key, text(value))
+    [found] = plan.parse_values(key, text(value))
     assert resolve({key: found})[key] == resolve({key: value})[key]
 
 
 @given(st.sampled_from(sorted(FIELDS)), st.text(max_size=12))
 def test_any_text_is_a_value_or_refused_in_one_line(key, written):
-    for value in overrides.parse(key, written):
+    for value in plan.parse_values(key, written):
         try:
             assert resolve({key: value})[key] == value
         except SpecError as error:

@@ -88,7 +88,7 @@ def test_what_decides_no_bit_does_not_count(core):
         (core / name / "new.py").write_text("x = 1\n")
         (core / name / "deeper").mkdir()
         (core / name / "deeper" / "new.py").write_text("x = 1\n")
-    names = "cli code_hash export images overrides predict remote session sweep terminal verify errors store"
+    names = "cli code_hash estimate export images plan predict remote session tally terminal verify errors store"
     for name in (f"{name}.py" for name in names.split()):
         with open(core / name, "a") as file:
             file.write("x = 1\n")

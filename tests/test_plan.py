@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from core import sweep, terminal
+from core import estimate, plan, terminal
 from core.errors import UserError
 from core.functional import model
 from core.runs.record import check_name
 from core.spec import resolve
+from core.tally import Tally
 from experiments import SUITES
 from tests.conftest import EXPERIMENTS
 from tests.test_report import failed, make
@@ -22,7 +23,7 @@ GRID = {"lr": [1e-3, 5e-4], "dropout": [0, 0.2], "epochs": 3}
 
 
 def test_a_grid_is_every_combination_in_the_order_written():
-    assert list(sweep.expand("wide", GRID).items()) == [
+    assert list(plan.expand("wide", GRID).items()) == [
         ("wide-lr=0.001-dropout=0", {"lr": 1e-3, "dropout": 0, "epochs": 3}),
         ("wide-lr=0.001-dropout=0.2", {"lr": 1e-3, "dropout": 0.2, "epochs": 3}),
         ("wide-lr=0.0005-dropout=0", {"lr": 5e-4, "dropout": 0, "epochs": 3}),
@@ -31,8 +32,8 @@ def test_a_grid_is_every_combination_in_the_order_written():
 
 
 def test_widths_are_a_list_and_a_grid_of_them_a_list_of_lists():
-    assert sweep.expand("x", {"widths": [64, 32]}) == {"x": {"widths": [64, 32]}}
-    grid = sweep.expand("x", {"widths": [[64, 32], [], (8,)]})
+    assert plan.expand("x", {"widths": [64, 32]}) == {"x": {"widths": [64, 32]}}
+    grid = plan.expand("x", {"widths": [[64, 32], [], (8,)]})
     assert [spec["widths"] for spec in grid.values()] == [[64, 32], [], [8]]
     assert list(grid) == ["x-widths=64x32", "x-widths=none", "x-widths=8"]
 
@@ -55,11 +56,11 @@ def test_numpy_arrays_ranges_and_tuples_are_axes():
         "ema": 0.5,
         "batch_size": 100,
     }
-    grid = sweep.expand("x", arrays)
-    assert list(grid.items()) == list(sweep.expand("x", lists).items())
+    grid = plan.expand("x", arrays)
+    assert list(grid.items()) == list(plan.expand("x", lists).items())
     assert len(grid) == 16
-    assert sweep.runs(grid, {}, np.arange(2)) == sweep.runs(sweep.expand("x", lists), {}, range(2))
-    assert sweep.catalog({"s": {"x": arrays}, "t": {"x": arrays}})["x"] == grid
+    assert plan.runs(grid, {}, np.arange(2)) == plan.runs(plan.expand("x", lists), {}, range(2))
+    assert plan.catalog({"s": {"x": arrays}, "t": {"x": arrays}})["x"] == grid
 
 
 SIX = {
@@ -74,7 +75,7 @@ SIX = {
 
 def test_names_that_are_too_long_are_shortened_and_stay_unique():
     """The names are folders and never change: a run that was trained is found again."""
-    grid = sweep.expand("six", SIX)
+    grid = plan.expand("six", SIX)
     assert len(grid) == 64
     for name, spec in grid.items():
         check_name(name)
@@ -84,9 +85,9 @@ def test_names_that_are_too_long_are_shortened_and_stay_unique():
         "six-activation=leaky_relu-optimizer=adam-schedule=constant-label_smoothing=0.1-weight_d-704edf12cf20"
     )
     fits = {key: SIX[key] for key in list(SIX)[:4]}
-    assert all(name.count("=") == 4 for name in sweep.expand("four", fits)), "a name that fits is written out"
+    assert all(name.count("=") == 4 for name in plan.expand("four", fits)), "a name that fits is written out"
     with pytest.raises(UserError, match="two members of its grid are named six-"):
-        sweep.expand("six", {**SIX, "warmup_epochs": [1, 1]})
+        plan.expand("six", {**SIX, "warmup_epochs": [1, 1]})
 
 
 def test_names_of_members_are_valid():
@@ -97,7 +98,7 @@ def test_names_of_members_are_valid():
         "activation": ["leaky_relu"],
         "weight_decay": [1e-4],
     }
-    for name, spec in sweep.expand("x", every).items():
+    for name, spec in plan.expand("x", every).items():
         check_name(name)
         resolve(spec)
 
@@ -117,17 +118,17 @@ def test_names_of_members_are_valid():
 )
 def test_grids_that_are_refused(spec, words):
     with pytest.raises(UserError, match=re.escape(f"experiment wide: {words}")):
-        sweep.expand("wide", spec)
+        plan.expand("wide", spec)
 
 
 def test_a_name_is_a_suite_a_grid_or_an_experiment():
-    found = sweep.catalog({"s": {"wide": GRID, "x": {}}, "t": {"x": {}}})
-    members = sweep.expand("wide", GRID)
+    found = plan.catalog({"s": {"wide": GRID, "x": {}}, "t": {"x": {}}})
+    members = plan.expand("wide", GRID)
     assert found["s"] == {**members, "x": {}}
     assert found["wide"] == members
     assert found["t"] == found["x"] == {"x": {}}
     assert all(found[name] == {name: spec} for name, spec in members.items())
-    assert sweep.experiments(SUITES).keys() >= {"lr-1e-3", "baseline", "smoke"}
+    assert plan.experiments(SUITES).keys() >= {"lr-1e-3", "baseline", "smoke"}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_a_name_is_a_suite_a_grid_or_an_experiment():
 )
 def test_a_name_for_two_things_is_refused(suites):
     with pytest.raises(UserError, match=r"the name (x|wide|wide-lr=0.1) stands for two different things"):
-        sweep.catalog(suites)
+        plan.catalog(suites)
 
 
 @pytest.mark.parametrize(
@@ -150,22 +151,22 @@ def test_a_name_for_two_things_is_refused(suites):
 def test_names_of_files_of_the_report_are_refused(name):
     """The folder of such an experiment would be where a file has to be."""
     with pytest.raises(UserError, match=f"'{name}' cannot name an experiment, as files of the report end in"):
-        sweep.runs({name: {}}, {})
+        plan.runs({name: {}}, {})
 
 
 @pytest.mark.parametrize("suite", ["a/b", "..", "x" * 101, "", "a\n"])
 def test_a_suite_whose_picture_could_not_be_written_is_refused(suite):
     with pytest.raises(UserError, match="cannot name a suite"):
-        sweep.catalog({suite: {"x": {}}})
+        plan.catalog({suite: {"x": {}}})
 
 
 # Seeds
 
 
 def test_seeds():
-    assert list(sweep.parse_seeds("5")) == [0, 1, 2, 3, 4]
-    assert list(sweep.parse_seeds("1")) == [0]
-    assert list(sweep.parse_seeds("11,3,7")) == [11, 3, 7]
+    assert list(plan.parse_seeds("5")) == [0, 1, 2, 3, 4]
+    assert list(plan.parse_seeds("1")) == [0]
+    assert list(plan.parse_seeds("11,3,7")) == [11, 3, 7]
 
 
 @pytest.mark.parametrize(
@@ -173,14 +174,14 @@ def test_seeds():
 )
 def test_seeds_that_are_refused(text):
     with pytest.raises(UserError, match=r"^--seeds .*, expected how many"):
-        sweep.parse_seeds(text)
+        plan.parse_seeds(text)
 
 
 def test_every_experiment_has_a_seed_before_any_has_the_next():
-    runs = sweep.runs({"a": {}, "b": {"lr": 0.1}}, {"epochs": 3}, range(2))
+    runs = plan.runs({"a": {}, "b": {"lr": 0.1}}, {"epochs": 3}, range(2))
     assert [(name, spec["seed"]) for name, spec in runs] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert runs[3][1] == resolve({"lr": 0.1, "epochs": 3, "seed": 1})
-    assert sweep.runs({"a": {"seed": 4}}, {}) == [("a", resolve({"seed": 4}))]
+    assert plan.runs({"a": {"seed": 4}}, {}) == [("a", resolve({"seed": 4}))]
 
 
 @pytest.mark.parametrize(
@@ -195,11 +196,11 @@ def test_every_experiment_has_a_seed_before_any_has_the_next():
 )
 def test_runs_that_are_refused(experiments, seeds, words):
     with pytest.raises(UserError, match=re.escape(words)):
-        sweep.runs(experiments, {}, seeds)
+        plan.runs(experiments, {}, seeds)
 
 
 def test_ten_thousand_runs_are_not_too_many():
-    assert len(sweep.runs({f"x{i}": {} for i in range(100)}, {}, range(100))) == 10_000
+    assert len(plan.runs({f"x{i}": {} for i in range(100)}, {}, range(100))) == 10_000
 
 
 # Estimates
@@ -218,7 +219,7 @@ def test_the_work_of_a_run_is_parameters_times_epochs(name):
     spec = resolve((EXPERIMENTS | OTHERS)[name])
     small = {**spec, "widths": [max(1, width // 16) for width in spec["widths"]]}
     params, _ = model.init(small, 0)
-    assert sweep.work(small) == sum(p.numel() for p in params.values()) * spec["epochs"]
+    assert estimate.work(small) == sum(p.numel() for p in params.values()) * spec["epochs"]
 
 
 def test_an_estimate_is_what_was_measured_here():
@@ -226,17 +227,17 @@ def test_an_estimate_is_what_was_measured_here():
     here = make("a", lr=1e-3)
     name, threads, epochs = here.environment.device_name, here.environment.threads, here.spec["epochs"]
     took = epochs * here.metrics.train.n / 9002  # samples a second, as the median of the epochs has it
-    known = sweep.Measured([here, failed("b")], name, threads)
+    known = estimate.Measured([here, failed("b")], name, threads)
     assert known.estimate([here.spec]).seconds == pytest.approx(took)
     longer = {**here.spec, "epochs": 7 * epochs, "lr": 0.1, "seed": 3}
     assert known.estimate([longer, here.spec], "eager").seconds == pytest.approx(8 * took)
     small = resolve({"widths": [64], "epochs": epochs})
-    ratio = sweep.work(small) / sweep.work(here.spec)
+    ratio = estimate.work(small) / estimate.work(here.spec)
     assert known.estimate([small]).seconds == pytest.approx(ratio * took)
     assert known.estimate([{**small, "precision": "bfloat16"}, small]).seconds is None
-    assert sweep.Measured([here], "another machine", threads).estimate([here.spec]).seconds is None
-    assert sweep.Measured([here], name, threads + 1).estimate([here.spec]).seconds is None
-    assert sweep.Measured([], name, threads).estimate([]) == (0, 0, 0)
+    assert estimate.Measured([here], "another machine", threads).estimate([here.spec]).seconds is None
+    assert estimate.Measured([here], name, threads + 1).estimate([here.spec]).seconds is None
+    assert estimate.Measured([], name, threads).estimate([]) == (0, 0, 0)
 
 
 def test_an_estimate_needs_more_than_a_moment():
@@ -245,14 +246,14 @@ def test_an_estimate_needs_more_than_a_moment():
         short = make("a", epochs=1, batch_size=batch_size)
         short.history = [replace(short.history[0], seconds=seconds, samples_per_second=speed)]
         name, threads = short.environment.device_name, short.environment.threads
-        found = sweep.Measured([short], name, threads).estimate([short.spec])
+        found = estimate.Measured([short], name, threads).estimate([short.spec])
         assert terminal.estimate(found).startswith("time not measured here yet, ")
-    assert terminal.estimate(sweep.Estimate(0.3, 0, 0)) == "under a second, 0 bytes"
+    assert terminal.estimate(estimate.Estimate(0.3, 0, 0)) == "under a second, 0 bytes"
 
 
 def test_the_bytes_of_an_estimate():
     spec = resolve({})
-    found = sweep.Measured([], "here", 1).estimate([spec, spec])
+    found = estimate.Measured([], "here", 1).estimate([spec, spec])
     assert found.kept == pytest.approx(2 * 4 * 3_809_034, rel=0.01)
     assert found.meanwhile == 3 * 3 * 4 * 3_809_034
     assert terminal.estimate(found) == "time not measured here yet, 30.5 MB"
@@ -272,7 +273,7 @@ def test_durations(seconds, text):
 @pytest.fixture
 def tally():
     """Two experiments of 3 epochs with two seeds each."""
-    return sweep.Tally(sweep.runs({"a": {"lr": 0.1}, "b": {"lr": 0.2}}, {"epochs": 3}, range(2)))
+    return Tally(plan.runs({"a": {"lr": 0.1}, "b": {"lr": 0.2}}, {"epochs": 3}, range(2)))
 
 
 def test_progress_tells_the_time_left_and_the_best_mean(tally):
@@ -294,7 +295,7 @@ def test_an_hour_of_ctrl_z_is_no_measure_of_the_time_left(tally):
 
 
 def test_a_resumed_run_counts_with_the_time_of_all_its_steps(capsys):
-    display = terminal.Display(sweep.runs({"a": {}}, {"epochs": 3}, range(3)), verbose=False, started=0.0)
+    display = terminal.Display(plan.runs({"a": {}}, {"epochs": 3}, range(3)), verbose=False, started=0.0)
     for seed, (seconds, left) in enumerate([(2.0, "20 s"), (11.75, "11 s")]):
         display.seconds = seconds
         display.ended(make("a", seed=seed, epochs=3))  # 9.75 s of training
@@ -312,7 +313,7 @@ def test_runs_of_other_code_are_named_in_a_line(capsys):
 
 def test_a_run_that_is_left_out_counts_neither_as_done_nor_as_left(tally):
     for seed in range(2):
-        tally.leave_out(sweep.runs({"b": {}}, {"epochs": 3, "seed": seed})[0][1])
+        tally.leave_out(plan.runs({"b": {}}, {"epochs": 3, "seed": seed})[0][1])
         tally.add(make("a", seed=seed, epochs=3), 2.0)
     assert (tally.done, tally.total, tally.seconds_left()) == (2, 2, 0)
 
@@ -330,7 +331,7 @@ def test_a_table_has_a_row_for_each_experiment(tally, capsys):
 
 
 def test_a_table_of_very_many_shows_the_best(capsys):
-    tally = sweep.Tally(sweep.runs({f"x{i}": {} for i in range(100)}, {}))
+    tally = Tally(plan.runs({f"x{i}": {} for i in range(100)}, {}))
     for i in range(100):
         tally.add(make(f"x{i}", validation=0.3 + i / 200))
     terminal.table(tally)

@@ -1,0 +1,223 @@
+"""What the words of a command line mean: suites, grids, changed keys and seeds become runs. Knows no tensor."""
+
+import hashlib
+import itertools
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from core.errors import UserError
+from core.runs.record import MAX_NAME, check_name
+from core.spec import FIELDS, Integers, Spec, SpecError, nearest, plain, resolve, static_key
+
+LIMIT = 10_000  # runs of one call
+KEY = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
+
+Experiments = dict[str, dict[str, Any]]  # name -> spec as experiments/ has it
+Suites = Mapping[str, Mapping[str, Mapping[str, Any]]]  # name -> experiments and grids
+Run = tuple[str, Spec]  # the name of its experiment, and its resolved spec
+
+
+# Grids and names
+
+
+def expand(name: str, spec: Mapping[str, Any]) -> Experiments:
+    """The experiments that a spec stands for: one for every combination of the values that it lists, in the order in
+    which they are written; itself where it lists none. An axis may also be a tuple, a range or a NumPy array.
+
+    Raises:
+        UserError: there are none or too many, or two have one name.
+    """
+    if not isinstance(spec, Mapping):
+        raise UserError(f"experiment {name}: a spec is a dict, found {type(spec).__name__}")
+    spec = {key: plain(value) for key, value in spec.items()}
+    axes = {key: values for key, values in spec.items() if _is_axis(key, values)}
+    for key, values in axes.items():
+        if key == "seed" or not values:
+            expected = "one seed; --seeds trains several" if key == "seed" else "at least one value"
+            raise UserError(f"experiment {name}: {key} = {values}, expected {expected}")
+    if (count := math.prod(map(len, axes.values()))) > LIMIT:
+        raise UserError(f"experiment {name}: its grid has {count:,} members, expected at most {LIMIT:,}")
+    found: Experiments = {}
+    for values in itertools.product(*axes.values()):
+        point = dict(zip(axes, values, strict=True))
+        member = _short("-".join([name, *(f"{key}={_text(value)}" for key, value in point.items())]))
+        if member in found:
+            raise UserError(f"experiment {name}: two members of its grid are named {member}")
+        found[member] = {**spec, **point}
+    return found
+
+
+def _is_axis(key: str, value: Any) -> bool:
+    """Whether it is a list of values. A value may itself be a list (widths); then a list of lists is meant."""
+    if key in FIELDS and isinstance(FIELDS[key].default, list):
+        return isinstance(value, list) and any(isinstance(each, list) for each in value)
+    return isinstance(value, list)
+
+
+def _text(value: Any) -> str:
+    """A value in a name: 0.001, relu, 1024x512."""
+    if isinstance(value, list):
+        return "x".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _short(name: str) -> str:
+    """A name that an experiment may have: of one that is too long the beginning, and a hash of all of it."""
+    if len(name) <= MAX_NAME:
+        return name
+    tail = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{name[: MAX_NAME - len(tail) - 1]}-{tail}"
+
+
+def catalog(suites: Suites) -> dict[str, Experiments]:
+    """Every name that can be asked for, and the experiments that it stands for: a suite, a grid or one experiment.
+
+    Raises:
+        UserError: a name stands for two different things, a suite has no valid name, or a grid cannot be expanded.
+    """
+    found: dict[str, Experiments] = {}
+
+    def add(name: str, members: Experiments) -> None:
+        if found.setdefault(name, members) != members:
+            raise UserError(f"the name {name} stands for two different things in experiments/; rename one of them")
+
+    for suite, specs in suites.items():
+        check_name(suite, "a suite")
+        everything: Experiments = {}
+        for name, spec in specs.items():
+            grid = expand(name, spec)
+            for member in grid:
+                add(member, {member: grid[member]})
+            add(name, grid)
+            everything |= grid
+        add(suite, everything)
+    return found
+
+
+def experiments(suites: Suites) -> Experiments:
+    """Every experiment, by its name."""
+    return {name: spec for members in catalog(suites).values() for name, spec in members.items()}
+
+
+def pick(suites: Suites, names: Iterable[str]) -> Experiments:
+    """The experiments that these names stand for; UserError where one is unknown."""
+    known, picked = catalog(suites), Experiments()
+    for name in names:
+        if name not in known:
+            written = dict.fromkeys([*suites, *(name for suite in suites.values() for name in suite)])
+            raise UserError(f"unknown experiment {name!r}{nearest(name, list(written))}")
+        picked |= known[name]
+    return picked
+
+
+def resolved(name: str, spec: Mapping[str, Any]) -> Spec:
+    """The whole spec of an experiment; UserError names the experiment where it, or its name, is not valid."""
+    try:
+        found = resolve(spec)
+    except SpecError as error:
+        raise UserError(f"experiment {name}: {error}") from None
+    check_name(name)
+    return found
+
+
+# Words of a command line
+
+
+class Words(NamedTuple):
+    """The words of a command line, sorted.
+
+    Attributes:
+        names: names of experiments, grids and suites.
+        values: the keys with one value.
+        axes: the keys with several values; together they make a grid.
+    """
+
+    names: list[str]
+    values: dict[str, Any]
+    axes: dict[str, list[Any]]
+
+
+def split_words(words: Iterable[str], known: Collection[str]) -> Words:
+    """Tell overrides from names. A word that starts with a key of a spec and "=" is an override.
+
+    Args:
+        known: all names that may be asked for; the names of the members of a grid contain "=", too.
+
+    Raises:
+        UserError: A key is unknown or is there twice.
+    """
+    found = Words([], {}, {})
+    for word in words:
+        match = KEY.fullmatch(word)
+        if match is None or word in known:
+            found.names.append(word)
+            continue
+        key, text = match.groups()
+        if key not in FIELDS:
+            raise UserError(f"unknown key {key!r} in {word!r}{nearest(key, list(FIELDS))}")
+        if key in found.values or key in found.axes:
+            raise UserError(f"{key} is given twice")
+        values = parse_values(key, text)
+        if len(values) == 1:
+            found.values[key] = values[0]
+        else:
+            found.axes[key] = values
+    return found
+
+
+def parse_values(key: str, text: str) -> list[Any]:
+    """The values of a key in a word: "1e-3,5e-4" are two learning rates, "512,256/1024" two lists of widths.
+
+    A text that is no value stays a text; core.spec.resolve refuses it in its own words.
+    """
+    allowed = FIELDS[key].values
+    return [allowed.parse(each) for each in text.split("/" if isinstance(allowed, Integers) else ",")]
+
+
+def parse_seeds(text: str) -> Sequence[int]:
+    """'5' is the seeds 0 to 4, '3,7,11' these three."""
+    numbers = [int(n) for n in text.split(",")] if re.fullmatch(r"[0-9]{1,10}(,[0-9]{1,10})*", text) else [0]
+    seeds = numbers if len(numbers) > 1 else range(numbers[0])
+    if not seeds or len(set(numbers)) < len(numbers):
+        raise UserError(f"--seeds {text}, expected how many (5 is the seeds 0 to 4) or which (3,7,11, each once)")
+    return seeds
+
+
+def runs(
+    experiments: Mapping[str, Mapping[str, Any]], overrides: Mapping[str, Any], seeds: Sequence[int] | None = None
+) -> list[Run]:
+    """The runs of these experiments, resolved: all of them with the first seed, then with the next, so that a sweep
+    that is stopped early has compared all of them.
+
+    Raises:
+        UserError: a spec is not valid, or there are too many runs.
+    """
+    if (count := len(experiments) * (1 if seeds is None else len(seeds))) > LIMIT:
+        raise UserError(f"{count:,} runs, expected at most {LIMIT:,} in one call")
+    changes = [{**overrides}] if seeds is None else [{**overrides, "seed": seed} for seed in seeds]
+    return [(name, resolved(name, {**spec, **change})) for change in changes for name, spec in experiments.items()]
+
+
+def parse_cohort(text: str) -> int:
+    """'off' is 1."""
+    if text == "off":
+        return 1
+    if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= 256:
+        raise UserError(f"--cohort {text}, expected off, or how many runs at once, at most 256")
+    return int(text)
+
+
+def cohorts(runs: Iterable[Run], size: int) -> list[list[Run]]:
+    """The runs in groups of at most `size` that can be trained together (see core.session.run_cohort), in the order of
+    the first run of each."""
+    groups: list[list[Run]] = []
+    growing: dict[Any, list[Run]] = {}
+    for run in runs:
+        key = static_key(run[1]), run[1]["epochs"]
+        if len(growing.get(key, [])) % size == 0:
+            growing[key] = []
+            groups.append(growing[key])
+        growing[key].append(run)
+    return groups

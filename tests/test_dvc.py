@@ -16,7 +16,7 @@ from core import predict
 from core.data import cifar10
 from core.data.identity import data_identity
 from core.functional import model, step
-from core.report import metrics, rebuild, text
+from core.report import rebuild, tables, text
 from core.report.catalog import Catalog
 from core.runs import checkpoint
 from core.runs.files import Run
@@ -102,7 +102,7 @@ def drawn(project):
 
 
 def found(out):
-    return json.loads((out / metrics.METRICS).read_text())
+    return json.loads((out / tables.METRICS_JSON).read_text())
 
 
 def test_metrics_are_the_means_of_the_rows_of_the_tables(tmp_path):
@@ -112,7 +112,7 @@ def test_metrics_are_the_means_of_the_rows_of_the_tables(tmp_path):
     rebuild.rebuild(tmp_path, Catalog())
     best = {f"x{i}" for i in range(40 - text.ROWS, 40)}
     means = found(tmp_path)
-    assert means.pop(metrics.ALL) == {"record": 0.705}
+    assert means.pop(tables.TRAINED_ON_ALL) == {"record": 0.705}
     assert {split: values.keys() for split, values in means.items()} == {"test": best, "validation": best}
     assert (means["test"]["x39"], means["validation"]["x39"]) == (0.505, 0.69)
 
@@ -120,7 +120,7 @@ def test_metrics_are_the_means_of_the_rows_of_the_tables(tmp_path):
 def test_failed_runs_have_no_metrics(tmp_path):
     write(tmp_path, [failed("a")])
     rebuild.rebuild(tmp_path, Catalog())
-    assert found(tmp_path) == {"test": {}, metrics.ALL: {}, "validation": {}}
+    assert found(tmp_path) == {"test": {}, tables.TRAINED_ON_ALL: {}, "validation": {}}
 
 
 # The commands
@@ -137,9 +137,11 @@ def test_dvc_compares_two_commits(project):
     # Names with dots, equals and plus signs are whole.
     shown = columns(dvc(project, "metrics", "show"))
     assert (shown[f"test.{GRID}"], shown[f"validation.{GRID}"], shown[f"test.{PLUS}"]) == ("0.55", "0.55", "0.4")
-    assert shown[f"{metrics.ALL}.record"] == "0.7"
+    assert shown[f"{tables.TRAINED_ON_ALL}.record"] == "0.7"
     changes = [line.split() for line in dvc(project, "metrics", "diff", "HEAD~1").splitlines()[1:]]
-    assert changes == [[metrics.METRICS, f"{split}.{GRID}", "0.5", "0.55", "0.05"] for split in metrics.SPLITS]
+    assert changes == [
+        [tables.METRICS_JSON, f"{split}.{GRID}", "0.5", "0.55", "0.05"] for split in ("test", "validation")
+    ]
     _, last, before = csv.DictReader(dvc(project, "exp", "show", "-n", 2, "--csv").splitlines())
     assert (before[f"test.{GRID}"], last[f"test.{GRID}"], last[f"test.{PLUS}"]) == ("0.5", "0.55", "0.4")
 

@@ -18,7 +18,7 @@ from core import code_hash
 from core.code_hash import CODE
 from core.data import cifar10 as dataset
 from core.errors import UserError
-from core.report import best_run, markdown, plots, published, rebuild, sheet, stats
+from core.report import best_run, markdown, plots, published, rebuild, stats, tables
 from core.report.catalog import Catalog
 from core.runs.record import UNSET, Answers, Failed, Finished, Flipped, Mistake, decode, encode
 from core.spec import FIELDS, SpecError, resolve, spec_id
@@ -367,7 +367,7 @@ def elsewhere(record, code=CODE, data=dataset.DIRECTORY_HASH):
     return replace(record, data=data, environment=replace(record.environment, code=code))
 
 
-def tables(text):
+def counted(text):
     """The rows of all tables with a column `n`, by heading."""
     found = []
     for block in text.split("\n\n"):
@@ -388,7 +388,7 @@ def test_runs_of_other_code_or_data_are_never_averaged(tmp_path, other):
     write(tmp_path, [*mine, *others, rival])
     rebuild.rebuild(tmp_path, SUITES)
     text = (tmp_path / "results.md").read_text()
-    first, *apart = tables(text)
+    first, *apart = counted(text)
     assert (first["experiment"], first["n"]) == ("lr-1e-3", "2")
     assert first["validation"].startswith("51.00 ± 1.41%")
     what, said = next(iter(other.items()))
@@ -405,8 +405,8 @@ def test_runs_of_other_code_or_data_are_never_averaged(tmp_path, other):
     assert "## Choice" not in text
     assert "uv run main.py run lr-1e-3 --seeds 2\n" in section(text, "Reproduce")
     assert '"lr-1e-3": 0.51' in (tmp_path / "checkpoints" / "metrics.json").read_text()
-    assert "lr-5e-4" not in (tmp_path / plots.CURVES_TABLE).read_text()
-    current = [(row["seed"], row["current"]) for row in csv.DictReader((tmp_path / sheet.RUNS).open())]
+    assert "lr-5e-4" not in (tmp_path / tables.CURVES_CSV).read_text()
+    current = [(row["seed"], row["current"]) for row in csv.DictReader((tmp_path / tables.RESULTS_CSV).open())]
     assert current == [("0", "True"), ("1", "True"), ("2", "False"), ("3", "False"), ("0", "False")]
 
 
@@ -423,7 +423,7 @@ def test_code_with_the_same_numbers_is_the_same_code(monkeypatch):
 def test_two_other_codes_are_not_averaged_with_each_other():
     records = [elsewhere(make("x", seed=seed), f"{seed:012x}") for seed in range(3)]
     text = markdown.markdown([*records, failed("y")], SUITES)
-    assert [(row["n"], row["code"]) for row in tables(text)] == [("1", f"{seed:012x}") for seed in range(3)]
+    assert [(row["n"], row["code"]) for row in counted(text)] == [("1", f"{seed:012x}") for seed in range(3)]
     assert "\ny, seed 0, failed: " in text
     assert "\ny, seed 0, failed (other code or data): " in markdown.markdown([elsewhere(failed("y"), "1" * 12)], SUITES)
 
@@ -480,14 +480,14 @@ def test_whitening_is_part_of_the_arithmetic():
 
 def test_a_record_that_was_not_evaluated_with_mirror_images_says_so():
     groups = stats.groups([on_all("x", 0.7)])
-    assert published.row(groups[0])[3] == "not evaluated"
+    assert published.RUNS["test, with mirror images"](groups[0]) == "not evaluated"
     assert not published.picture(groups).content.ours
 
 
 def test_the_picture_shows_the_most_accurate_of_very_many():
-    groups = stats.groups([on_all(f"x{i}", 0.5, 0.5 + i / 100) for i in range(2 * plots.BARS)])
+    groups = stats.groups([on_all(f"x{i}", 0.5, 0.5 + i / 100) for i in range(2 * plots.MAX_BARS)])
     shown = {p.label for p in published.picture(groups).content.ours}
-    assert shown == {f"x{i}" for i in range(plots.BARS, 2 * plots.BARS)}
+    assert shown == {f"x{i}" for i in range(plots.MAX_BARS, 2 * plots.MAX_BARS)}
 
 
 def test_the_picture_of_the_records(tmp_path):
@@ -528,7 +528,7 @@ def test_failed_runs_alone_make_a_report(tmp_path):
 def test_no_runs_make_a_report(tmp_path):
     assert rebuild.rebuild(tmp_path, SUITES) == []
     assert (tmp_path / "results.md").read_text().startswith("# Results\n")
-    assert (tmp_path / sheet.RUNS).read_text().count("\n") == 1
+    assert (tmp_path / tables.RESULTS_CSV).read_text().count("\n") == 1
 
 
 def test_a_run_that_is_not_bitwise_says_so():
@@ -597,7 +597,7 @@ def test_what_is_in_the_way_is_known_beforehand(tmp_path, name):
         rebuild.prepare(tmp_path, SUITES)
 
 
-@pytest.mark.parametrize("name", ["results.md", sheet.RUNS])
+@pytest.mark.parametrize("name", ["results.md", tables.RESULTS_CSV])
 def test_a_link_stays_a_link(tmp_path, name):
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     write(out, THREE)
@@ -799,30 +799,31 @@ def test_curves_are_means_over_seeds_with_a_band():
     seeds = [
         edit_history(make("a", seed=seed), val_accuracy=0.5 + 0.1 * seed, val_loss=1.0 + seed) for seed in range(3)
     ]
-    content = plots.curves(stats.groups([*seeds, make("b", validation=0.5)])).content
-    assert "means over seeds" in content.title
-    assert [(curve.label, curve.epochs) for curve in content.curves] == [("a", [1, 2]), ("b", [1, 2])]
-    accuracy, loss = content.curves[0].accuracy, content.curves[0].loss
+    picture = plots.curves(stats.groups([*seeds, make("b", validation=0.5)]))
+    assert "means over seeds" in picture.title
+    one, other = picture.content
+    assert [(curve.label, curve.epochs) for curve in (one, other)] == [("a", [1, 2]), ("b", [1, 2])]
+    accuracy, loss = one.accuracy, one.loss
     assert [accuracy.validation[1], accuracy.low[1], accuracy.high[1]] == pytest.approx([0.6, 0.5, 0.7])
     assert [loss.validation[1], loss.low[1], loss.high[1]] == pytest.approx([2, 1, 3])
     assert loss.train == pytest.approx([2, 1])
-    assert content.curves[1].loss.low == content.curves[1].loss.high
-    assert "seeds" not in plots.curves(stats.groups([make("b")])).content.title
-    (long,) = plots.curves(stats.groups([make("a", epochs=1000)])).content.curves
-    assert len(long.epochs) == len(long.loss.train) == plots.POINTS
+    assert other.loss.low == other.loss.high
+    assert "seeds" not in plots.curves(stats.groups([make("b")])).title
+    (long,) = plots.curves(stats.groups([make("a", epochs=1000)])).content
+    assert len(long.epochs) == len(long.loss.train) == plots.MAX_POINTS
     assert (long.epochs[0], long.epochs[-1]) == (1, 1000)
 
 
 def test_the_curves_of_many_groups_are_those_of_the_best_by_validation():
     records = [make(f"x{i}", lr=0.01 * (i + 1), validation=0.5 + 0.002 * (i * 7 % 12)) for i in range(12)]
-    content = plots.curves(stats.groups(records)).content
-    assert [curve.label for curve in content.curves] == ["x5", "x10", "x3", "x8", "x1", "x6"]
-    assert content.title.endswith("the best 6 of 12 experiments by validation")
+    picture = plots.curves(stats.groups(records))
+    assert [curve.label for curve in picture.content] == ["x5", "x10", "x3", "x8", "x1", "x6"]
+    assert picture.title.endswith("the best 6 of 12 experiments by validation")
 
 
 def test_the_picture_of_the_curves_is_of_the_default_suite(tmp_path):
     """However good the others are."""
-    others = [make(f"x{i}", dropout=0.01 * i, validation=0.6 + i / 100) for i in range(plots.SHOWN)]
+    others = [make(f"x{i}", dropout=0.01 * i, validation=0.6 + i / 100) for i in range(plots.MAX_CURVES)]
     write(tmp_path, [*THREE, *others])
     rebuild.rebuild(tmp_path, SUITES._replace(default="learning-rate"))
     alt = re.search(rf"!\[(.*)\]\({plots.CURVES}\)", (tmp_path / "results.md").read_text())
@@ -839,16 +840,16 @@ def test_the_table_has_the_curves_of_every_experiment():
         edit_history(make("a", seed=seed), val_accuracy=0.5 + 0.1 * seed, val_loss=1.0 + seed) for seed in range(3)
     ]
     records = [*seeds, make("b", epochs=1000), *(make(f"x{i}", lr=0.01 * (i + 1)) for i in range(12))]
-    table = list(csv.DictReader(io.StringIO(plots.curves_as_table(stats.groups([*records, on_all("c", 0.7)])))))
+    table = list(csv.DictReader(io.StringIO(tables.curves_csv(stats.groups([*records, on_all("c", 0.7)])))))
     assert {row["experiment"] for row in table} == {"a", "b", "c", *(f"x{i}" for i in range(12))}
     a, b, c = ([row for row in table if row["experiment"] == name] for name in "abc")
     assert [(row["epoch"], row["epochs"]) for row in a] == [("1", "2"), ("2", "2")]
     assert [float(a[1][f"accuracy_{what}"]) for what in ("validation", "low", "high")] == [0.6, 0.5, 0.7]
     assert [float(row["loss_train"]) for row in a] == [2, 1]
-    assert (len(b), b[0]["epoch"], b[-1]["epoch"], b[0]["epochs"]) == (plots.POINTS, "1", "1000", "1000")
+    assert (len(b), b[0]["epoch"], b[-1]["epoch"], b[0]["epochs"]) == (plots.MAX_POINTS, "1", "1000", "1000")
     assert [row["accuracy_validation"] for row in c] == ["", ""]
     assert [float(row["accuracy_train"]) for row in c] == [0.3, 0.3]
-    assert plots.points(10_000) == 5
+    assert tables.curve_points(10_000) == 5
 
 
 @pytest.mark.slow
@@ -943,7 +944,7 @@ def test_two_thousand_runs_make_a_small_report(tmp_path):
     assert len(rebuild.rebuild(tmp_path, Catalog())) == 2000
     assert (tmp_path / "results.md").stat().st_size < 100_000
     assert all(path.stat().st_size < 300_000 for path in files(tmp_path).values() if path.suffix != ".csv")
-    assert len(list(csv.DictReader((tmp_path / sheet.RUNS).open()))) == 2000
+    assert len(list(csv.DictReader((tmp_path / tables.RESULTS_CSV).open()))) == 2000
 
 
 def test_the_largest_picture_is_small():
@@ -1027,9 +1028,9 @@ def test_the_pictures_are_those_of_the_best_by_validation(tmp_path, whole):
 
 def test_the_confusion_matrix_is_the_mean_over_the_seeds_that_have_one():
     group = stats.groups([answered(make("a", test=0.5)), answered(make("a", seed=1, test=0.7)), make("a", seed=2)])[0]
-    content = best_run.confusion(group, dataset.CLASSES).content
-    assert content.percent[9] == pytest.approx([40, 0, 0, 0, 0, 0, 0, 0, 0, 60])
-    assert "mean of 2 seeds" in content.title
+    picture = best_run.confusion(group, dataset.CLASSES)
+    assert picture.content.percent[9] == pytest.approx([40, 0, 0, 0, 0, 0, 0, 0, 0, 60])
+    assert "mean of 2 seeds" in picture.title
 
 
 def test_records_without_answers_make_a_report_without_them(tmp_path, whole):
@@ -1079,7 +1080,7 @@ def test_every_run_is_a_row_of_the_csv(tmp_path):
     inexact = replace(make("a", seed=4, lr=0.125, validation=0.5), bitwise=False)
     write(tmp_path, [inexact, failed("b", widths=[])])
     rebuild.rebuild(tmp_path, SUITES)
-    one, other = csv.DictReader((tmp_path / sheet.RUNS).open())
+    one, other = csv.DictReader((tmp_path / tables.RESULTS_CSV).open())
     assert set(one) >= FIELDS.keys()
     assert (one["experiment"], one["lr"], one["seed"], one["widths"]) == ("a", "0.125", "4", "1024-512-256")
     assert (one["validation_accuracy"], one["test_loss"], one["seconds"]) == ("0.5", "1.2345", "6.5")

@@ -41,7 +41,7 @@ def test_a_paired_comparison_uses_the_seeds_of_both():
     test = reference.ttest_rel([0.50, 0.54, 0.52], [0.493, 0.531, 0.512])
     low, high = test.confidence_interval(0.95)
     assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
-    assert (found.seeds, found.told) == (3, bool(test.pvalue < 0.05)) == (3, True)
+    assert (found.seeds, found.significant) == (3, bool(test.pvalue < 0.05)) == (3, True)
     assert found.deviation == pytest.approx(np.std([0.007, 0.009, 0.008], ddof=1))
     # Not paired, the same differences are lost among the seeds.
     assert reference.ttest_ind([0.50, 0.54, 0.52], [0.493, 0.531, 0.512]).pvalue > 0.5
@@ -50,8 +50,8 @@ def test_a_paired_comparison_uses_the_seeds_of_both():
 def test_without_common_seeds_the_difference_has_the_sampling_error():
     found = stats.compare(runs("a", {0: 0.58}), runs("b", {0: 0.56}, lr=0.1), "validation")
     assert found.half == pytest.approx(1.96 * (0.58 * 0.42 / 5000 + 0.56 * 0.44 / 5000) ** 0.5, rel=1e-4)
-    assert (found.paired, found.told) == (False, True)
-    assert not stats.compare(runs("a", {0: 0.57}), runs("b", {0: 0.56}, lr=0.1), "validation").told
+    assert (found.paired, found.significant) == (False, True)
+    assert not stats.compare(runs("a", {0: 0.57}), runs("b", {0: 0.56}, lr=0.1), "validation").significant
     assert stats.compare(runs("a", {0: 0.6, 1: 0.6}), runs("b", {2: 0.5, 3: 0.5}, lr=0.1), "validation").seeds == 0
 
 
@@ -70,7 +70,7 @@ def test_needed_seeds_against_the_noncentral_t():
             return reference.nct.sf(critical, n - 1, shift) + reference.nct.cdf(-critical, n - 1, shift)
 
         assert power(n) >= 0.8 > power(n - 1)
-    assert (stats.needed(0), stats.needed(1e-9), stats.needed(1e6)) == (2, 2, stats.MOST)
+    assert (stats.needed(0), stats.needed(1e-9), stats.needed(1e6)) == (2, 2, stats.MAX_SEEDS)
 
 
 @pytest.mark.parametrize(("turn", "hits"), [(0, 0.57), (5, 0.57), (300, 0.56), (1, 0.58), (0, 0.60)])

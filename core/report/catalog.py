@@ -11,9 +11,9 @@ class Catalog(NamedTuple):
     """The experiments of a project.
 
     Attributes:
-        suites: by the name of a suite its experiments, grids expanded: their specs by their names.
-        ablations: the suites that are one, each with the names of its "plain" and its "full" experiment, or of one of
-            the two. The other experiments of the suite are compared with these.
+        suites: for each suite the specs of its experiments by name; grids are expanded.
+        ablations: for each suite that is an ablation, the names of its "plain" and its "full" experiment, or of one of
+            them. The other experiments of the suite are compared with these.
         default: the suite whose learning curves are drawn.
     """
 
@@ -22,7 +22,7 @@ class Catalog(NamedTuple):
     default: str = ""
 
     def check(self) -> None:
-        """Raise UserError where an ablation names a suite or an experiment that does not exist."""
+        """Raise UserError if an ablation names a suite or an experiment that does not exist."""
         for suite, references in self.ablations.items():
             if suite not in self.suites:
                 raise UserError(f"ABLATIONS in experiments/ names the suite {suite!r}, but there is no such suite")

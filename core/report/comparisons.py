@@ -24,7 +24,7 @@ def _compared(a: str, b: str, difference: stats.Difference, more: bool = False) 
         a, b, difference = b, a, difference._replace(mean=-difference.mean)
     how = f"{text.seeds(difference.seeds)}, paired" if difference.paired else "sampling error"
     points = f"{100 * difference.mean:.2f} ± {100 * difference.half:.2f} points ({how})"
-    if difference.told:
+    if difference.significant:
         return f"{a} beats {b} by {points}"
     return f"{a} and {b} cannot be told apart: {points}{_more_seeds(difference) * more}"
 
@@ -78,7 +78,7 @@ def _choice(ranking: list[Group]) -> str:
     best, others = ranking[0], ranking[1:]
     shown = others[: text.LINES]
     validation = [stats.compare(best, other, "validation") for other in shown]
-    ahead = [found.told and found.mean > 0 for found in validation]
+    ahead = [found.significant and found.mean > 0 for found in validation]
     close = [other.label for other, is_behind in zip(shown, ahead, strict=True) if not is_behind]
     if close:
         sure = f"It is not sure: {text.listed(close)} may be as good."
@@ -116,7 +116,7 @@ def _one_change(a: Spec, b: Spec) -> str | None:
 
 
 def _verdict(worth: stats.Difference) -> str:
-    if not (worth.told and worth.paired):  # one seed says nothing of others
+    if not (worth.significant and worth.paired):  # one seed says nothing of others
         return "unclear"
     return "helped" if worth.mean > 0 else "hurt"
 

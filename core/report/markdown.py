@@ -6,7 +6,7 @@ from statistics import fmean, median_high
 
 from core.code_hash import same_numbers
 from core.data import cifar10
-from core.report import best_run, comparisons, plots, published, sheet, stats, text
+from core.report import best_run, comparisons, plots, published, stats, tables, text
 from core.report.catalog import Catalog
 from core.report.stats import Group
 from core.runs.record import Finished, Record
@@ -27,7 +27,7 @@ def _range(group: Group, split: str) -> str:
 
 
 NUMBERS: list[Column] = [
-    ("gap", lambda g: f"{100 * (stats.accuracy(g, 'train') - stats.accuracy(g, 'test')):.1f}"),
+    ("gap", lambda g: f"{stats.gap(g):.1f}"),
     ("time", lambda g: f"{fmean(map(stats.seconds, g)):.0f} s"),
     ("samples/s", lambda g: f"{median_high(map(stats.speed, g)):,}"),
 ]
@@ -113,21 +113,12 @@ def _best(best: Group, pictures: Mapping[str, plots.Picture]) -> Iterator[str]:
         return
     yield f"\n## The best experiment by validation: {best.label}\n"
     for path in shown:
-        picture = pictures[path]
-        yield "\n" + text.picture(picture)
-        content = picture.content
-        if isinstance(content, best_run.Confusion):
-            rows = best_run.confusion_rows(content)
-            yield text.folded(
-                "The numbers: of 100 images of a class (row), so many are taken for (column)",
-                text.grid(("", *content.classes), rows),
-            )
-        elif isinstance(content, best_run.Mistakes):
-            rows = [
-                [str(m.index), content.classes[m.label], content.classes[m.predicted], f"{100 * m.probability:.4f}%"]
-                for m in content.mistakes
-            ]
-            yield text.folded("The numbers", text.grid(("test image", "is", "taken for", "with probability"), rows))
+        yield f"\n{_picture(pictures[path])}{pictures[path].table}"
+
+
+def _picture(picture: plots.Picture) -> str:
+    """The line that shows a picture, with its alternative text."""
+    return f"![{picture.alt}]({picture.path})\n"
 
 
 def _records(groups: list[Group], pictures: Mapping[str, plots.Picture]) -> str:
@@ -141,17 +132,19 @@ def _records(groups: list[Group], pictures: Mapping[str, plots.Picture]) -> str:
         "of all steps. With compilation, the longest time to a first step among the runs is added: for whitening and "
         "compilation, or for whitening alone where the step had been compiled before. PetaFLOP are 6 operations a "
         "parameter and example, and the whitening of each image.\n\n"
-        + text.grid(published.HEADINGS, map(published.row, groups[: text.ROWS]))
+        + text.grid(
+            published.RUNS, ([cell(group) for cell in published.RUNS.values()] for group in groups[: text.ROWS])
+        )
         + f"\n{len(groups) - text.ROWS:,} more are left out.\n" * (len(groups) > text.ROWS)
         + "\nPublished results without convolution; no time is known for any of them:\n\n"
-        + text.grid(("network", "test", "parameters", "epochs", "petaFLOP", "source"), published.rows())
-        + (f"\n{text.picture(picture)}" if picture else "")
+        + text.grid(published.PAPERS, ([cell(p) for cell in published.PAPERS.values()] for p in published.PUBLISHED))
+        + (f"\n{_picture(picture)}" if picture else "")
     )
 
 
 def _apart(results: stats.Results, catalog: Catalog) -> str:
     """The runs of other code or on other data, and how to train them anew."""
-    if not results.apart:
+    if not results.other:
         return ""
 
     def code(group: Group) -> str:
@@ -166,13 +159,13 @@ def _apart(results: stats.Results, catalog: Catalog) -> str:
         ("code", code),
         ("data", lambda g: "this" if g[0].data == results.data else g[0].data[:12]),
     ]
-    left_out = len(results.apart) - text.ROWS
-    commands = "\n".join(_commands(results.apart, catalog, " --force"))
+    left_out = len(results.other) - text.ROWS
+    commands = "\n".join(_commands(results.other, catalog, " --force"))
     return (
         f"\n## {APART}\n\nOther code or other data can give other numbers. These runs are therefore in no other table, "
         "mean, choice, comparison or picture of this report. A row is an experiment, with one code and one data set. "
-        f"In [results.csv]({sheet.RUNS}), the column `current` of these runs is False.\n\n"
-        + _table(columns, results.apart[: text.ROWS])
+        f"In [results.csv]({tables.RESULTS_CSV}), the column `current` of these runs is False.\n\n"
+        + _table(columns, results.other[: text.ROWS])
         + (f"\n{left_out:,} more are left out.\n" if left_out > 0 else "")
         + f"\nThese commands train them anew, with this code and on CIFAR-10:\n\n```sh\n{commands}\n```\n"
     )
@@ -212,7 +205,7 @@ def _legend(groups: list[Group]) -> str:
         )
     lines.append("Every interval holds for itself: by chance alone, one comparison in twenty is wrong.")
     lines.append("The gap is train minus test, in points. The time is that of all steps of a run, without compilation.")
-    lines.append(f"Every run, with its whole spec, is a row of [results.csv]({sheet.RUNS}).")
+    lines.append(f"Every run, with its whole spec, is a row of [results.csv]({tables.RESULTS_CSV}).")
     return "\n" + "".join(f"- {line}\n" for line in lines)
 
 
@@ -231,7 +224,7 @@ def markdown(
     results = stats.results(records)
     groups = stats.ranked(results.compared)
     finished = [record for group in groups for record in group]
-    recipes = sorted(results.whole, key=lambda group: published.work(group[0]))
+    recipes = sorted(results.trained_on_all, key=lambda group: published.work(group[0]))
     best = groups[: text.ROWS]
     parts = [_introduction(results), _table(COLUMNS, best)]
     if len(best) < len(groups):
@@ -241,8 +234,8 @@ def markdown(
             "finished runs, are left out.\n"
         )
     parts.append(_legend(best))
-    if results.apart:
-        count = sum(map(len, results.apart))
+    if results.other:
+        count = sum(map(len, results.other))
         anchor = APART.lower().replace(" ", "-")
         parts.append(
             f"\n{count:,} finished {'run is' if count == 1 else 'runs are'} of other code or on other data, and not in "
@@ -272,18 +265,18 @@ def markdown(
     if choices := comparisons.choices(groups):
         parts += ["\n## Choice of the learning rate\n\n", "\n".join(choices)]
     parts += [comparisons.changes(groups, catalog), comparisons.bought(groups), _records(recipes, pictures)]
-    compared = [picture for picture in pictures.values() if isinstance(picture.content, plots.Intervals)]
+    compared = [pictures[path] for path in map(plots.suite_path, catalog.suites) if path in pictures]
     if compared:
         parts.append("\n## The suites\n")
-        parts += [f"\n{text.picture(picture)}" for picture in compared]
+        parts += [f"\n{_picture(picture)}" for picture in compared]
     if groups:
         parts += _best(groups[0], pictures)
     if groups or recipes:
-        points = plots.points(len(groups) + len(recipes))
+        points = tables.curve_points(len(groups) + len(recipes))
         parts.append("\n## Learning curves\n\n")
-        parts += [f"{text.picture(pictures[path])}\n" for path in (plots.CURVES,) if path in pictures]
+        parts += [f"{_picture(pictures[path])}\n" for path in (plots.CURVES,) if path in pictures]
         parts.append(
-            f"The curves of every experiment are in [learning-curves.csv]({plots.CURVES_TABLE}): at most {points} "
+            f"The curves of every experiment are in [learning-curves.csv]({tables.CURVES_CSV}): at most {points} "
             "epochs of each, evenly spaced, the first and the last included. Its column `epochs` says how many there "
             "were.\n"
         )

@@ -1,10 +1,10 @@
 """The runs that train on all images, beside published fully connected networks: accuracy, time and arithmetic."""
 
+from collections.abc import Callable
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from core.report import plots, stats
-from core.report.plots import Picture
 from core.report.stats import Group
 from core.runs.record import Finished
 
@@ -15,11 +15,11 @@ PICTURE = "checkpoints/records.svg"
 
 
 class Published(NamedTuple):
-    """What a paper reports of a fully connected network on CIFAR-10.
+    """A fully connected network on CIFAR-10 in a paper.
 
     Attributes:
         accuracy: on test, in percent.
-        parameters, epochs: None where the paper does not say, or pre-trains too.
+        parameters, epochs: None if the paper does not say, or pre-trains too.
     """
 
     network: str
@@ -30,7 +30,7 @@ class Published(NamedTuple):
 
     @property
     def petaflop(self) -> float | None:
-        """Computed as for the runs here; None where the paper does not say enough."""
+        """Computed as for the runs here; None if the paper does not say enough."""
         return petaflop(self.parameters, 50_000 * self.epochs) if self.parameters and self.epochs else None
 
 
@@ -57,72 +57,55 @@ def work(record: Finished) -> float:
 
 
 def flipped(group: Group) -> list[float]:
-    """The test accuracies with mirror images averaged in, of the runs that have been evaluated so."""
+    """The test accuracies with mirror images averaged in, of the runs that were evaluated with them."""
     return [record.flipped.test.accuracy for record in group if record.flipped]
 
 
-def seconds(group: Group) -> tuple[float, float]:
-    """The mean time of all steps of a run; and with the longest time to a first step, which is that of the run that
-    compiled, if any did."""
-    training = fmean(map(stats.seconds, group))
-    return training, training + max(record.first_step_seconds for record in group)
+# Tables
 
 
-def _machine(record: Finished) -> str:
-    where = record.environment
-    return where.device_name + f", {where.threads} threads" * (where.device == "cpu")
+def _mirrored(group: Group) -> str:
+    accuracies = flipped(group)
+    return f"**{stats.spread(accuracies)}**" if accuracies else "not evaluated"
 
 
-HEADINGS = (
-    "recipe",
-    "n",
-    "test",
-    "test, with mirror images",
-    "parameters",
-    "epochs",
-    "training",
-    "with compilation",
-    "petaFLOP",
-    "on",
-)
+def _training(group: Group) -> float:
+    return fmean(map(stats.seconds, group))
 
 
-def row(group: Group) -> list[str]:
-    """The cells under HEADINGS."""
-    record, mirrored = group[0], flipped(group)
-    return [
-        group.label,
-        str(len(group)),
-        stats.spread(stats.accuracies(group, "test")),
-        f"**{stats.spread(mirrored)}**" if mirrored else "not evaluated",
-        f"{record.parameters:,}",
-        str(record.spec["epochs"]),
-        *(f"{value:.0f} s" for value in seconds(group)),
-        f"{work(record):.3g}",
-        "; ".join(sorted({_machine(record) for record in group})),
-    ]
+def _machine(group: Group) -> str:
+    where = group[0].environment
+    return f"{where.device_name}, {where.threads} threads" if where.device == "cpu" else where.device_name
 
 
-def rows() -> list[list[str]]:
-    """network, test, parameters, epochs, petaFLOP, source."""
-    return [
-        [
-            p.network,
-            f"{p.accuracy:.2f}%",
-            f"{p.parameters:,}" if p.parameters else "",
-            f"{p.epochs:,}" if p.epochs else "",
-            f"{p.petaflop:.3g}" if p.petaflop else "",
-            p.source,
-        ]
-        for p in PUBLISHED
-    ]
+RUNS: dict[str, Callable[[Group], str]] = {
+    "recipe": lambda g: g.label,
+    "n": lambda g: str(len(g)),
+    "test": lambda g: stats.spread(stats.accuracies(g, "test")),
+    "test, with mirror images": _mirrored,
+    "parameters": lambda g: f"{g[0].parameters:,}",
+    "epochs": lambda g: str(g[0].spec["epochs"]),
+    "training": lambda g: f"{_training(g):.0f} s",
+    # The longest time to a first step is that of the run that compiled, if one did.
+    "with compilation": lambda g: f"{_training(g) + max(r.first_step_seconds for r in g):.0f} s",
+    "petaFLOP": lambda g: f"{work(g[0]):.3g}",
+    "on": _machine,
+}
+PAPERS: dict[str, Callable[[Published], str]] = {
+    "network": lambda p: p.network,
+    "test": lambda p: f"{p.accuracy:.2f}%",
+    "parameters": lambda p: f"{p.parameters:,}" if p.parameters else "",
+    "epochs": lambda p: f"{p.epochs:,}" if p.epochs else "",
+    "petaFLOP": lambda p: f"{p.petaflop:.3g}" if p.petaflop else "",
+    "source": lambda p: p.source,
+}
 
 
 # The picture
 
 
 class Point(NamedTuple):
-    """A network: its accuracy in percent."""
+    """A network; its accuracy in percent."""
 
     label: str
     petaflop: float
@@ -130,27 +113,28 @@ class Point(NamedTuple):
 
 
 class Points(NamedTuple):
-    """`lines` are published accuracies, in percent, for which no arithmetic is known."""
+    """`lines` are published accuracies, in percent, of networks whose petaFLOP are unknown."""
 
     ours: list[Point]
     published: list[Point]
     lines: list[tuple[str, float]]
 
 
-def picture(groups: list[Group]) -> Picture:
-    """Accuracy against arithmetic, with published results: of very many groups, the most accurate."""
-    ours = [
-        Point(group.label, round(work(group[0]), 6), round(100 * fmean(flipped(group)), 3))
+def picture(groups: list[Group]) -> plots.Picture:
+    """Accuracy against arithmetic, with published results; of very many groups, the most accurate."""
+    points = [
+        Point(group.label, round(work(group[0]), 6), round(100 * fmean(accuracies), 3))
         for group in groups
-        if flipped(group)
+        if (accuracies := flipped(group))
     ]
-    best = sorted(ours, key=lambda p: -p.accuracy)[: plots.BARS]
+    best = sorted(points, key=lambda p: -p.accuracy)[: plots.MAX_BARS]
     ours = sorted(best, key=lambda p: p.petaflop)
     published = [Point(p.network, p.petaflop, p.accuracy) for p in PUBLISHED if p.petaflop]
     lines = [(p.network, p.accuracy) for p in PUBLISHED if not p.petaflop]
-    told = ", ".join(f"{p.label} {p.accuracy:.1f}% for {p.petaflop:.3g} petaFLOP" for p in ours)
-    alt = f"Test accuracy against petaFLOP of training, with published fully connected networks: {told}"
-    return Picture(PICTURE, alt, Points(ours, published, lines), _paint, 6)
+    numbers = ", ".join(f"{p.label} {p.accuracy:.1f}% for {p.petaflop:.3g} petaFLOP" for p in ours)
+    alt = f"Test accuracy against petaFLOP of training, with published fully connected networks: {numbers}"
+    title = "accuracy against arithmetic; dotted: without FLOP"
+    return plots.Picture(PICTURE, title, Points(ours, published, lines), _paint, 6, alt)
 
 
 def _paint(figure: "Figure", content: Points, _: Any) -> None:
@@ -161,17 +145,15 @@ def _paint(figure: "Figure", content: Points, _: Any) -> None:
     ):
         ax.plot([p.petaflop for p in points], [p.accuracy for p in points], marker, color=color, label=label)
         for i, p in enumerate(points):
-            place, above = (p.petaflop, p.accuracy), (0, 7 + step * (i % 2))
-            ax.annotate(plots.short(p.label), place, above, textcoords="offset points", ha=side)
+            offset = 0, 7 + step * (i % 2)
+            ax.annotate(plots.short(p.label), (p.petaflop, p.accuracy), offset, textcoords="offset points", ha=side)
     for label, accuracy in content.lines:
         ax.axhline(accuracy, color="C1", linestyle=":")
-        ax.annotate(
-            plots.short(label), (0.99, accuracy), (0, -14), ax.get_yaxis_transform(), "offset points", ha="right"
-        )
+        corner, units = (0.99, accuracy), ax.get_yaxis_transform()
+        ax.annotate(plots.short(label), corner, (0, -14), units, "offset points", ha="right")
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
     ax.margins(0.1)
     ax.set(xlabel="petaFLOP of training", ylabel="test accuracy (%)")
     ax.grid(alpha=0.3)
-    ax.set_title("accuracy against arithmetic; dotted: without FLOP")
     plots.legend(figure, ax)

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable
 
-from core.report import plots
-
 ROWS = 30  # of a table, at most
 LINES = 10  # of a list, at most
 
@@ -15,8 +13,13 @@ def grid(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def folded(summary: str, headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table that opens with a click on its summary."""
+    return f"\n<details><summary>{summary}</summary>\n\n{grid(headings, rows)}\n</details>\n"
+
+
 def first(lines: list[str], rest: str, most: int = LINES) -> list[str]:
-    """At most `most` lines: where there are more, the last says how many are left out."""
+    """At most `most` lines; if there are more, the last one says how many are left out."""
     return lines if len(lines) <= most else [*lines[: most - 1], rest.format(f"{len(lines) - most + 1:,}")]
 
 
@@ -28,14 +31,4 @@ def listed(names: list[str]) -> str:
 
 def seeds(n: int) -> str:
     """'1 seed', '5 seeds'."""
-    return f"{n:,} seed{'s' * (n != 1)}"
-
-
-def picture(picture: plots.Picture) -> str:
-    """The line that shows a picture, with its alternative text."""
-    return f"![{picture.alt}]({picture.path})\n"
-
-
-def folded(heading: str, table: str) -> str:
-    """A table that a click on its heading opens."""
-    return f"\n<details><summary>{heading}</summary>\n\n{table}\n</details>\n"
+    return "1 seed" if n == 1 else f"{n:,} seeds"

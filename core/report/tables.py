@@ -1,0 +1,108 @@
+"""The tables for other programs: results.csv has a row for each run, learning-curves.csv a row for each epoch, and
+metrics.json the mean accuracies that DVC compares between commits (dvc.yaml)."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from core.report import plots, stats, text
+from core.report.stats import Group
+from core.runs.record import Environment, Finished, Record
+from core.spec import FIELDS
+
+RESULTS_CSV = "checkpoints/results.csv"
+CURVES_CSV = "checkpoints/learning-curves.csv"
+METRICS_JSON = "checkpoints/metrics.json"
+TRAINED_ON_ALL = "test_trained_on_all"  # a key of metrics.json
+MAX_CURVE_ROWS = 50_000  # of learning-curves.csv, about: with very many experiments, each has fewer points
+
+
+def _of_split(split: str, what: str) -> Callable[[Finished], Any]:
+    return lambda r: getattr(metrics, what) if (metrics := getattr(r.metrics, split)) else ""
+
+
+# The measurements of a finished run: heading and value. A failed run has empty cells.
+MEASUREMENTS: dict[str, Callable[[Finished], Any]] = {
+    **{
+        f"{split}_{what}": _of_split(split, what)
+        for split in ("train", "validation", "test")
+        for what in ("accuracy", "loss")
+    },
+    "parameters": lambda r: r.parameters,
+    "seconds": lambda r: round(stats.seconds(r), 3),
+    "first_step_seconds": lambda r: r.first_step_seconds,
+    "samples_per_second": stats.speed,
+    "digest": lambda r: r.digest,
+    "bitwise": lambda r: r.bitwise,
+}
+ENVIRONMENT = [field.name for field in msgspec.structs.fields(Environment)]
+HEADINGS = ("experiment", "spec_id", "status", *FIELDS, *MEASUREMENTS, *ENVIRONMENT, "data", "current", "error")
+
+
+def results_csv(records: list[Record]) -> str:
+    """A row for each run. `current` says whether its code and data are those that results.md compares."""
+    results = stats.results(records)
+    return _csv(HEADINGS, (_row(record, results.has(record)) for record in records))
+
+
+def _row(record: Record, current: bool) -> list[Any]:
+    finished = record if isinstance(record, Finished) else None
+    spec = [record.spec[key] for key in FIELDS]
+    return [
+        record.name,
+        record.spec_id,
+        "finished" if finished else "failed",
+        *(stats.shown(value) if isinstance(value, list) else value for value in spec),
+        *(measure(finished) if finished else "" for measure in MEASUREMENTS.values()),
+        *(getattr(record.environment, name) for name in ENVIRONMENT),
+        record.data,
+        current,
+        "" if isinstance(record, Finished) else record.error,
+    ]
+
+
+def curves_csv(groups: list[Group]) -> str:
+    """The learning curves of all groups, each at evenly spaced epochs. `epochs` says how many epochs there were. A
+    number that the runs do not have is an empty cell."""
+    numbers = [f"{quantity}_{line}" for quantity in ("accuracy", "loss") for line in plots.Lines._fields]
+    curves = ((group, plots.curve(group, curve_points(len(groups)))) for group in groups)
+    rows = (
+        (curve.label, epoch, len(group[0].history), *("" if math.isnan(x) else round(x, 6) for x in values))
+        for group, curve in curves
+        for epoch, *values in zip(curve.epochs, *curve.accuracy, *curve.loss, strict=True)
+    )
+    return _csv(("experiment", "epoch", "epochs", *numbers), rows)
+
+
+def curve_points(groups: int) -> int:
+    """How many epochs of each group learning-curves.csv has, at most."""
+    return max(2, min(plots.MAX_POINTS, MAX_CURVE_ROWS // max(1, groups)))
+
+
+def metrics_json(compared: list[Group], trained_on_all: list[Group]) -> str:
+    """The mean accuracies of each experiment that has a row in results.md.
+
+    DVC joins the keys with dots, to `test.lr-1e-3`. The name comes last, since it may have dots of its own. Runs that
+    were trained on all images had more images than the others, so their test accuracies stand apart.
+    """
+    best = stats.ranked(compared)[: text.ROWS]
+    means = {split: _means(best, split) for split in ("test", "validation")}
+    means[TRAINED_ON_ALL] = _means(trained_on_all[: text.ROWS], "test")
+    return json.dumps(means, indent=1, sort_keys=True) + "\n"
+
+
+def _means(groups: list[Group], split: str) -> dict[str, float]:
+    return {group.label: round(stats.accuracy(group, split), 6) for group in groups}
+
+
+def _csv(headings: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(headings)
+    writer.writerows(rows)
+    return out.getvalue()

@@ -42,6 +42,7 @@ if sys.flags.safe_path:  # PYTHONSAFEPATH or python -P: this folder is not in th
 from core import cli, estimate, plan, terminal
 from core.data import cifar10
 from core.errors import UserError
+from core.mode import Mode
 from core.report.catalog import Catalog
 from core.report.rebuild import prepare, rebuild
 from core.runs import files
@@ -233,7 +234,7 @@ def measured(out: Path, device: str = "auto", threads: int | None = None) -> est
 def dry_run(args: argparse.Namespace, runs: list[plan.Run]) -> int:
     """Show each run with what it will take; write nothing."""
     known, tally = measured(args.out, args.device, 1 if args.ray else None), Tally(runs)
-    mode, todo = "eager" if args.no_compile else "compiled", []
+    mode, todo = Mode("eager" if args.no_compile else "compiled"), []
     for (name, spec), done in with_results(args, runs, tally):
         todo += [] if done else [spec]
         found = "finished" if done else terminal.estimate(known.estimate([spec], mode))
@@ -322,7 +323,7 @@ def verify_command(args: argparse.Namespace) -> int:
     runs = chosen(args)
     recorded = [read_finished(name, spec, args.out, cifar10.DIRECTORY_HASH) for name, spec in runs]
     args.cohort = 1
-    args.no_compile = args.no_compile or all(record.environment.mode.startswith("eager") for record in recorded)
+    args.no_compile = args.no_compile or all(Mode.parse(r.environment.mode).kind == "eager" for r in recorded)
     status = 0
     display = terminal.Display(runs, args.verbose, STARTED)
 

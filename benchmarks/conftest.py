@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from core.data import cifar10
+from core.mode import COMPILED
 
 IDLE = 0.05  # of the processors' time may be used by others
 BATCHES = (128, 512)
@@ -152,7 +153,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     write = terminalreporter.write_line
     terminalreporter.section(f"comparison, {datetime.date.today().isoformat()}")
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        machine = environment(torch.device(kind), "compiled")
+        machine = environment(torch.device(kind), COMPILED)
         write(f"{kind}: {machine.device_name} ({machine.hardware}), {machine.threads} threads, torch {machine.torch}")
     for (batch, device), results in board.epochs.items():
         write_epoch(write, batch, device, results)

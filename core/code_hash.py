@@ -19,6 +19,7 @@ NOT_HASHED = (
     "estimate.py",
     "export.py",
     "images.py",
+    "mode.py",
     "plan.py",
     "predict.py",
     "remote.py",

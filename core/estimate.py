@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from core.mode import COMPILED, Mode
 from core.report import stats
 from core.runs.record import Finished, Record
 from core.spec import Spec, static_key
@@ -53,19 +54,19 @@ class Measured:
             examples = record.metrics.train.n * record.spec["epochs"]
             speed = stats.speed(record)
             if speed and examples >= ENOUGH * record.spec["batch_size"]:
-                for key in self._keys(record.spec, there.mode):
+                for key in self._keys(record.spec, Mode.parse(there.mode)):
                     self.seconds[key] += examples / speed
                     self.work[key] += work(record.spec)
 
-    def _keys(self, spec: Spec, mode: str) -> Iterator[Any]:
+    def _keys(self, spec: Spec, mode: Mode) -> Iterator[Any]:
         """What a run is compared with, the closest first: runs of the same shape and mode, else of its
         precision."""
-        mode = mode.split(",")[0]  # in a cohort, too, a run has taken its share of the time
-        yield static_key(spec), mode
-        yield spec["precision"], mode
+        # The size of a cohort does not matter: the time of a run is its share.
+        yield static_key(spec), mode.kind
+        yield spec["precision"], mode.kind
         yield spec["precision"]
 
-    def estimate(self, specs: Iterable[Spec], mode: str = "compiled") -> Estimate:
+    def estimate(self, specs: Iterable[Spec], mode: Mode = COMPILED) -> Estimate:
         seconds: float | None = 0.0
         kept = meanwhile = 0
         for spec in specs:

@@ -26,6 +26,7 @@ from core.data import loader
 from core.data.cifar10 import Cifar10
 from core.data.identity import data_identity
 from core.errors import UserError
+from core.mode import Mode
 from core.runs import checkpoint
 from core.runs import record as records
 from core.runs.checkout import keep_diff
@@ -365,7 +366,7 @@ def _result(ray: Any, ended: Any) -> list[Trained]:
 def _failed(run: tuple[str, Spec], data: str, device: str, compiled: bool, reason: str) -> Failed:
     """The record of a run that has lost its last worker, of which this process knows nothing."""
     name, spec = run
-    here = environment(torch.device("cpu"), "compiled" if compiled else "eager")
+    here = environment(torch.device("cpu"), Mode("compiled" if compiled else "eager"))
     there = replace(here, device=device, hardware="unknown", device_name="unknown", threads=1)
     error = f"the worker died {DEATHS} times while it trained this run; {reason}"
     about = {"name": name, "spec": spec, "spec_id": spec_id(spec), "seed": spec["seed"], "data": data}

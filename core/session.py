@@ -19,6 +19,7 @@ from core.data.cifar10 import Cifar10
 from core.errors import UserError
 from core.functional import step
 from core.functional.tree import flatten
+from core.mode import Mode
 from core.runs import checkpoint, resume
 from core.runs.checkout import keep_diff
 from core.runs.files import Run
@@ -154,7 +155,7 @@ def run_cohort(
     check_threads()
     device = pick_device(device) if isinstance(device, str) else device
     identity.check(data)
-    named, mode = identity.data_identity(data), "compiled" if compiled else "eager"
+    named, mode = identity.data_identity(data), Mode("compiled" if compiled else "eager")
     with _failing([]):
         data = loader.place(data, device)
     sessions = []
@@ -181,7 +182,7 @@ def run_cohort(
         with _failing(left):
             for session in left:
                 at = session.begin(allow_inexact, last, len(left))
-                todo[at, session.environment.mode.split(",")[0]].append(session)
+                todo[at, session.training.mode.kind].append(session)
             for together in todo.values():
                 with _failing(together):
                     _train(together, should_stop, checkpoint_every, allow_inexact)
@@ -262,12 +263,12 @@ class Session:
         named: str,
         device: torch.device,
         on_event: OnEvent,
-        mode: str,
+        mode: Mode,
     ) -> None:
         """`named`: the identity of `data`."""
         self.run, self.name, self.spec, self.on_event = run, name, spec, on_event
         self.data, self.named, self.device = data, named, device
-        self.environment = environment(device, mode, reads_bfloat16(spec))
+        self.mode, self.environment = mode, environment(device, mode, reads_bfloat16(spec))
         self.history: list[Epoch] = []
         self.progress = Progress()
         self.saved = 0  # the step that the newest resume point holds
@@ -288,7 +289,7 @@ class Session:
         """Prepare the training, one of `count`, from the newest good resume point up to the step `last`, if there is
         one; returns the step at which it stands."""
         self.started = time.perf_counter()
-        self.training = training = Training(self.spec, self.data, self.device, self.environment.mode)
+        self.training = training = Training(self.spec, self.data, self.device, self.mode)
         if reads_bfloat16(self.spec) and emulates_bfloat16(self.device):
             faster = "float32" if self.spec["precision"] == "bfloat16" else "another optimizer than Muon"
             self.notice(f"this CPU has neither AVX512_BF16 nor AMX and emulates bfloat16: {faster} is faster here")
@@ -315,15 +316,15 @@ class Session:
         """Become one of a cohort of so many."""
         if self.training.step == self.training.total:  # nothing is left to be trained
             return
-        mode = self.training.mode.split(",")[0] + (f", cohort of {count}" if count > 1 else "")
+        mode = self.training.mode._replace(cohort=count)
         if self.saved and mode != self.training.mode:
             self.notice(f"{self.name} seed {self.spec['seed']} goes on {mode}, was {self.training.mode}: not bitwise")
             self.progress.bitwise = False
         self.set_mode(mode)
 
-    def set_mode(self, mode: str) -> None:
+    def set_mode(self, mode: Mode) -> None:
         self.training.mode = mode
-        self.environment = msgspec.structs.replace(self.environment, mode=mode)
+        self.environment = msgspec.structs.replace(self.environment, mode=str(mode))
 
     def notice(self, reason: str) -> None:
         self.on_event(Event("notice", {"reason": reason}))
@@ -343,7 +344,7 @@ class Session:
         elif kind == "first_step":
             seconds = round(time.perf_counter() - self.started, 3)
             self.progress.first_step_seconds = self.progress.first_step_seconds or seconds
-            if not training.mode.startswith("eager") and (problem := cache.problem()):
+            if training.mode.kind != "eager" and (problem := cache.problem()):
                 self.notice(problem)
         elif kind == "epoch":
             self.history.append(Epoch(**details))

@@ -15,6 +15,7 @@ from core.data.whitening import Whitening, whitening
 from core.functional import model
 from core.functional import step as steps
 from core.functional.tree import flatten, tree_map
+from core.mode import COMPILED, Mode
 from core.spec import Spec
 
 
@@ -72,10 +73,10 @@ class Training:
         step: how many steps have been taken.
         seconds, timed: the time of the steps of the epoch under way, in a cohort this one's share of it, and how many
             steps that are; without those in which the process stood still.
-        mode: of the step, as core.compile.fused.Step has it; until the step is made, what is asked for.
+        mode: of the step; until the step is made, the mode that was asked for.
     """
 
-    def __init__(self, spec: Spec, data: Cifar10, device: torch.device, mode: str = "compiled") -> None:
+    def __init__(self, spec: Spec, data: Cifar10, device: torch.device, mode: Mode = COMPILED) -> None:
         """Prepare the first step of a resolved spec, over data that is on `device`."""
         self.spec, self.device, self.mode = spec, device, mode
         self.examples, validation = loader.to_train_on(data.train_labels.cpu(), spec["train_on"])
@@ -233,9 +234,8 @@ def stack(trainings: Sequence[Training]) -> tuple[steps.State, dict[str, Any], d
 
 def _make_step(lead: Training, trees: tuple[dict, dict, dict], may_change_mode: bool) -> tuple[fused.Step, str]:
     """The train step, and why its mode is another than asked for, if it is."""
-    eager = lead.mode.startswith("eager")
     try:
-        made = fused.fuse(lead.spec, *trees, compiled=not eager)
+        made = fused.fuse(lead.spec, *trees, compiled=lead.mode.kind != "eager")
         reason = f"compiled without the patches of core/compile/inductor.py, until .cache is deleted: {made.problem}"
         if made.mode != lead.mode and not may_change_mode:
             raise fused.CompileError(f"the step would be {made.mode}, and was {lead.mode}")

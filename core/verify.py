@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from core.data.cifar10 import Cifar10
 from core.data.identity import data_identity
 from core.errors import UserError
+from core.mode import Mode
 from core.runs.files import OtherData, Run
 from core.runs.provenance import difference
 from core.runs.record import Finished, Record, read_record
@@ -43,7 +44,7 @@ def verify(
     """
     recorded = read_finished(name, spec, out, data_identity(data))
     with tempfile.TemporaryDirectory() as elsewhere:
-        compiled = compiled and not recorded.environment.mode.startswith("eager")
+        compiled = compiled and Mode.parse(recorded.environment.mode).kind != "eager"
         try:
             again = run_experiment(name, spec, elsewhere, data, *arguments, compiled=compiled, checkpoint_every=10**9)
         except Interrupted:
@@ -65,6 +66,6 @@ def read_finished(name: str, spec: Spec, out: str | Path, data: str) -> Finished
         raise UserError(f"{name} has no finished run under {out}; {train}")
     if record.data != data:
         raise OtherData(f"{name} was trained with other data ({record.data}, now {data}): it cannot be verified")
-    if "cohort" in record.environment.mode:
+    if Mode.parse(record.environment.mode).cohort > 1:
         raise UserError(f"{name} was trained in a cohort, whose bits no run alone has: it cannot be verified")
     return record

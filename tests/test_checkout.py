@@ -10,6 +10,7 @@ import subprocess
 import pytest
 import torch
 
+from core.mode import Mode
 from core.runs import checkout, provenance
 from core.runs.checkout import Checkout, keep_diff, read
 from core.runs.files import Run, sweep_all
@@ -174,9 +175,9 @@ def test_changes_of_another_machine_are_not_taken_for_those_of_this_one(changed,
     run, mine = Run(tmp_path, "x", "0" * 12), b"--- a\n+++ b\n"
     run.folder.mkdir(parents=True)
     changed(b"other")
-    elsewhere = provenance.environment(torch.device("cpu"), "eager")
+    elsewhere = provenance.environment(torch.device("cpu"), Mode("eager"))
     changed(mine)
-    here = provenance.environment(torch.device("cpu"), "eager")
+    here = provenance.environment(torch.device("cpu"), Mode("eager"))
     keep_diff(run, here)
     assert gzip.decompress(run.diff.read_bytes()) == mine
     keep_diff(run, elsewhere)

@@ -15,6 +15,7 @@ from core.code_hash import CODE
 from core.data import cifar10 as dataset
 from core.errors import UserError
 from core.functional import model
+from core.mode import Mode
 from core.runs import checkpoint, files
 from core.runs.provenance import environment
 from core.runs.record import Metrics, Weights
@@ -327,7 +328,7 @@ def untrue(tmp_path, small_spec):
         "digest": "0" * 64,
         "test": test,
     }
-    about["environment"] = environment(torch.device("cpu"), "eager")
+    about["environment"] = environment(torch.device("cpu"), Mode("eager"))
     path = tmp_path / "x.safetensors"
     checkpoint.save(path, {**params, **stats}, Weights(**about))
     return path

@@ -7,6 +7,7 @@ from core import session
 from core.compile import fused
 from core.data.loader import epoch_order
 from core.functional.tree import flatten
+from core.mode import Mode
 from core.runs import resume
 from core.runs.files import Run
 from core.runs.record import Failed, Finished, write_record
@@ -68,7 +69,7 @@ def test_a_compiled_step_is_that_of_each_member_alone(runs, invented, changes):
     before = [{name: p.clone() for name, p in each.state["params"].items()} for each in alone]
     trees = stack(trainings)
     made = fused.fuse(runs[0][1], *trees)
-    assert made.mode == "compiled, cohort of 3"
+    assert made.mode == Mode("compiled", 3)
     made.advance()
     for mine, theirs, old in zip(trainings, alone, before, strict=True):
         fused.fuse(theirs.spec, theirs.state, theirs.data, theirs.hyper, compiled=False).advance()

@@ -30,6 +30,7 @@ from core import store
 from core.compile import cache, fused, inductor, worker
 from core.compile.device import DeviceError, pick_device, to_device
 from core.functional import step, tree
+from core.mode import Mode
 from core.spec import static
 from tests.conftest import MUON, ROOT
 
@@ -200,7 +201,7 @@ def test_residual_blocks_compiled(small_spec, step_inputs):
             torch.set_num_threads(n)
             state = clone(start)
             made = fused.fuse(spec, state, data, hyper)
-            assert made.mode == "compiled"
+            assert made.mode == Mode("compiled")
             made.advance()
             first = clone(state)
             for _ in range(9):
@@ -221,7 +222,7 @@ def test_a_compiled_step_of_muon_in_bfloat16_is_near_the_eager_one(default_input
     state["step"].fill_(3)
     before, eager = clone(state), step.make_train_step(static(spec))(state, data, hyper)
     made = fused.fuse(spec, state, data, hyper)
-    assert made.mode == "compiled"
+    assert made.mode == Mode("compiled")
     made.advance()
     for name in state["opt"]["momentum"]:
         old, new, other = (each["params"][name] for each in (before, state, eager))
@@ -376,7 +377,7 @@ def test_where_a_patch_fails_the_step_is_compiled_without(places, monkeypatch, s
     state, data, hyper = step_inputs(spec)
     eager = step.make_train_step(static(spec))(state, data, hyper)
     made = fused.fuse(spec, state, data, hyper)
-    assert (made.mode, made.problem) == ("unpatched", "no such name in this torch")
+    assert (made.mode, made.problem) == (Mode("unpatched"), "no such name in this torch")
     made.advance()
     assert_close(state, eager)
     again = fused.fuse(spec, *step_inputs(spec))

@@ -28,6 +28,7 @@ from core.compile import fused  # noqa: E402
 from core.data import cifar10 as dataset  # noqa: E402
 from core.functional import augment, model, step  # noqa: E402
 from core.functional.tree import leaves, tree_map  # noqa: E402
+from core.mode import Mode  # noqa: E402
 from core.spec import FIELDS, Choice, resolve, static  # noqa: E402
 from core.train import Training, fit  # noqa: E402
 from tests.conftest import inputs_of_default  # noqa: E402
@@ -128,7 +129,7 @@ def pictures():
 def numbers(data, spec):
     """(name, number) of what a run of such a spec comes to: its epochs, the evaluation, a norm of each tensor."""
     with Float64():
-        training = Training(resolve({**BASE, **spec}), data, torch.device("cpu"), "eager")
+        training = Training(resolve({**BASE, **spec}), data, torch.device("cpu"), Mode("eager"))
         if training.whitening:
             # A principal component has no sign of its own. One for all machines: that of its product with a ramp.
             sign = (training.whitening["weight"] @ torch.arange(3072, dtype=torch.float64)).sign()

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from core.code_hash import CODE, code_hash
+from core.mode import COMPILED, Mode
 from core.runs.provenance import SETTINGS, difference, environment
 from core.runs.record import Environment
 from tests.conftest import ROOT
 
-CPU = torch.device("cpu")
+CPU, EAGER = torch.device("cpu"), Mode("eager")
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_what_decides_no_bit_does_not_count(core):
         (core / name / "new.py").write_text("x = 1\n")
         (core / name / "deeper").mkdir()
         (core / name / "deeper" / "new.py").write_text("x = 1\n")
-    names = "cli code_hash estimate export images plan predict remote session tally terminal verify errors store"
+    names = "cli code_hash estimate export images mode plan predict remote session tally terminal verify errors store"
     for name in (f"{name}.py" for name in names.split()):
         with open(core / name, "a") as file:
             file.write("x = 1\n")
@@ -116,34 +117,34 @@ def settings(monkeypatch):
 
 
 def test_a_run_that_starts_twice_would_repeat(settings):
-    assert environment(CPU, "eager").settings == "MKL_CBWR=AUTO,STRICT"
-    assert difference(environment(CPU, "eager"), environment(CPU, "eager")) is None
+    assert environment(CPU, EAGER).settings == "MKL_CBWR=AUTO,STRICT"
+    assert difference(environment(CPU, EAGER), environment(CPU, EAGER)) is None
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_setting_is_recorded_and_its_change_is_named(settings, name):
-    then = environment(CPU, "eager")
+    then = environment(CPU, EAGER)
     settings(name, "COMPATIBLE")
-    now = environment(CPU, "eager")
+    now = environment(CPU, EAGER)
     assert f"{name}=COMPATIBLE" in now.settings
     assert difference(then, now) == f"settings MKL_CBWR=AUTO,STRICT (now {now.settings})"
 
 
 def test_options_of_the_compiler_are_a_setting(settings):
     settings("CXX", "ccache g++")
-    assert "CXX" not in environment(CPU, "compiled").settings
+    assert "CXX" not in environment(CPU, COMPILED).settings
     settings("CXX", "g++ -ffast-math")
-    assert environment(CPU, "compiled").settings.endswith("CXX=g++ -ffast-math")
+    assert environment(CPU, COMPILED).settings.endswith("CXX=g++ -ffast-math")
 
 
 def test_a_record_that_is_older_than_the_settings_was_made_with_the_default(settings):
     """core/__init__.py has set it since the first version."""
-    now = environment(CPU, "eager")
+    now = environment(CPU, EAGER)
     older = msgspec.to_builtins(now)
     del older["settings"]
     assert difference(msgspec.convert(older, Environment), now) is None
     settings("MKL_CBWR", "COMPATIBLE")
-    changed = difference(msgspec.convert(older, Environment), environment(CPU, "eager"))
+    changed = difference(msgspec.convert(older, Environment), environment(CPU, EAGER))
     assert changed == "settings MKL_CBWR=AUTO,STRICT (now MKL_CBWR=COMPATIBLE)"
 
 
@@ -164,7 +165,7 @@ def test_a_record_that_is_older_than_the_settings_was_made_with_the_default(sett
     ],
 )
 def test_what_decides_bits_is_named_and_nothing_else(settings, key, value, named):
-    now = environment(CPU, "eager")
+    now = environment(CPU, EAGER)
     then = msgspec.structs.replace(now, **{key: value})
     expected = f"{key} {value or 'unknown'} (now {getattr(now, key)})" if named else None
     assert difference(then, now) == expected
@@ -179,6 +180,6 @@ def test_every_part_of_an_environment_was_thought_of():
 def test_an_environment_can_be_recorded_whatever_the_variables_say(settings):
     for name in SETTINGS:
         settings(name, "\x1b[31m\n\u202e\udc80" + "x" * 3000)
-    now = environment(CPU, "eager")
+    now = environment(CPU, EAGER)
     assert now.settings.isprintable()
     assert msgspec.convert(msgspec.to_builtins(now), Environment) == now

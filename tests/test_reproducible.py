@@ -13,6 +13,7 @@ import torch
 
 from core.compile import fused
 from core.errors import UserError
+from core.mode import COMPILED, Mode
 from core.runs import checkpoint
 from core.runs.files import Run
 from core.runs.provenance import environment
@@ -143,12 +144,12 @@ def test_muon_in_bfloat16_compiled_stopped_and_with_another_number_of_threads(st
 def test_bfloat16_on_amx_records_the_threads(monkeypatch, tmp_path, invented, small_spec):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_bf16": True})
     cpu, threads = torch.device("cpu"), f"{torch.get_num_threads()} threads"
-    assert environment(cpu, "compiled", bfloat16=True).hardware.endswith(f" amx_bf16, {threads}")
-    assert environment(cpu, "compiled").hardware.endswith(" amx_bf16")
+    assert environment(cpu, COMPILED, bfloat16=True).hardware.endswith(f" amx_bf16, {threads}")
+    assert environment(cpu, COMPILED).hardware.endswith(" amx_bf16")
     record = run_experiment("x", small_spec(epochs=1, optimizer="muon"), tmp_path, invented, "cpu", compiled=False)
     assert record.environment.hardware.endswith(threads), "the products inside Muon are in bfloat16"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "avx512_bf16": True})
-    assert environment(cpu, "compiled", bfloat16=True).hardware.endswith(" avx512_bf16")
+    assert environment(cpu, COMPILED, bfloat16=True).hardware.endswith(" avx512_bf16")
 
 
 def test_a_cpu_that_emulates_bfloat16_is_told_so(tmp_path, invented, small_spec, monkeypatch):
@@ -288,8 +289,9 @@ def test_each_part_of_the_state_matters(train, group):
 def test_resuming_elsewhere_is_refused_or_marked(train, key):
     path = stopped(train, "cut", 20)
     _, about = checkpoint.load(path, ResumePoint, lambda _: shapes(path))
-    edit(path, environment=type(about.environment)(**{**as_dict(about.environment), key: "another"}))
-    with pytest.raises(ResumeError, match=f"{key} another .*--resume-anyway"):
+    value = "compiled" if key == "mode" else "another"
+    edit(path, environment=type(about.environment)(**{**as_dict(about.environment), key: value}))
+    with pytest.raises(ResumeError, match=f"{key} {value} .*--resume-anyway"):
         train("cut")
     assert train("cut", allow_inexact=True).bitwise is False
 
@@ -333,7 +335,7 @@ def test_a_compilation_that_fails_becomes_eager(train, nothing_compiles):
     events = []
     record = train("x", compiled=True, on_event=events.append)
     assert [event.details for event in events if event.kind == "mode"] == [
-        {"mode": "eager", "reason": "the linker is missing: the train step runs eager, which is slower"}
+        {"mode": Mode("eager"), "reason": "the linker is missing: the train step runs eager, which is slower"}
     ]
     assert record.environment.mode == "eager"
     assert record.bitwise
@@ -341,7 +343,7 @@ def test_a_compilation_that_fails_becomes_eager(train, nothing_compiles):
 
 
 def test_a_step_without_patches_is_recorded_and_goes_on_as_such(train, monkeypatch):
-    fuse, mode = fused.fuse, "unpatched"
+    fuse, mode = fused.fuse, Mode("unpatched")
 
     def another(spec, state, data, hyper, compiled=True):
         return fuse(spec, state, data, hyper, compiled=False)._replace(mode=mode, problem="no such name")
@@ -350,14 +352,14 @@ def test_a_step_without_patches_is_recorded_and_goes_on_as_such(train, monkeypat
     events = []
     whole = train("whole", compiled=True, on_event=events.append)
     [event] = [event for event in events if event.kind == "mode"]
-    assert event.details["mode"] == whole.environment.mode == "unpatched"
+    assert str(event.details["mode"]) == whole.environment.mode == "unpatched"
     assert event.details["reason"].endswith("no such name")
     with pytest.raises(Interrupted):
         train("cut", 20, compiled=True)
-    mode = "compiled"
+    mode = COMPILED
     with pytest.raises(ResumeError, match=r"the step would be compiled, and was unpatched; .*--resume-anyway"):
         train("cut", compiled=True)
-    mode = "unpatched"
+    mode = Mode("unpatched")
     again = train("cut", compiled=True)
     assert again.bitwise
     assert (again.digest, again.environment.mode) == (whole.digest, "unpatched")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from core import train
+from core.mode import Mode
 from core.spec import resolve
 from core.train import Stopwatch, Training, fit
 
@@ -36,7 +37,7 @@ def clock(monkeypatch):
 def epochs(data, clock, pause_before, members=1):
     """The numbers of the epochs of a run, or of a cohort: its steps take 10 ms, and before one is a pause of 40 s."""
     device = torch.device("cpu")
-    trainings = [Training({**SPEC, "seed": seed}, data, device, "eager") for seed in range(members)]
+    trainings = [Training({**SPEC, "seed": seed}, data, device, Mode("eager")) for seed in range(members)]
 
     def between_steps():
         clock.go(40.0 if trainings[0].step == pause_before else 0.0, 0.0)

@@ -8,6 +8,7 @@ import torch
 from core import predict
 from core.data.whitening import _principal_components, whitening
 from core.functional import augment, model, step
+from core.mode import Mode
 from core.runs import checkpoint
 from core.session import run_experiment
 from core.spec import resolve
@@ -88,7 +89,7 @@ def test_it_is_folded_into_the_checkpoint(invented, tmp_path, small_spec, change
     path = tmp_path / "checkpoints" / "x" / f"{record.spec_id}.safetensors"
     found = predict.load(path)
     assert found.digest() == record.digest
-    training = Training(spec, invented, torch.device("cpu"), "eager")
+    training = Training(spec, invented, torch.device("cpu"), Mode("eager"))
     for _ in fit([training]):
         pass
     assert record.whitening == checkpoint.digest(training.whitening)

@@ -21,11 +21,12 @@ from core.compile.cache import first_line
 from core.functional import prng
 from core.functional.step import State, make_train_step
 from core.functional.tree import leaves
+from core.mode import Mode
 from core.spec import Spec, static, static_key
 
 Trees = tuple[State, dict, dict]  # state, data, hyper
 
-_compiled: dict[str, Callable[..., None]] = {}  # on CUDA, by the static key of the spec
+_compiled: dict[tuple[str, int], Callable[..., None]] = {}  # on CUDA, by static key and size of the cohort
 
 
 class Step(NamedTuple):
@@ -33,13 +34,12 @@ class Step(NamedTuple):
 
     Attributes:
         advance: advances the state by one step.
-        mode: compiled; unpatched, that is compiled without the patches of core.compile.inductor; or eager. Each may be
-            followed by ", cohort of N". The bits may differ from mode to mode.
+        mode: how it was made.
         problem: why it is unpatched, in one line; otherwise empty.
     """
 
     advance: Callable[[], None]
-    mode: str
+    mode: Mode
     problem: str = ""
 
 
@@ -116,7 +116,7 @@ def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = Tru
         cache.repair_environment()
         inductor.load()
         step = make_step(spec, state, data)
-        return Step(lambda: step(state, data, hyper), "eager" + _cohort(state))
+        return Step(lambda: step(state, data, hyper), Mode("eager", _cohort(state)))
     try:
         return (_ahead_of_time if device.type == "cpu" else _cuda_graph)(spec, (state, data, hyper))
     except (CompileError, torch.OutOfMemoryError):
@@ -132,7 +132,7 @@ def _ahead_of_time(spec: Spec, trees: Trees) -> Step:
         raise CompileError(problem)
     library = cache.get_or_build(recipe)
     advance = cache.bind(library, [t for tree in trees for t in leaves(tree)])
-    return Step(advance, ("unpatched" if library.problem else "compiled") + _cohort(trees[0]), library.problem)
+    return Step(advance, Mode("unpatched" if library.problem else "compiled", _cohort(trees[0])), library.problem)
 
 
 def _recipe(spec: Spec, trees: Trees) -> cache.Recipe:
@@ -200,7 +200,7 @@ def _cuda_graph(spec: Spec, trees: Trees) -> Step:
     stream.wait_stream(torch.cuda.current_stream())
     with cache.one_at_a_time, cache.environment(), inductor.pinned(), torch.cuda.stream(stream):
         step = torch.compile(make_step(spec, state, data), fullgraph=True, dynamic=False)
-        compiled = _compiled.setdefault(static_key(spec) + _cohort(state), step)
+        compiled = _compiled.setdefault((static_key(spec), _cohort(state)), step)
         for _ in range(3):
             compiled(*trees)
     torch.cuda.current_stream().wait_stream(stream)
@@ -209,9 +209,9 @@ def _cuda_graph(spec: Spec, trees: Trees) -> Step:
         compiled(*trees)
     for t, old in zip(leaves(state), before, strict=True):
         t.copy_(old)
-    return Step(graph.replay, "compiled" + _cohort(state))
+    return Step(graph.replay, Mode("compiled", _cohort(state)))
 
 
-def _cohort(state: State) -> str:
-    """What the mode of a step says of a cohort."""
-    return f", cohort of {len(state['step'])}" if state["step"].ndim else ""
+def _cohort(state: State) -> int:
+    """The number of runs in a state."""
+    return len(state["step"]) if state["step"].ndim else 1

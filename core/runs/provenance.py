@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from core.code_hash import CODE
+from core.mode import Mode
 from core.runs.checkout import checkout
 from core.runs.record import Environment
 
@@ -37,11 +38,11 @@ def device_name(device: torch.device) -> str:
     return f"{_cpuinfo('model name')}, {os.cpu_count()} cores"
 
 
-def environment(device: torch.device, mode: str, bfloat16: bool = False) -> Environment:
+def environment(device: torch.device, mode: Mode, bfloat16: bool = False) -> Environment:
     """The provenance of a run that starts now on `device`.
 
     Args:
-        mode: as core.compile.fused.Step has it.
+        mode: of the step.
         bfloat16: whether it multiplies matrices in bfloat16; see core.spec.reads_bfloat16.
     """
     name = device_name(device)
@@ -57,7 +58,7 @@ def environment(device: torch.device, mode: str, bfloat16: bool = False) -> Envi
         torch=str(torch.__version__),
         device=device.type,
         hardware=hardware,
-        mode=mode,
+        mode=str(mode),
         device_name=name,
         threads=torch.get_num_threads(),
         python=platform.python_version(),
@@ -70,7 +71,7 @@ def environment(device: torch.device, mode: str, bfloat16: bool = False) -> Envi
 def difference(then: Environment, now: Environment) -> str | None:
     """What decides the bits and has changed, in words; None where a run would repeat."""
     # Unpatched, inductor shares the terms of a sum between threads.
-    keys = (*DECIDE_BITS, "threads") if then.mode.startswith("unpatched") else DECIDE_BITS
+    keys = (*DECIDE_BITS, "threads") if Mode.parse(then.mode).kind == "unpatched" else DECIDE_BITS
     pairs = [(key, getattr(then, key), getattr(now, key)) for key in keys]
     return ", ".join(f"{key} {old or 'unknown'} (now {new})" for key, old, new in pairs if old != new) or None
 

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from core.errors import UserError
+from core.mode import PATTERN
 from core.runs import layout
 from core.spec import Spec, resolve, spec_id
 from core.store import StoreError, atomic_write, local, read_file
@@ -33,6 +34,7 @@ MAX_NAME = 100  # characters
 Name = Annotated[str, Meta(max_length=MAX_NAME, pattern=r"\A[A-Za-z0-9][A-Za-z0-9_.+=-]*\Z")]
 Id = Annotated[str, Meta(pattern=r"\A[0-9a-f]{12}\Z")]
 Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+ModeText = Annotated[str, Meta(pattern=PATTERN)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Loss = Annotated[float, Meta(ge=0, le=1e300)]
@@ -129,13 +131,13 @@ class Answers(Struct, frozen=True):
 class Environment(Struct, frozen=True, gc=False):
     """Where a run was made; see core.runs.provenance.
 
-    `diff` is the sha256 of the uncommitted changes; see core.runs.checkout.
+    `mode` is the text of a core.mode.Mode; `diff` is the sha256 of the uncommitted changes (core.runs.checkout).
     """
 
     torch: Text
     device: Text
     hardware: Text
-    mode: Text
+    mode: ModeText
     device_name: Text
     threads: Count
     python: Text

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
+from core.mode import COMPILED, Mode
 from core.runs import checkpoint
 from core.runs.checkpoint import CheckpointError, OtherVersion
 from core.runs.files import Run
@@ -34,7 +35,7 @@ class Restored(NamedTuple):
     """Where a run was left.
 
     Attributes:
-        mode: of the step, as it goes on; see core.compile.fused.Step.
+        mode: of the step, as it goes on.
         different: what decides the bits and has changed since, in words; None if nothing.
     """
 
@@ -42,7 +43,7 @@ class Restored(NamedTuple):
     state: dict[str, Tensor]
     history: list[Epoch]
     progress: Progress
-    mode: str
+    mode: Mode
     different: str | None
 
 
@@ -118,13 +119,13 @@ def _load(path: Path, about: About, state: dict[str, Tensor], steps_per_epoch: i
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if found.data != about.data:
         raise ResumeError(f"{path} was made with other data ({found.data}, now {about.data}): --force starts anew")
-    now = about.environment
-    if found.environment.mode.startswith("eager") or now.mode == "compiled":
+    mode, now = Mode.parse(found.environment.mode), about.environment
+    if mode.kind == "eager" or Mode.parse(now.mode) == COMPILED:
         # An eager run can go on anywhere. Whether the step is compiled with patches will be seen when it is compiled.
         now = msgspec.structs.replace(now, mode=found.environment.mode)
     changed = ["another spec"] if canonical(found.spec) != canonical(about.spec) else []
     changed += filter(None, [difference(found.environment, now)])
-    return Restored(step, tensors, history, found.progress, now.mode, ", ".join(changed) or None)
+    return Restored(step, tensors, history, found.progress, Mode.parse(now.mode), ", ".join(changed) or None)
 
 
 def _check_sums(tensors: dict[str, Tensor], progress: Progress, steps: int, batch_size: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from core.data import cifar10
+from core.data import archive, cifar10
 from core.mode import COMPILED
 
 IDLE = 0.05  # of the processors' time may be used by others
@@ -52,21 +52,21 @@ def idle(request: pytest.FixtureRequest, board: Board) -> None:
 
 
 @pytest.fixture(scope="session")
-def data() -> cifar10.Cifar10:
+def data() -> cifar10.Data:
     """CIFAR-10, in main memory."""
-    if cifar10.missing(cifar10.ROOT / "data"):
+    if cifar10.ARCHIVE.missing(archive.ROOT / "data"):
         pytest.skip("CIFAR-10 is not in data/; `uv run dvc pull` fetches it")
-    return cifar10.load(cifar10.ROOT / "data")
+    return cifar10.load(archive.ROOT / "data")
 
 
 @pytest.fixture(scope="session")
-def data_on(data: cifar10.Cifar10) -> Callable[[str], cifar10.Cifar10]:
+def data_on(data: cifar10.Data) -> Callable[[str], cifar10.Data]:
     """CIFAR-10 on a device; without that device the test is skipped."""
     import torch
 
     from core.data.loader import place
 
-    def on(device: str) -> cifar10.Cifar10:
+    def on(device: str) -> cifar10.Data:
         if device == "cuda" and not torch.cuda.is_available():
             pytest.skip("there is no CUDA device here: NOT RUN")
         return place(data, torch.device(device))
@@ -76,7 +76,7 @@ def data_on(data: cifar10.Cifar10) -> Callable[[str], cifar10.Cifar10]:
 
 @pytest.fixture(scope="module")
 def epochs(
-    data: cifar10.Cifar10, board: Board, choose: Callable[[int, int], int]
+    data: cifar10.Data, board: Board, choose: Callable[[int, int], int]
 ) -> Iterator[Callable[[int, str], dict[str, Any]]]:
     """A function from (batch size, device) to the result of every contestant, in interleaved rounds."""
     from benchmarks import harness

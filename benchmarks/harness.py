@@ -12,9 +12,9 @@ import torch
 
 from benchmarks import limits, peers, peers_jax
 from core.compile.device import pick_device
-from core.data import cifar10, loader
+from core.data import archive, cifar10, loader
 
-DATA = cifar10.ROOT / "data"
+DATA = archive.ROOT / "data"
 OURS, JAX, NAIVE, PRODUCTS, LIMIT = "ours", "jax", "naive", "products", "products + Adam"
 KINDS: dict[str, type[peers.Contestant]] = {
     OURS: peers.Ours,
@@ -54,7 +54,7 @@ def missing(kind: str, device: str = "cpu") -> str | None:
     return None
 
 
-def build(entry: Entry, data: cifar10.Cifar10, batch: int, folder: Path = DATA) -> peers.Contestant:
+def build(entry: Entry, data: cifar10.Data, batch: int, folder: Path = DATA) -> peers.Contestant:
     """A contestant for the images on the device of `data`; the mode of float32 products is the process's."""
     torch.set_float32_matmul_precision("high" if entry.precision == "tf32" else "highest")
     return KINDS[entry.kind](peers.Work(data, batch, entry.precision, folder))

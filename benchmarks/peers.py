@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from core.compile import fused
 from core.compile.device import synchronize, to_device
 from core.data import loader
-from core.data.cifar10 import ROOT, Cifar10
+from core.data.archive import ROOT
+from core.data.tensors import Data
 from core.functional import augment
 from core.functional import step as steps
 from core.predict import as_module
@@ -24,7 +25,7 @@ from core.spec import Spec, resolve
 class Work:
     """An epoch to train in a precision: images uint8 [n, 3072], labels int64 [n], order int64 [steps, batch]."""
 
-    def __init__(self, data: Cifar10, batch: int, precision: str = "float32", folder: Path = ROOT / "data") -> None:
+    def __init__(self, data: Data, batch: int, precision: str = "float32", folder: Path = ROOT / "data") -> None:
         """
         Args:
             data: on the device that is to train.

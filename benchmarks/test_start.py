@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from benchmarks import harness
-from core.data.cifar10 import ROOT
+from core.data.archive import ROOT
 
 # The kernel counts a child's peak from that of the process which starts it, so a small one stands between.
 LAUNCHER = """

@@ -117,11 +117,11 @@ FORMATS = {
 def check_images(folder: Path) -> tuple[Tensor, str]:
     """Images to check a file with, uint8 [COUNT, 3, 32, 32], and what they are: the first of the test split where that
     is in `folder`, else random ones."""
-    if "test_batch" in cifar10.missing(folder):
+    if "test_batch" in cifar10.ARCHIVE.missing(folder):
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (COUNT, 3, 32, 32), generator=generator, dtype=torch.uint8, device="cpu")
         return images, f"{COUNT} random images"
-    images = torch.from_numpy(cifar10.read_batch(folder, "test_batch")[b"data"][:COUNT])
+    images = torch.from_numpy(cifar10.ARCHIVE.read(folder, "test_batch")[b"data"][:COUNT])
     return images.view(COUNT, 3, 32, 32), f"{COUNT} test images"
 
 

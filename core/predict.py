@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core.compile.isolation import is_traced, isolated
 from core.data import identity
-from core.data.cifar10 import Cifar10
+from core.data.tensors import Data
 from core.errors import UserError
 from core.functional import augment, model, step
 from core.runs import checkpoint
@@ -176,12 +176,12 @@ def recorded(path: str | Path) -> Record | None:
     return read_record(beside) if beside.exists() else None
 
 
-def evaluate(path: str | Path, network: Network, data: Cifar10, flip: bool = False) -> Evaluation:
+def evaluate(path: str | Path, network: Network, data: Data, flip: bool = False) -> Evaluation:
     """Evaluate the network of a checkpoint on the test split, and compare with its record, if that is of the same data.
 
     Raises:
         core.runs.record.RecordError: there is a record, but it cannot be read.
-        core.data.cifar10.DataError: it is no such data.
+        core.data.tensors.DataError: it is no such data.
     """
     identity.check(data)
     record = recorded(path)

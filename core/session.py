@@ -139,7 +139,7 @@ def run_cohort(
 
     Raises:
         core.spec.SpecError: a spec cannot be run, or not together with the others.
-        core.data.cifar10.DataError: the data cannot be trained on.
+        core.data.tensors.DataError: the data cannot be trained on.
         core.compile.device.DeviceError: the device is not there.
         core.store.Held: another process is at work on one of the runs.
         core.runs.record.RecordError: a run has a record that cannot be read, and that it does not replace.

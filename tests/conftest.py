@@ -65,36 +65,36 @@ def lacking(what: str) -> None:
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with CIFAR-10: data/, or one made of links into the DVC remote beside the project."""
-    if not dataset.missing(ROOT / "data"):
+    if not dataset.ARCHIVE.missing(ROOT / "data"):
         return ROOT / "data"
     if not REMOTE.exists():
         lacking(f"CIFAR-10 is neither in {ROOT / 'data'} nor in {REMOTE}: run `uv run dvc pull` first")
     folder = tmp_path_factory.mktemp("data")
-    (folder / dataset.FOLDER).mkdir()
-    for name, (md5, _) in dataset.FILES.items():
-        (folder / dataset.FOLDER / name).symlink_to(REMOTE / "files" / "md5" / md5[:2] / md5[2:])
+    (folder / dataset.ARCHIVE.folder).mkdir()
+    for name, (md5, _) in dataset.ARCHIVE.files.items():
+        (folder / dataset.ARCHIVE.folder / name).symlink_to(REMOTE / "files" / "md5" / md5[:2] / md5[2:])
     return folder
 
 
 @pytest.fixture(scope="session")
-def cifar10(data_dir: Path) -> dataset.Cifar10:
+def cifar10(data_dir: Path) -> dataset.Data:
     """The real data, read once a session; do not write into it."""
     return dataset.load(data_dir)
 
 
 @pytest.fixture(scope="session")
-def cifar10_slice(cifar10: dataset.Cifar10) -> tuple[Tensor, Tensor]:
+def cifar10_slice(cifar10: dataset.Data) -> tuple[Tensor, Tensor]:
     """The first 1,024 training images and labels."""
     return cifar10.train_images[:1024], cifar10.train_labels[:1024]
 
 
 @pytest.fixture(scope="session")
-def invented() -> dataset.Cifar10:
+def invented() -> dataset.Data:
     """Random images, ten classes by turns: 6,000 to train (1,000 after the validation split) and 100 to test."""
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(0, 256, (6100, 3072), generator=generator, dtype=torch.uint8)
     labels = torch.arange(6100) % 10
-    return dataset.Cifar10(images[:6000], labels[:6000], images[6000:], labels[6000:])
+    return dataset.Data(images[:6000], labels[:6000], images[6000:], labels[6000:])
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def small_spec() -> Callable[..., Spec]:
 
 
 @pytest.fixture(scope="session")
-def step_inputs(invented: dataset.Cifar10) -> Callable[[Spec], tuple[dict, dict, dict]]:
+def step_inputs(invented: dataset.Data) -> Callable[[Spec], tuple[dict, dict, dict]]:
     """State, data (an epoch of 8 steps of invented images) and hyper-parameters for a train step of a spec."""
 
     def make(spec: Spec) -> tuple[dict, dict, dict]:
@@ -125,7 +125,7 @@ def step_inputs(invented: dataset.Cifar10) -> Callable[[Spec], tuple[dict, dict,
     return make
 
 
-def inputs_of_default(real: dataset.Cifar10, **changes: Any) -> tuple[Spec, dict, dict, dict]:
+def inputs_of_default(real: dataset.Data, **changes: Any) -> tuple[Spec, dict, dict, dict]:
     """Spec, state, data (the images in their order) and hyper-parameters of the default network at batch 128.
 
     The shapes are those of `start("run", "lr-1e-3", "--batch-size", 128)`: one compilation serves both.
@@ -139,7 +139,7 @@ def inputs_of_default(real: dataset.Cifar10, **changes: Any) -> tuple[Spec, dict
 
 
 @pytest.fixture(scope="session")
-def default_inputs(cifar10: dataset.Cifar10) -> Callable[..., tuple[Spec, dict, dict, dict]]:
+def default_inputs(cifar10: dataset.Data) -> Callable[..., tuple[Spec, dict, dict, dict]]:
     return lambda **changes: inputs_of_default(cifar10, **changes)
 
 

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 import torch
 
+from core.data import archive as archives
 from core.data import cifar10
-from core.data.cifar10 import DataError
+from core.data.tensors import DataError
 from tests.conftest import REMOTE, ROOT, lacking
 
 DEAD = "http://127.0.0.1:9/cifar-10-python.tar.gz"  # the discard port: refused at once
@@ -43,7 +44,7 @@ def packed(files):
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz", compresslevel=1) as tar:
         for name, data in {**files, "readme.html": b"<html>"}.items():
-            info = tarfile.TarInfo(f"{cifar10.FOLDER}/{name}")
+            info = tarfile.TarInfo(f"{cifar10.ARCHIVE.folder}/{name}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return out.getvalue()
@@ -52,7 +53,7 @@ def packed(files):
 @functools.cache
 def contents(count):
     """Name -> bytes of an invented CIFAR-10 with so many images a file, and its archive."""
-    names = list(cifar10.FILES)
+    names = list(cifar10.ARCHIVE.files)
     files = {name: batch(i, count) for i, name in enumerate(names[:6])} | {"batches.meta": b"labels" * 20}
     return files, packed(files)
 
@@ -64,10 +65,13 @@ whole = pytest.mark.parametrize("fake", [10_000], indirect=True, ids=["whole"]) 
 def fake(request, monkeypatch):
     """An invented CIFAR-10, small but for `whole`, as the published one, with no mirror that answers."""
     files, archive = contents(getattr(request, "param", 20))
-    monkeypatch.setattr(cifar10, "FILES", {name: (md5(data), len(data)) for name, data in files.items()})
-    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", md5(archive))
-    monkeypatch.setattr(cifar10, "ARCHIVE_BYTES", len(archive))
-    monkeypatch.setattr(cifar10, "MIRRORS", (DEAD,))
+    invented = cifar10.ARCHIVE._replace(
+        files={name: (md5(data), len(data)) for name, data in files.items()},
+        md5=md5(archive),
+        size=len(archive),
+        addresses=(DEAD,),
+    )
+    monkeypatch.setattr(cifar10, "ARCHIVE", invented)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
     return files, archive
@@ -117,9 +121,9 @@ def serve():
 @pytest.fixture
 def filled(fake, tmp_path):
     """A data folder with the invented seven files."""
-    (tmp_path / cifar10.FOLDER).mkdir()
+    (tmp_path / cifar10.ARCHIVE.folder).mkdir()
     for name, data in fake[0].items():
-        (tmp_path / cifar10.FOLDER / name).write_bytes(data)
+        (tmp_path / cifar10.ARCHIVE.folder / name).write_bytes(data)
     return tmp_path
 
 
@@ -138,27 +142,27 @@ def listing(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-SEVEN = sorted(f"{cifar10.FOLDER}/{name}" for name in cifar10.FILES)
+SEVEN = sorted(f"{cifar10.ARCHIVE.folder}/{name}" for name in cifar10.ARCHIVE.files)
 
 
 def test_hashes_are_those_that_torchvision_publishes():
     from torchvision.datasets import CIFAR10
 
     published = dict([*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
-    assert {name: md5 for name, (md5, _) in cifar10.FILES.items()} == published
-    assert CIFAR10.tgz_md5 == cifar10.ARCHIVE_MD5
-    assert CIFAR10.base_folder == cifar10.FOLDER
-    assert cifar10.MIRRORS[0].removeprefix("https") == CIFAR10.url.removeprefix("https")
+    assert {name: md5 for name, (md5, _) in cifar10.ARCHIVE.files.items()} == published
+    assert CIFAR10.tgz_md5 == cifar10.ARCHIVE.md5
+    assert CIFAR10.base_folder == cifar10.ARCHIVE.folder
+    assert cifar10.ARCHIVE.addresses[0].removeprefix("https") == CIFAR10.url.removeprefix("https")
 
 
 def test_data_dvc_tracks_the_directory_of_these_files():
     """The hash of a DVC directory is the md5 of its listing, which follows from the hashes of the files."""
-    entries = sorted((f"{cifar10.FOLDER}/{name}", md5) for name, (md5, _) in cifar10.FILES.items())
+    entries = sorted((f"{cifar10.ARCHIVE.folder}/{name}", md5) for name, (md5, _) in cifar10.ARCHIVE.files.items())
     listed = "[" + ", ".join(f'{{"md5": "{md5}", "relpath": "{path}"}}' for path, md5 in entries) + "]"
     assert md5(listed.encode()) + ".dir" == cifar10.DIRECTORY_HASH
     tracked = (ROOT / "data.dvc").read_text()
     assert f"md5: {cifar10.DIRECTORY_HASH}\n" in tracked
-    assert f"size: {sum(size for _, size in cifar10.FILES.values())}\n" in tracked
+    assert f"size: {sum(size for _, size in cifar10.ARCHIVE.files.values())}\n" in tracked
 
 
 @whole
@@ -183,43 +187,43 @@ def test_real_data(data_dir):
 
 
 def test_complete_data_asks_nobody(filled, monkeypatch):
-    monkeypatch.setattr(cifar10, "_download", None)
-    monkeypatch.setattr(cifar10, "_dvc", None)
-    cifar10.fetch(filled)
+    monkeypatch.setattr(archives.Archive, "_download", None)
+    monkeypatch.setattr(archives, "_dvc", None)
+    cifar10.ARCHIVE.fetch(filled)
 
 
 @whole
 def test_a_mirror_delivers_the_seven_files_and_no_other(fake, serve, tmp_path, monkeypatch):
     files, archive = fake
-    monkeypatch.setattr(cifar10, "MIRRORS", (DEAD, serve({"/a": archive}) + "/a"))
+    monkeypatch.setattr(cifar10, "ARCHIVE", cifar10.ARCHIVE._replace(addresses=(DEAD, serve({"/a": archive}) + "/a")))
     progress = []
     data = cifar10.load(tmp_path, progress=lambda *event: progress.append(event))
     assert listing(tmp_path) == SEVEN
-    assert all((tmp_path / cifar10.FOLDER / name).read_bytes() == content for name, content in files.items())
+    assert all((tmp_path / cifar10.ARCHIVE.folder / name).read_bytes() == content for name, content in files.items())
     assert len(data.train_labels) == 50_000
-    assert progress[-1] == (cifar10.MIRRORS[1], len(archive), len(archive))
+    assert progress[-1] == (cifar10.ARCHIVE.addresses[1], len(archive), len(archive))
 
 
 def test_the_address_that_was_given_comes_first(fake, serve, tmp_path, monkeypatch):
     base = serve({"/mine": fake[1], "/official": fake[1]})
-    monkeypatch.setattr(cifar10, "MIRRORS", (base + "/official",))
-    cifar10.fetch(tmp_path, base + "/mine")
+    monkeypatch.setattr(cifar10, "ARCHIVE", cifar10.ARCHIVE._replace(addresses=(base + "/official",)))
+    cifar10.ARCHIVE.fetch(tmp_path, base + "/mine")
     assert serve.asked == ["/mine"]
 
 
 def test_an_address_that_fails_is_followed_by_the_mirrors(fake, serve, tmp_path, monkeypatch):
     base = serve({"/official": fake[1]})
-    monkeypatch.setattr(cifar10, "MIRRORS", (base + "/official",))
-    cifar10.fetch(tmp_path, base + "/mine")
+    monkeypatch.setattr(cifar10, "ARCHIVE", cifar10.ARCHIVE._replace(addresses=(base + "/official",)))
+    cifar10.ARCHIVE.fetch(tmp_path, base + "/mine")
     assert serve.asked == ["/mine", "/official"]
     assert listing(tmp_path) == SEVEN
 
 
 def test_only_what_is_missing_is_replaced(fake, serve, filled):
-    kept, lost = (filled / cifar10.FOLDER / name for name in ("data_batch_2", "test_batch"))
+    kept, lost = (filled / cifar10.ARCHIVE.folder / name for name in ("data_batch_2", "test_batch"))
     lost.unlink()
     before = kept.stat()
-    cifar10.fetch(filled, serve({"/a": fake[1]}) + "/a")
+    cifar10.ARCHIVE.fetch(filled, serve({"/a": fake[1]}) + "/a")
     assert lost.read_bytes() == fake[0]["test_batch"]
     assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
@@ -260,7 +264,7 @@ def busy(fake, monkeypatch):
 
 def test_a_download_that_only_trickles_is_given_up_in_words(busy, tmp_path, monkeypatch):
     """A byte now and then: no single wait is ever long enough for a timeout."""
-    monkeypatch.setattr(cifar10, "PATIENCE", 0.3)
+    monkeypatch.setattr(archives, "PATIENCE", 0.3)
 
     def trickle(handler):
         handler.send_response(200)
@@ -278,7 +282,7 @@ def test_a_download_that_only_trickles_is_given_up_in_words(busy, tmp_path, monk
 @whole
 def test_a_download_may_pause(busy, fake, tmp_path, monkeypatch):
     """What counts is the speed over the whole of PATIENCE."""
-    monkeypatch.setattr(cifar10, "PATIENCE", 0.3)
+    monkeypatch.setattr(archives, "PATIENCE", 0.3)
 
     def pause(handler):
         handler.send_response(200)
@@ -355,12 +359,12 @@ def test_nobody_delivers(fake, tmp_path):
     with pytest.raises(DataError) as refused:
         cifar10.load(tmp_path)
     assert refused.value.args == (
-        f"{tmp_path / cifar10.FOLDER} lacks the files of CIFAR-10, and nothing delivered them:",
+        f"{tmp_path / cifar10.ARCHIVE.folder} lacks the files of CIFAR-10, and nothing delivered them:",
         f"  {DEAD}: Connection refused",
         "With a network, run the same command again.",  # not `dvc pull`, which fills data/ and not this folder
         "With a copy of the archive, run the same command again with --data-url file:///FOLDER/cifar-10-python.tar.gz.",
-        f"With a copy of the files, run the same command again with --data FOLDER, where FOLDER/{cifar10.FOLDER} holds "
-        "them.",
+        "With a copy of the files, run the same command again with --data FOLDER, where "
+        f"FOLDER/{cifar10.ARCHIVE.folder} holds them.",
     )
 
 
@@ -371,7 +375,7 @@ def test_what_dvc_says_is_a_line_without_escape_codes(fake, tmp_path, monkeypatc
         raise RuntimeError("Checkout failed:\ndata\n<\x1b[36mhttps://me:secret@dvc.org/missing\x1b[39m>")
 
     monkeypatch.setattr("dvc.repo.Repo", fails)
-    monkeypatch.setattr(cifar10, "ROOT", tmp_path)
+    monkeypatch.setattr(archives, "ROOT", tmp_path)
     with pytest.raises(DataError) as refused:
         cifar10.load(tmp_path / "data")
     first, dvc, _, retry, *_ = refused.value.args
@@ -381,29 +385,29 @@ def test_what_dvc_says_is_a_line_without_escape_codes(fake, tmp_path, monkeypatc
 
 
 def test_a_missing_file_is_named(fake, filled):
-    (filled / cifar10.FOLDER / "data_batch_4").unlink()
+    (filled / cifar10.ARCHIVE.folder / "data_batch_4").unlink()
     with pytest.raises(DataError, match=r"lacks data_batch_4, and nothing delivered them:\n"):
         cifar10.load(filled)
 
 
 def test_an_altered_file_is_named_rather_than_a_missing_one(fake, filled):
-    (filled / cifar10.FOLDER / "data_batch_4").unlink()
-    (filled / cifar10.FOLDER / "batches.meta").write_bytes(b"x" * cifar10.FILES["batches.meta"][1])
+    (filled / cifar10.ARCHIVE.folder / "data_batch_4").unlink()
+    (filled / cifar10.ARCHIVE.folder / "batches.meta").write_bytes(b"x" * cifar10.ARCHIVE.files["batches.meta"][1])
     with pytest.raises(DataError, match=r"batches\.meta is altered"):
         cifar10.load(filled)
 
 
 def test_a_file_in_the_place_of_the_folder(fake, tmp_path):
-    (tmp_path / cifar10.FOLDER).write_text("mine")
-    with pytest.raises(DataError, match=rf"^cannot write into {tmp_path / cifar10.FOLDER}: File exists$"):
+    (tmp_path / cifar10.ARCHIVE.folder).write_text("mine")
+    with pytest.raises(DataError, match=rf"^cannot write into {tmp_path / cifar10.ARCHIVE.folder}: File exists$"):
         cifar10.load(tmp_path)
-    assert (tmp_path / cifar10.FOLDER).read_text() == "mine"
+    assert (tmp_path / cifar10.ARCHIVE.folder).read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", cifar10.FILES)
+@pytest.mark.parametrize("name", cifar10.ARCHIVE.files)
 def test_one_flipped_bit_is_refused_and_never_unpickled(filled, name, no_pickle):
     """Size and time of the file are as they were, which is all that some tools look at."""
-    path = filled / cifar10.FOLDER / name
+    path = filled / cifar10.ARCHIVE.folder / name
     before = path.stat()
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -411,13 +415,13 @@ def test_one_flipped_bit_is_refused_and_never_unpickled(filled, name, no_pickle)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     with pytest.raises(DataError) as refused:
-        cifar10.verified(filled, name)
+        cifar10.ARCHIVE.verified(filled, name)
     assert f"{path} is altered" in str(refused.value)
     assert f"move it away (mv {path} {filled.parent}/{name}.old)" in str(refused.value)
 
 
 def test_load_refuses_before_it_unpickles_an_altered_file(filled, no_pickle):
-    path = filled / cifar10.FOLDER / "data_batch_1"
+    path = filled / cifar10.ARCHIVE.folder / "data_batch_1"
     path.write_bytes(b"c" + path.read_bytes()[1:])
     with pytest.raises(DataError, match="data_batch_1 is altered"):
         cifar10.load(filled)
@@ -425,7 +429,7 @@ def test_load_refuses_before_it_unpickles_an_altered_file(filled, no_pickle):
 
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: b"", lambda data: data + b"x"])
 def test_a_file_of_another_size_is_refused(filled, change, no_pickle):
-    path = filled / cifar10.FOLDER / "data_batch_1"
+    path = filled / cifar10.ARCHIVE.folder / "data_batch_1"
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(
         DataError,
@@ -435,7 +439,7 @@ def test_a_file_of_another_size_is_refused(filled, change, no_pickle):
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused(filled):
-    path = filled / cifar10.FOLDER / "batches.meta"
+    path = filled / cifar10.ARCHIVE.folder / "batches.meta"
     path.unlink()
     path.mkdir()
     with pytest.raises(DataError, match=rf"^cannot read {path}: it is not a regular file; move it away \(mv [^\n]*$"):
@@ -450,13 +454,13 @@ def test_what_is_unpickled_are_the_bytes_that_were_hashed(filled, monkeypatch):
     monkeypatch.setattr(os, "open", lambda path, *rest: (opened.append(Path(path).name), real(path, *rest))[1])
     monkeypatch.setattr("builtins.open", lambda file, *rest: os.fdopen(file, *rest))  # an int, or else it fails
     cifar10.read(filled)
-    assert sorted(opened) == sorted(cifar10.FILES)
+    assert sorted(opened) == sorted(cifar10.ARCHIVE.files)
 
 
 @whole
 def test_the_remedy_works(fake, serve, filled):
     """What the message says to do mends it."""
-    path = filled / cifar10.FOLDER / "data_batch_3"
+    path = filled / cifar10.ARCHIVE.folder / "data_batch_3"
     path.write_bytes(b"")
     address = serve({"/a": fake[1]}) + "/a"
     with pytest.raises(DataError) as refused:
@@ -491,9 +495,9 @@ def project(tmp_path):
 def fetch_in(project, cwd=None):
     """Fetch there in a process of its own, with no network but loopback, from the current folder `cwd`."""
     program = (
-        f"import sys; sys.path[0] = {str(project)!r}; from core.data import cifar10\n"
-        "try: cifar10.fetch(cifar10.ROOT / 'data')\n"
-        "except cifar10.DataError as error: sys.exit(str(error))"
+        f"import sys; sys.path[0] = {str(project)!r}; from core.data import archive, cifar10\n"
+        "try: cifar10.ARCHIVE.fetch(archive.ROOT / 'data')\n"
+        "except archive.DataError as error: sys.exit(str(error))"
     )
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     env = {**os.environ, **proxies, "no_proxy": "", "NO_PROXY": "", "PYTHONPATH": ""}
@@ -503,13 +507,13 @@ def fetch_in(project, cwd=None):
 @pytest.mark.slow
 def test_dvc_delivers_in_a_copy_without_git(project):
     """Even where a fetch was killed before, which left a part of a file."""
-    (project / "data" / cifar10.FOLDER).mkdir(parents=True)
-    (project / "data" / cifar10.FOLDER / ".4ZLalXq.tmp").write_bytes(b"part of a file")
+    (project / "data" / cifar10.ARCHIVE.folder).mkdir(parents=True)
+    (project / "data" / cifar10.ARCHIVE.folder / ".4ZLalXq.tmp").write_bytes(b"part of a file")
     done = fetch_in(project)
     assert (done.returncode, done.stderr) == (0, "")
     assert listing(project / "data") == SEVEN
-    for name in cifar10.FILES:
-        cifar10.verified(project / "data", name)
+    for name in cifar10.ARCHIVE.files:
+        cifar10.ARCHIVE.verified(project / "data", name)
     assert (project / "data.dvc").read_text() == (ROOT / "data.dvc").read_text()
 
 
@@ -534,19 +538,18 @@ def test_dvc_knows_what_a_mirror_delivered(project, data_dir, stray):
     shutil.rmtree(project.parent / "shared")
     archive = project.parent / "archive.tar"
     with tarfile.open(archive, "w") as tar:
-        for name in cifar10.FILES:
-            tar.add((data_dir / cifar10.FOLDER / name).resolve(), f"{cifar10.FOLDER}/{name}")
+        for name in cifar10.ARCHIVE.files:
+            tar.add((data_dir / cifar10.ARCHIVE.folder / name).resolve(), f"{cifar10.ARCHIVE.folder}/{name}")
     if stray:
         (project / "data").mkdir()
         (project / "data" / "notes.txt").write_text("mine")
     program = f"""
 import hashlib, pathlib
-from core.data import cifar10
-dvc = cifar10._dvc
-archive = pathlib.Path({str(archive)!r})
-cifar10.ARCHIVE_MD5, cifar10.ARCHIVE_BYTES = hashlib.md5(archive.read_bytes()).hexdigest(), archive.stat().st_size
-cifar10.fetch(cifar10.ROOT / "data", archive.as_uri())
-problem = dvc(lambda repo: print(repo.status()))
+from core.data import archive, cifar10
+packed = pathlib.Path({str(archive)!r})
+md5 = hashlib.md5(packed.read_bytes()).hexdigest()
+cifar10.ARCHIVE._replace(md5=md5, size=packed.stat().st_size).fetch(archive.ROOT / "data", packed.as_uri())
+problem = archive._dvc(lambda repo: print(repo.status()))
 assert problem is None, problem
 """
     done = subprocess.run((sys.executable, "-c", program), cwd=project, capture_output=True, text=True)
@@ -558,7 +561,7 @@ assert problem is None, problem
 @pytest.mark.slow
 def test_a_tampered_remote_is_not_believed(project):
     """`verify = true` in .dvc/config: without it DVC hands over what it finds."""
-    digest, _ = cifar10.FILES["batches.meta"]
+    digest, _ = cifar10.ARCHIVE.files["batches.meta"]
     stored = project.parent / "shared" / "dvc-remote" / "files" / "md5" / digest[:2] / digest[2:]
     data = bytearray(stored.read_bytes())
     data[0] ^= 1
@@ -568,7 +571,7 @@ def test_a_tampered_remote_is_not_believed(project):
     assert done.returncode == 1
     assert "lacks the files of CIFAR-10" in done.stderr
     assert "DVC: " in done.stderr
-    assert not (project / "data" / cifar10.FOLDER / "batches.meta").exists()
+    assert not (project / "data" / cifar10.ARCHIVE.folder / "batches.meta").exists()
 
 
 @pytest.mark.slow
@@ -581,5 +584,5 @@ def test_no_network_and_no_remote(project):
     assert dvc.startswith("  DVC: ")
     assert "\x1b" not in done.stderr
     assert "run the same command again, or `uv run dvc pull`." in done.stderr
-    assert all(mirror in done.stderr for mirror in cifar10.MIRRORS)
+    assert all(mirror in done.stderr for mirror in cifar10.ARCHIVE.addresses)
     assert "Traceback" not in done.stderr

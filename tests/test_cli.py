@@ -625,10 +625,9 @@ def test_no_data_and_no_network(call, tmp_path):
     done = call("run", "smoke", "--no-compile", "--data", tmp_path / "data", "--out", tmp_path / "out")
     assert done.returncode == 2
     first, *tried, again, archive, files = done.stderr.splitlines()
-    assert (
-        first == f"error: {tmp_path / 'data' / dataset.FOLDER} lacks the files of CIFAR-10, and nothing delivered them:"
-    )
-    assert [line.split(": ")[0] for line in tried] == [f"  {mirror}" for mirror in dataset.MIRRORS]
+    folder = tmp_path / "data" / dataset.ARCHIVE.folder
+    assert first == f"error: {folder} lacks the files of CIFAR-10, and nothing delivered them:"
+    assert [line.split(": ")[0] for line in tried] == [f"  {mirror}" for mirror in dataset.ARCHIVE.addresses]
     assert "run the same command again" in again
     assert "--data-url" in archive
     assert "--data FOLDER" in files
@@ -637,10 +636,10 @@ def test_no_data_and_no_network(call, tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
 def test_damaged_data(call, data_dir, tmp_path, damage):
-    folder = tmp_path / dataset.FOLDER
+    folder = tmp_path / dataset.ARCHIVE.folder
     folder.mkdir()
-    for name in dataset.FILES:
-        (folder / name).symlink_to(data_dir / dataset.FOLDER / name)
+    for name in dataset.ARCHIVE.files:
+        (folder / name).symlink_to(data_dir / dataset.ARCHIVE.folder / name)
     path = folder / "batches.meta"
     data = path.read_bytes()
     path.unlink()

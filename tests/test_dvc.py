@@ -173,7 +173,7 @@ def test_data_comes_beside_finished_runs(with_data, in_git, small_spec, invented
     train(project, small_spec(), invented)
     before = {path: path.read_bytes() for path in (project / "checkpoints").rglob("*") if path.is_file()}
     dvc(project, "pull")
-    assert not cifar10.missing(project / "data")
+    assert not cifar10.ARCHIVE.missing(project / "data")
     assert {path: path.read_bytes() for path in (project / "checkpoints").rglob("*") if path.is_file()} == before
     train(project, small_spec(seed=1), invented)
     assert dvc(project, "status") == "Data and pipelines are up to date.\n"

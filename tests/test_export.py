@@ -90,7 +90,7 @@ def logits(path, images):
 @pytest.mark.slow
 def test_another_program_finds_the_same_logits(call, trained, images, data_dir, kind, tmp_path):
     """Whatever layers and precision the network has. What the command says of the tolerance is so, too."""
-    first = torch.from_numpy(cifar10.read_batch(data_dir, "test_batch")[b"data"][:100])
+    first = torch.from_numpy(cifar10.ARCHIVE.read(data_dir, "test_batch")[b"data"][:100])
     checkpoints = {name: trained(name, **changes) for name, changes in NETWORKS.items()}
     written = {name: path.with_suffix(FORMATS[kind].suffix) for name, path in checkpoints.items()}
     tolerances = set()

@@ -123,7 +123,7 @@ def pictures():
     noise = torch.randint(-40, 41, (5260, 3072), generator=generator, dtype=torch.int16)
     sums = (shares.float() @ patterns.float()).short()  # exact: small integers
     images = (128 + sums + noise).clamp(0, 255).to(torch.uint8)
-    return dataset.Cifar10(images[:5200], labels[:5200], images[5200:], labels[5200:])
+    return dataset.Data(images[:5200], labels[:5200], images[5200:], labels[5200:])
 
 
 def numbers(data, spec):

@@ -49,13 +49,13 @@ import json, sys
 from pathlib import Path
 import torch
 from core import remote
-from core.data.cifar10 import Cifar10
+from core.data.tensors import Data
 from core.spec import resolve
 
 address, out, epochs, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 generator = torch.Generator().manual_seed(5)
 images, labels = torch.randint(0, 256, (6100, 3072), generator=generator, dtype=torch.uint8), torch.arange(6100) % 10
-data = Cifar10(images[:6000], labels[:6000], images[6000:], labels[6000:])
+data = Data(images[:6000], labels[:6000], images[6000:], labels[6000:])
 spec = {"widths": [32, 16], "batch_size": 64, "epochs": epochs}
 groups = [[("x", resolve({**spec, "seed": seed}))] for seed in range(count)]
 for record in remote.train(groups, out, data, address, compiled=False):

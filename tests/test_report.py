@@ -683,9 +683,9 @@ def drawings(monkeypatch):
 def whole(tmp_path_factory):
     """A folder that passes for that of CIFAR-10, for who reads no more than its test images."""
     folder = tmp_path_factory.mktemp("data")
-    (folder / dataset.FOLDER).mkdir()
-    for name in dataset.FILES:
-        (folder / dataset.FOLDER / name).touch()
+    (folder / dataset.ARCHIVE.folder).mkdir()
+    for name in dataset.ARCHIVE.files:
+        (folder / dataset.ARCHIVE.folder / name).touch()
     return folder
 
 

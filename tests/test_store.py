@@ -406,7 +406,10 @@ PLACES = {
         f"checkpoints/x/{ID}.step-0000000005.safetensors",
         lambda path: checkpoint.load(path, ResumePoint, lambda _: {}),
     ),
-    "batch": (f"{cifar10.FOLDER}/test_batch", lambda path: cifar10.verified(path.parents[1], path.name)),
+    "batch": (
+        f"{cifar10.ARCHIVE.folder}/test_batch",
+        lambda path: cifar10.ARCHIVE.verified(path.parents[1], path.name),
+    ),
 }
 
 

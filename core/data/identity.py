@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.data.cifar10 import DIRECTORY_HASH, Cifar10, DataError
+from core.data.cifar10 import DIRECTORY_HASH
+from core.data.tensors import Data, DataError
 from core.functional.model import CLASSES, INPUTS
 
 # The sha256 of the tensors of a data set, as `_hash` has it, and the name that records have for that data set.
@@ -26,7 +27,7 @@ _known: dict[tuple[int, ...], _Known] = {}  # by the ids of the tensors; nothing
 _lock = threading.Lock()
 
 
-def data_identity(data: Cifar10) -> str:
+def data_identity(data: Data) -> str:
     """The name of what is in these tensors, on whatever device: that of the published data set, else "tensors-" and 24
     hexadecimal digits.
 
@@ -45,24 +46,24 @@ def data_identity(data: Cifar10) -> str:
     return identity
 
 
-def note_published(data: Cifar10) -> None:
+def note_published(data: Data) -> None:
     """Note that these tensors are the published data set, for whoever has read it and checked every byte: then nobody
     has to hash them again."""
     _remember(data, _hash(data, SAMPLE), DIRECTORY_HASH)
 
 
-def _remember(data: Cifar10, sample: str, identity: str) -> None:
+def _remember(data: Data, sample: str, identity: str) -> None:
     with _lock:
         for key in [key for key, known in _known.items() if any(ref() is None for ref in known.tensors)]:
             del _known[key]
         _known[tuple(map(id, data))] = _Known([weakref.ref(t) for t in data], sample, identity)
 
 
-def _hash(data: Cifar10, every: int = 1) -> str:
+def _hash(data: Data, every: int = 1) -> str:
     """sha256 of names, dtypes, shapes and bytes; with `every`, of each so many images, and of how often torch has
     written into each tensor."""
     total = hashlib.sha256()
-    for name, t in zip(Cifar10._fields, data, strict=True):
+    for name, t in zip(Data._fields, data, strict=True):
         version = 0 if every == 1 or t.is_inference() else t._version
         total.update(repr((name, str(t.dtype), list(t.shape), version)).encode())
         part = t[::every] if name.endswith("images") else t
@@ -70,13 +71,13 @@ def _hash(data: Cifar10, every: int = 1) -> str:
     return total.hexdigest()
 
 
-def check(data: Cifar10) -> None:
-    """Refuse what is not images and labels as `Cifar10` has them.
+def check(data: Data) -> None:
+    """Refuse what is not images and labels as `Data` has them.
 
     Raises:
-        core.data.cifar10.DataError: a tensor has another dtype or shape, a label is none, or a split is empty.
+        core.data.tensors.DataError: a tensor has another dtype or shape, a label is none, or a split is empty.
     """
-    for name, t in zip(Cifar10._fields, data, strict=True):
+    for name, t in zip(Data._fields, data, strict=True):
         dtype, shape = (torch.uint8, f"[n, {INPUTS}]") if name.endswith("images") else (torch.int64, "[n]")
         if not isinstance(t, Tensor):
             raise DataError(f"{name} is of the type {type(t).__name__}, expected a tensor: {dtype} {shape}")

@@ -5,22 +5,22 @@ import hashlib
 import torch
 from torch import Tensor
 
-from core.data.cifar10 import Cifar10, DataError
+from core.data.tensors import Data, DataError
 from core.spec import Spec
 
 VALIDATION_PER_CLASS = 500  # 5,000 of the 50,000
 
 
-def place(data: Cifar10, device: torch.device) -> Cifar10:
+def place(data: Data, device: torch.device) -> Data:
     """The images and labels on a device, where they stay, each in one piece of memory."""
-    return Cifar10(*(t.to(device).contiguous() for t in data))
+    return Data(*(t.to(device).contiguous() for t in data))
 
 
 def check(labels: Tensor, spec: Spec) -> None:
     """Refuse too few training images for the validation split, or for one step.
 
     Raises:
-        core.data.cifar10.DataError: there are too few.
+        core.data.tensors.DataError: there are too few.
     """
     counts = labels.bincount().tolist()
     smallest = min(filter(None, counts))

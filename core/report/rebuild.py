@@ -7,6 +7,7 @@ from typing import Any
 
 from core import store
 from core.data import cifar10
+from core.data.tensors import DataError
 from core.report import best_run, markdown, plots, published, stats, tables
 from core.report.catalog import Catalog
 from core.report.plots import Picture
@@ -151,11 +152,11 @@ def _pictures(out: Path, results: stats.Results, catalog: Catalog, data: Path | 
 
 def _test_images(data: Path | None, indices: list[int]) -> Any:
     """Images of the test split, uint8 [n, 3072]; None if there are no data."""
-    if data is None or cifar10.missing(data):
+    if data is None or cifar10.ARCHIVE.missing(data):
         return None
     try:
-        return cifar10.read_batch(data, "test_batch")[b"data"][indices]
-    except cifar10.DataError:  # a command that needs the data reports it
+        return cifar10.ARCHIVE.read(data, "test_batch")[b"data"][indices]
+    except DataError:  # a command that needs the data reports it
         return None
 
 

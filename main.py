@@ -51,13 +51,21 @@ from core.spec import resolve, spec_id
 from core.store import Held, StoreError
 from core.tally import Tally
 from core.terminal import say, warn
-from experiments import ABLATIONS, DEFAULT, SUITES
+from experiments import ABLATIONS, DEFAULT, FORMER_NAMES, SUITES
+
+
+def new_name(word: str) -> str:
+    """The name to use for a word of the command line. An old name still works."""
+    if word not in FORMER_NAMES:
+        return word
+    warn(f"{word} has a new name: {FORMER_NAMES[word]}")
+    return FORMER_NAMES[word]
 
 
 def chosen(args: argparse.Namespace) -> list[plan.Run]:
     """The runs that a command asks for; all are checked before anything starts."""
     options = {key: getattr(args, key) for key in cli.OVERRIDES if getattr(args, key) is not None}
-    words = plan.split_words(args.names, plan.catalog(SUITES))
+    words = plan.split_words(map(new_name, args.names), plan.catalog(SUITES))
     if twice := options.keys() & (words.values.keys() | words.axes.keys()):
         raise UserError(f"{min(twice)} is given twice, once as an option")
     if "seed" in words.values and args.seeds is not None:
@@ -184,7 +192,7 @@ def with_results(
     begun, of_other_code = files.under_way(args.out), []
     for name, spec in runs:
         try:
-            run = files.Run(args.out, name, spec_id(spec))
+            run = files.Run(args.out, name, spec_id(spec), FORMER_NAMES)
             result = run.result() if args.force else run.finished(cifar10.DIRECTORY_HASH, begun)
         except RecordError as error:
             warn(f"error: {error}")
@@ -246,7 +254,8 @@ def dry_run(args: argparse.Namespace, runs: list[plan.Run]) -> int:
 
 def weights(args: argparse.Namespace, word: str) -> Path:
     """The file of weights that a word means."""
-    return files.find_weights(args.out, word, args.seed, plan.experiments(SUITES).get(word))
+    name = new_name(word)
+    return files.find_weights(args.out, name, args.seed, plan.experiments(SUITES).get(name), FORMER_NAMES)
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
@@ -274,6 +283,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     data, device = prepare(args.device, lambda: load_data(args))
     for path in good:
         network = predict.load(path, device)
+        network.about.name = FORMER_NAMES.get(network.about.name, network.about.name)
         found = predict.evaluate(path, network, data, args.tta == "flip")
         status = max(status, 0 if found.same else 1)
         (terminal.evaluation_as_json if args.json else terminal.evaluation)(path, network.about, found)
@@ -321,7 +331,7 @@ def verify_command(args: argparse.Namespace) -> int:
     with quick_imports():
         from core.verify import read_finished, verify
     runs = chosen(args)
-    recorded = [read_finished(name, spec, args.out, cifar10.DIRECTORY_HASH) for name, spec in runs]
+    recorded = [read_finished(name, spec, args.out, cifar10.DIRECTORY_HASH, FORMER_NAMES) for name, spec in runs]
     args.cohort = 1
     args.no_compile = args.no_compile or all(Mode.parse(r.environment.mode).kind == "eager" for r in recorded)
     status = 0
@@ -330,7 +340,7 @@ def verify_command(args: argparse.Namespace) -> int:
     def verify_one(
         group: list[plan.Run], out: Path, data: Any, device: Any, listeners: list, *rest: Any, **options: Any
     ):
-        return [verify(*group[0], out, data, device, listeners[0], *rest, **options)]
+        return [verify(*group[0], out, data, device, listeners[0], *rest, **options, former=FORMER_NAMES)]
 
     for found in train(args, runs, display, verify_one):
         name = display.tally.label(found.recorded.name, found.recorded.seed)
@@ -364,7 +374,7 @@ def list_command(args: argparse.Namespace) -> int:
 def catalog() -> Catalog:
     """What experiments/ says, with grids expanded."""
     expanded = plan.catalog(SUITES)
-    found = Catalog({suite: expanded[suite] for suite in SUITES}, ABLATIONS, DEFAULT)
+    found = Catalog({suite: expanded[suite] for suite in SUITES}, ABLATIONS, DEFAULT, FORMER_NAMES)
     found.check()
     return found
 

@@ -1,6 +1,7 @@
 """A finished run made again, to compare the bits."""
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from core.errors import UserError
 from core.mode import Mode
 from core.runs.files import OtherData, Run
 from core.runs.provenance import difference
-from core.runs.record import Finished, Record, read_record
+from core.runs.record import Finished, Record
 from core.session import Interrupted, run_experiment
 from core.spec import Spec, resolve, spec_id
 
@@ -31,18 +32,25 @@ class Verification(NamedTuple):
 
 
 def verify(
-    name: str, spec: Spec, out: str | Path, data: Cifar10, *arguments: Any, compiled: bool = True
+    name: str,
+    spec: Spec,
+    out: str | Path,
+    data: Cifar10,
+    *arguments: Any,
+    compiled: bool = True,
+    former: Mapping[str, str] = {},
 ) -> Verification:
     """Train a finished run again, in a temporary folder, and compare the bits with its record under `out`.
 
     Args:
         arguments: device, on_event and should_stop, as `run_experiment` takes them.
+        former: old names of experiments, with the new names.
 
     Raises:
         core.errors.UserError: there is no finished run, it had other data, or it was in a cohort. Whatever
             `run_experiment` raises.
     """
-    recorded = read_finished(name, spec, out, data_identity(data))
+    recorded = read_finished(name, spec, out, data_identity(data), former)
     with tempfile.TemporaryDirectory() as elsewhere:
         compiled = compiled and Mode.parse(recorded.environment.mode).kind != "eager"
         try:
@@ -56,11 +64,10 @@ def verify(
     return Verification(recorded, again, recorded.digest == again.digest, reason)
 
 
-def read_finished(name: str, spec: Spec, out: str | Path, data: str) -> Finished:
+def read_finished(name: str, spec: Spec, out: str | Path, data: str, former: Mapping[str, str] = {}) -> Finished:
     """The record of a finished run that can be made again alone, with data of this identity; UserError where there is
     none."""
-    path = Run(out, name, spec_id(resolve(spec))).record
-    record = read_record(path) if path.exists() else None
+    record = Run(out, name, spec_id(resolve(spec)), former).read()
     if not isinstance(record, Finished):
         train = f"`uv run main.py run {name}`, with the same options, trains it"
         raise UserError(f"{name} has no finished run under {out}; {train}")

@@ -118,6 +118,30 @@ def test_a_second_call_trains_nothing(call, out):
 
 
 @pytest.mark.slow
+def test_a_run_under_a_former_name_is_found_by_either_name(call, out):
+    tensors, about = checkpoint.load(weights(out), Weights, predict.template)
+    old = out / "checkpoints" / "fume"
+    (out / "checkpoints" / "smoke").rename(old)
+    about.name = "fume"
+    checkpoint.save(old / weights(out).name, tensors, about)
+    path = old / f"{SMOKE}.json"
+    path.write_text(path.read_text().replace('"name": "smoke"', '"name": "fume"'))
+    before = contents(old)
+    for name, said in (("smoke", ""), ("fume", "fume has a new name: smoke\n")):
+        options = {"patch": "import main; main.FORMER_NAMES = {'fume': 'smoke'}", "out": out}
+        done = call("run", name, "--no-compile", **options)
+        assert (done.returncode, done.stderr) == (0, said)
+        assert f"smoke ({SMOKE}) is finished" in done.stdout
+        done = call("evaluate", name, "--json", **options)
+        assert (done.returncode, done.stderr) == (0, said)
+        assert json.loads(done.stdout)["experiment"] == "smoke"
+    assert contents(old) == before
+    assert not weights(out).parent.exists()
+    assert "| smoke |" in (out / "results.md").read_text()
+    assert "fume" not in (out / "results.md").read_text()
+
+
+@pytest.mark.slow
 def test_a_run_of_other_code_is_named_and_neither_counted_nor_replaced(call, out):
     path = weights(out).with_suffix(".json")
     path.write_text(path.read_text().replace(CODE, "0" * 12))

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from core.spec import resolve, spec_id
-from experiments import ABLATIONS, DEFAULT, SUITES
+from experiments import ABLATIONS, DEFAULT, FORMER_NAMES, SUITES
 from tests.conftest import EXPERIMENTS
 
 # Experiments with records in the repository.
@@ -65,12 +65,12 @@ def test_the_ablation_changes_one_thing_at_a_time():
         assert specs[f"full-{change}"] == {**full, key: baseline[key]}
 
 
-def test_the_records_train_on_all_images_and_their_ablation_does_not():
-    for name, spec in SUITES["records"].items():
+def test_the_recipes_train_on_all_images_and_their_ablation_does_not():
+    for name, spec in SUITES["best-by-time"].items():
         assert resolve(spec)["train_on"] == "all", name
     for name, spec in SUITES["minute-ablation"].items():
         assert resolve(spec)["train_on"] == "train", name
-    assert SUITES["records"]["minute"] == {**SUITES["minute-ablation"]["minute-full"], "train_on": "all"}
+    assert SUITES["best-by-time"]["minute"] == {**SUITES["minute-ablation"]["minute-full"], "train_on": "all"}
 
 
 def test_the_ablation_of_the_minute_takes_one_ingredient_away_at_a_time():
@@ -79,9 +79,19 @@ def test_the_ablation_of_the_minute_takes_one_ingredient_away_at_a_time():
     ends = ABLATIONS["minute-ablation"]
     full, plain = specs[ends["full"]], specs[ends["plain"]]
     ingredients = {key for key in full if full[key] != plain[key]}
-    assert set(specs) - set(ends.values()) == {f"minute-{key}" for key in ingredients}
-    for key in ingredients:
-        assert specs[f"minute-{key}"] == {**full, key: resolve({})[key]}
+    changed = {"minute-gelu": "activation", "minute-bfloat16": "precision", "minute+dropout": "dropout"}
+    changed |= {f"minute-{key}": key for key in ingredients - set(changed.values())}
+    assert set(specs) - set(ends.values()) == set(changed)
+    for name, key in changed.items():
+        assert specs[name] == {**full, key: resolve({})[key]}
+        without = full if name.startswith("minute+") else specs[name]
+        assert without[key] in (0, "none") or name == f"minute-{full[key]}"
+
+
+def test_a_former_name_has_one_new_name_and_is_in_use_no_more():
+    assert FORMER_NAMES.keys() == {"minute-activation", "minute-dropout", "minute-precision", "records"}
+    assert set(FORMER_NAMES.values()) <= {*EXPERIMENTS, *SUITES}
+    assert not FORMER_NAMES.keys() & {*EXPERIMENTS, *SUITES}
 
 
 def test_names_are_fit_for_folders():

@@ -6,7 +6,8 @@ import pytest
 
 from core.errors import UserError
 from core.runs.files import Run, find_weights
-from core.runs.record import write_record
+from core.runs.record import read_records, write_record
+from core.verify import read_finished
 from tests.test_report import failed, make
 
 
@@ -61,3 +62,40 @@ def test_a_word_that_means_nothing_or_several_things_is_refused(keep, tmp_path):
     ):
         with pytest.raises(UserError, match=f"^{re.escape(words)}$"):
             find_weights(tmp_path, *arguments)
+
+
+FORMER = {"old": "new", "older": "new"}
+
+
+def test_a_run_under_a_former_name_is_read_under_the_new_one(keep, tmp_path):
+    record = make("older")
+    weights = keep(record)
+    run = Run(tmp_path, "new", record.spec_id, FORMER)
+    assert (run.weights, run.record) == (weights, weights.with_suffix(".json"))
+    assert run.folder == tmp_path / "checkpoints" / "new", "a new result goes to the folder of the new name"
+    renamed = make("new")
+    assert run.finished(record.data) == renamed
+    assert list(read_records(tmp_path, FORMER)) == [renamed]
+    assert read_finished("new", record.spec, tmp_path, record.data, FORMER) == renamed
+    assert find_weights(tmp_path, "new", former=FORMER) == weights
+
+
+def test_of_a_run_under_both_names_the_new_one_counts(keep, tmp_path):
+    for name, test in (("old", 0.5), ("older", 0.51), ("new", 0.52)):
+        keep(make(name, test=test))
+    record = make("new", test=0.52)
+    run = Run(tmp_path, "new", record.spec_id, FORMER)
+    assert run.weights.parent.name == run.record.parent.name == "new"
+    assert run.finished(record.data) == record
+    assert list(read_records(tmp_path, FORMER)) == [record]
+    assert find_weights(tmp_path, "new", former=FORMER) == run.weights
+
+
+def test_weights_may_be_in_the_old_folder_and_the_record_in_the_new_one(keep, tmp_path):
+    """As after a pull: Git moves the record, but it ignores the weights."""
+    record = make("new")
+    keep(record, weights=False)
+    weights = keep(make("old"))
+    weights.with_suffix(".json").unlink()
+    assert Run(tmp_path, "new", record.spec_id, FORMER).finished(record.data) == record
+    assert find_weights(tmp_path, "new", former=FORMER) == weights

@@ -15,11 +15,13 @@ class Catalog(NamedTuple):
         ablations: for each suite that is an ablation, the names of its "plain" and its "full" experiment, or of one of
             them. The other experiments of the suite are compared with these.
         default: the suite whose learning curves are drawn.
+        former: old names, with the new names.
     """
 
     suites: Mapping[str, Mapping[str, Spec]] = {}
     ablations: Mapping[str, Mapping[str, str]] = {}
     default: str = ""
+    former: Mapping[str, str] = {}
 
     def check(self) -> None:
         """Raise UserError if an ablation names a suite or an experiment that does not exist."""

@@ -190,9 +190,14 @@ def _introduction(results: stats.Results) -> str:
     )
 
 
-def _legend(groups: list[Group]) -> str:
+def _legend(groups: list[Group], catalog: Catalog) -> str:
     """How the table is read, as a list."""
     lines = ["A row is an experiment, the best by validation first. Its n runs differ in the seed alone."]
+    if catalog.ablations:
+        lines.append(
+            "The name of a variant has a minus before what is left out and a plus before what is added: "
+            "`full-dropout` has no dropout, `minute+dropout` has dropout."
+        )
     if any(len(group) > 1 for group in groups):
         lines.append(
             "57.12 ± 0.31% (56.74–57.50): the mean over the seeds, the standard deviation of one seed, and the 95% "
@@ -233,7 +238,7 @@ def markdown(
             f"\n{len(groups) - len(best):,} of {len(groups):,} experiments, with {left:,} of {len(finished):,} "
             "finished runs, are left out.\n"
         )
-    parts.append(_legend(best))
+    parts.append(_legend(best, catalog))
     if results.other:
         count = sum(map(len, results.other))
         anchor = APART.lower().replace(" ", "-")

@@ -104,7 +104,7 @@ def rebuild(
     out = store.local(out)
     check(out, catalog)
     with lock_results(out):
-        records = sorted(read_records(out), key=stats.order)
+        records = sorted(read_records(out, catalog.former), key=stats.order)
         results = stats.results(records)
         shown = {p.path: p for p in _pictures(out, results, catalog, data) if _draw(p, out / p.path, redraw)}
         for name, content in {
@@ -140,7 +140,7 @@ def _pictures(out: Path, results: stats.Results, catalog: Catalog, data: Path | 
     # Early, as it takes the most memory: it is given back before matplotlib is loaded.
     if mistakes := best_run.mistakes(run, cifar10.CLASSES, lambda indices: _test_images(data, indices)):
         yield mistakes
-    yield best_run.filters(run, lambda: _first_layer(Run(out, run.name, run.spec_id).weights))
+    yield best_run.filters(run, lambda: _first_layer(Run(out, run.name, run.spec_id, catalog.former).weights))
     if confusion := best_run.confusion(best, cifar10.CLASSES):
         yield confusion
     members = {suite: [group for group in groups if group[0].name in names] for suite, names in catalog.suites.items()}

@@ -15,7 +15,7 @@ from typing import Any
 
 from core.code_hash import CODE, same_numbers
 from core.errors import UserError
-from core.runs.record import Finished, RecordError, read_each, read_record
+from core.runs.record import Finished, Record, RecordError, read_each, read_record
 from core.spec import resolve
 from core.store import Held, delete, local, locked, reserve, sweep
 
@@ -31,13 +31,18 @@ class OtherCode(UserError):
 
 
 class Run:
-    """The files of one run."""
+    """The files of one run.
 
-    def __init__(self, out: str | Path, name: str, spec_id: str) -> None:
-        self.folder = local(out) / "checkpoints" / name
-        self.spec_id = spec_id
-        self.weights = self.folder / f"{spec_id}.safetensors"
-        self.record = self.folder / f"{spec_id}.json"
+    Attributes:
+        weights, record: in the folder of a former name, if the file exists only there. Everything else is in `folder`.
+    """
+
+    def __init__(self, out: str | Path, name: str, spec_id: str, former: Mapping[str, str] = {}) -> None:
+        """`former`: old names of experiments, with the new names."""
+        self.name, self.spec_id = name, spec_id
+        self.folder, *old = _folders(out, name, former)
+        self.weights = _existing(f"{spec_id}.safetensors", self.folder, old)
+        self.record = _existing(f"{spec_id}.json", self.folder, old)
         self.diff = self.folder / f"{spec_id}.diff.gz"
 
     def lock(self):
@@ -51,6 +56,14 @@ class Run:
         """The newest first."""
         return sorted(self.folder.glob(f"{self.spec_id}.step-*.safetensors"), reverse=True)
 
+    def read(self) -> Record | None:
+        """The record, if there is one; see `read_record`."""
+        if not os.path.lexists(self.record):
+            return None
+        record = read_record(self.record)
+        record.name = self.name
+        return record
+
     def result(self) -> Finished | None:
         """The record of a finished run, if its weights are there too.
 
@@ -59,7 +72,7 @@ class Run:
                 takes its place.
         """
         try:
-            record = read_record(self.record) if os.path.lexists(self.record) else None
+            record = self.read()
         except RecordError as error:
             aside = shlex.join(("mv", str(self.record), f"{self.record}.old"))
             raise RecordError(f"{error}; to train it anew, move that file away: {aside}") from None
@@ -93,6 +106,17 @@ class Run:
         return found
 
 
+def _folders(out: str | Path, name: str, former: Mapping[str, str]) -> list[Path]:
+    """The folder of an experiment, then those of its former names."""
+    return [local(out) / "checkpoints" / each for each in (name, *(old for old, new in former.items() if new == name))]
+
+
+def _existing(file: str, folder: Path, old: list[Path]) -> Path:
+    """The file in `folder`, unless it exists only in one of the old folders."""
+    found = [each for each in old if os.path.lexists(each / file) and not os.path.lexists(folder / file)]
+    return (found or [folder])[0] / file
+
+
 def under_way(out: Path) -> Begun:
     """The runs under `out` that have resume points, found in one pass over the folders: to ask each of 10,000 runs of a
     folder would read all their names 10,000 times."""
@@ -123,12 +147,19 @@ def sweep_all(out: Path) -> None:
             delete(folder / f"{run_id}.owner")
 
 
-def find_weights(out: Path, word: str, seed: int | None = None, spec: Mapping[str, Any] | None = None) -> Path:
+def find_weights(
+    out: Path,
+    word: str,
+    seed: int | None = None,
+    spec: Mapping[str, Any] | None = None,
+    former: Mapping[str, str] = {},
+) -> Path:
     """The file of weights that a word of the command line means: a path, an id, or the name of an experiment.
 
     Args:
         seed: of the run; None for the first.
         spec: of the experiment of that name as experiments/ has it now, if it has one. Runs of this spec come first.
+        former: old names of experiments, with the new names.
 
     Raises:
         UserError: There is no such file, or the word may mean several.
@@ -141,7 +172,7 @@ def find_weights(out: Path, word: str, seed: int | None = None, spec: Mapping[st
         if not found:
             raise UserError(f"there are no weights of the id {word} under {out}")
         return found[0]
-    records = [record for record in _finished(out, word) if seed is None or record.seed == seed]
+    records = [record for record in _finished(out, word, former) if seed is None or record.seed == seed]
     if not records:
         of_seed = "" if seed is None else f" --seed {seed}"
         train = f"`uv run main.py run {word}{of_seed}` trains it" if spec is not None else "names are in `main.py list`"
@@ -154,11 +185,12 @@ def find_weights(out: Path, word: str, seed: int | None = None, spec: Mapping[st
         raise UserError(
             f"there are several networks of {word} with seed {first}: say which by its id: {', '.join(ids)}"
         )
-    return Run(out, word, ids[0]).weights
+    return Run(out, word, ids[0], former).weights
 
 
-def _finished(out: Path, name: str) -> list[Finished]:
-    """The records of an experiment that have weights beside them."""
-    paths = sorted((out / "checkpoints" / name).glob("*.json"))
-    records = read_each(path for path in paths if path.with_suffix(".safetensors").exists())
+def _finished(out: Path, name: str, former: Mapping[str, str]) -> list[Finished]:
+    """The records of an experiment whose weights exist."""
+    ids = {path.stem for folder in _folders(out, name, former) for path in folder.glob("*.json")}
+    runs = [Run(out, name, each, former) for each in sorted(ids)]
+    records = read_each(run.record for run in runs if run.weights.exists())
     return [record for record in records if isinstance(record, Finished)]

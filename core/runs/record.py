@@ -9,7 +9,7 @@ changes its meaning.
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -322,10 +322,21 @@ def read_record(path: Path) -> Record:
     return record
 
 
-def read_records(out: str | Path) -> Iterator[Record]:
-    """Every record under `out`, in the order of their paths; see `read_each`."""
-    paths = sorted((local(out) / "checkpoints").glob("*/*.json"))
-    return read_each(path for path in paths if re.fullmatch(r"[0-9a-f]{12}\.json", path.name))
+def read_records(out: str | Path, former: Mapping[str, str] = {}) -> Iterator[Record]:
+    """Every record under `out`, in the order of their paths; see `read_each`.
+
+    Args:
+        former: old names of experiments, with the new names. The record of an old name gets the new name; it is skipped
+            where the run also has a record of the new name.
+    """
+    folder = local(out) / "checkpoints"
+    paths = (path for path in sorted(folder.glob("*/*.json")) if re.fullmatch(r"[0-9a-f]{12}\.json", path.name))
+    for record in read_each(paths):
+        if new := former.get(record.name):
+            if (folder / new / f"{record.spec_id}.json").exists():
+                continue
+            record.name = new
+        yield record
 
 
 def read_each(paths: Iterable[Path]) -> Iterator[Record]:

@@ -68,26 +68,28 @@ GPU: dict[str, Any] = {
     "epochs": 4540,
 }
 
-# The keys that all runs of `minute-ablation` share; the other keys of MINUTE are its ingredients.
+# Keys with the same value in all runs of `minute-ablation`. The other keys of MINUTE are its ingredients.
 FRAME = ("widths", "batch_size", "epochs", "optimizer", "lr", "warmup_epochs")
 
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
-    "records": {
+    "best-by-time": {
         "minute": {**MINUTE, "train_on": "all"},
         "ten-minutes": {**TEN_MINUTES, "train_on": "all"},
         "hour": {**HOUR, "train_on": "all"},
         "two-hours": {**TWO_HOURS, "train_on": "all"},
         "gpu": {**GPU, "train_on": "all"},
     },
-    # From the default network, of these widths, to the recipe; between them, the recipe with one key back at its
-    # default: minute-dropout is the run that has dropout.
+    # The recipe, the default network in its widths, and the recipe with one key at its default.
     "minute-ablation": {
         "minute-plain": {key: MINUTE[key] for key in FRAME},
-        **{
-            f"minute-{left_out}": {key: value for key, value in MINUTE.items() if key != left_out}
-            for left_out in MINUTE
-            if left_out not in FRAME
-        },
+        "minute-gelu": {**MINUTE, "activation": "leaky_relu"},
+        "minute+dropout": {**MINUTE, "dropout": 0.2},
+        "minute-augment": {**MINUTE, "augment": "none"},
+        "minute-whiten": {**MINUTE, "whiten": 0},
+        "minute-weight_decay": {**MINUTE, "weight_decay": 0.0},
+        "minute-label_smoothing": {**MINUTE, "label_smoothing": 0.0},
+        "minute-ema": {**MINUTE, "ema": 0.0},
+        "minute-bfloat16": {**MINUTE, "precision": "float32"},
         "minute-full": MINUTE,
     },
 }

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from core import code_hash
 from core.code_hash import CODE
 from core.data import cifar10 as dataset
+from core.data.archive import Archive
 from core.errors import UserError
 from core.report import best_run, markdown, plots, published, rebuild, stats, tables
 from core.report.catalog import Catalog
@@ -126,10 +127,16 @@ def edit_history(record, **changes):
     return replace(record, history=[*record.history[:-1], replace(record.history[-1], **changes)])
 
 
-def rows(text):
+def table(text):
     """The cells of the first table, without its two lines of heading."""
-    table = [line for line in text.split("\n\n")[2].splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+    lines = [line for line in text[text.index("|") :].split("\n\n")[0].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def rows(text):
+    """The cells of the tables of the suites, and of that of the other experiments."""
+    parts = [part for part in text.split("\n## ") if part.startswith(("Suite ", "Other experiments"))]
+    return [row for part in parts for row in table(part)]
 
 
 def section(text, heading):
@@ -161,8 +168,7 @@ BASELINE = make(
 
 def cells(text):
     """The rows of the first table, by heading."""
-    headings = [heading for heading, _ in markdown.COLUMNS]
-    return [dict(zip(headings, row, strict=True)) for row in rows(text)]
+    return [dict(zip(markdown.COLUMNS, row, strict=True)) for row in rows(text)]
 
 
 def test_a_row_says_what_the_record_says():
@@ -206,27 +212,27 @@ def test_experiments_of_one_name_are_told_apart():
 def test_the_choice_is_by_validation_alone():
     text = markdown.markdown(THREE, SUITES)
     choice = section(text, "Choice of the learning rate")
-    assert "Of lr-1e-3, lr-5e-4 and lr-1e-4, which differ in the learning rate alone" in choice
+    assert "lr-1e-3, lr-5e-4 and lr-1e-4 differ in the learning rate alone" in choice
     assert "chooses **lr-5e-4** (0.0005): 57.00% over 1 seed." in choice
-    validation, test = choice.split("On test, which took no part in the choice, ")
-    assert "lr-5e-4 beats lr-1e-3 by 2.00 ± 1.95 points (sampling error)" in validation
-    assert test.startswith("lr-5e-4 reaches 57.50%:")
-    assert "lr-1e-3 beats lr-5e-4 by 1.50 ± 1.37 points" in test
+    assert "On test, which has no part in the choice, it reaches 57.50%." in choice
+    first, _ = table(choice)
+    assert first[:5] == ["lr-5e-4 minus lr-1e-3", "+2.00 ± 1.95", "-1.50 ± 1.37", "1", "better (unpaired)"]
     assert [row[0] for row in rows(text)] == ["lr-5e-4", "lr-1e-3", "lr-1e-4"]
 
 
 @pytest.mark.parametrize(
     ("second", "verdict", "sure"),
-    [(0.569, "cannot be told apart", "It is not sure: lr-1e-3 may"), (0.5, "beats", "It beats all the others")],
+    [
+        (0.569, "not significant", "It is not significantly better than lr-1e-3."),
+        (0.5, "better (unpaired)", "It is significantly better than the others."),
+    ],
 )
 def test_the_choice_says_whether_the_lead_is_more_than_chance(second, verdict, sure):
-    choice = section(
-        markdown.markdown([THREE[1], make("lr-1e-3", lr=1e-3, validation=second)], SUITES),
-        "Choice of the learning rate",
-    )
-    assert verdict in choice.split("On test")[0]
+    text = markdown.markdown([THREE[1], make("lr-1e-3", lr=1e-3, validation=second)], SUITES)
+    choice = section(text, "Choice of the learning rate")
+    assert table(choice)[0][4] == verdict
     assert sure in choice
-    assert "`--seeds 5` tells more" in choice
+    assert "`--seeds 5` tells more" in section(text, "How to read the tables")
 
 
 def seeds_of(name, validations, **changes):
@@ -242,27 +248,25 @@ def test_seeds_are_compared_paired():
     worse = seeds_of("b", [0.53, 0.568, 0.551], lr=5e-4)
     choice = section(markdown.markdown([*better, *worse], SUITES), "Choice of the learning rate")
     # 1.0, 1.2 and 0.9 have the mean 1.033 and the deviation 0.1528; 4.3027 * 0.1528 / sqrt(3) is 0.3795
-    assert "- a beats b by 1.03 ± 0.38 points (3 seeds, paired).\n" in choice
-    assert "It beats all the others." in choice
-    assert "--seeds" not in choice
+    assert "| a minus b | +1.03 ± 0.38 | +1.03 ± 0.38 | 3 | better | " in choice
+    assert "It is significantly better than the others." in choice
 
 
 def test_what_cannot_be_told_apart_says_how_many_seeds_it_takes():
     a, b = (seeds_of(name, v, lr=lr) for name, v, lr in (("a", [0.56, 0.57], 1e-3), ("b", [0.558, 0.571], 5e-4)))
     choice = section(markdown.markdown([*a, *b], SUITES), "Choice of the learning rate")
-    more = stats.needed(np.std([0.002, -0.001], ddof=1)) - 2
-    assert f"- a and b cannot be told apart: 0.05 ± 1.91 points (2 seeds, paired); about {more} more seeds" in choice
-    assert "would be needed to see a difference of 0.2 points." in choice
+    needed = stats.needed(np.std([0.002, -0.001], ddof=1))
+    assert f"| a minus b | +0.05 ± 1.91 | +0.05 ± 1.91 | 2 | not significant | {needed} |" in choice
 
 
 def test_the_choice_says_which_images_tell_two_apart():
     one = answered(make("a", lr=1e-3, seed=3, test=0.57, validation=0.58))
     other = answered(make("b", lr=5e-4, seed=3, test=0.57), turn=5)
-    assert (
-        "Image by image, a alone is right on 50 of 10,000 and b alone on 50 (the networks of seed 3; exact McNemar "
-        "test: p = 1)."
-    ) in markdown.markdown([one, other], SUITES)
-    assert "Image by image" not in markdown.markdown([one, make("b", lr=5e-4, seed=3)], SUITES)
+    text = markdown.markdown([one, other], SUITES)
+    assert table(section(text, "Choice of the learning rate"))[0][6] == "50 : 50, p = 1"
+    assert "the exact McNemar test" in section(text, "How to read the tables")
+    text = markdown.markdown([one, make("b", lr=5e-4, seed=3)], SUITES)
+    assert not table(section(text, "Choice of the learning rate"))[0][6]
 
 
 def test_runs_that_differ_in_more_than_the_learning_rate_are_not_compared():
@@ -271,15 +275,13 @@ def test_runs_that_differ_in_more_than_the_learning_rate_are_not_compared():
 
 
 def test_the_baseline_is_compared_with_the_best_by_validation():
-    bought = section(markdown.markdown([*THREE, BASELINE], SUITES), "What the network bought over the baseline")
-    assert "lr-5e-4 beats baseline by 4.50 ± 1.38 points (sampling error): lr-5e-4 reaches 57.50%, " in bought
-    assert "baseline 53.00%, and the gap" in bought
-    assert "from 27.0 to 12.5 points" in bought
-    assert bought.strip().startswith(
-        "baseline has the hidden widths 512, the activation relu, the norm none and dropout 0. "
-    )
-    assert "What the network bought" not in markdown.markdown(THREE, SUITES)
-    assert "What the network bought" not in markdown.markdown([BASELINE], SUITES)
+    gain = section(markdown.markdown([*THREE, BASELINE], SUITES), "Gain over the baseline")
+    assert "baseline has the hidden widths 512, the activation relu, the norm none and dropout 0. " in gain
+    assert "test accuracy goes from 53.00% to 57.50%, and the gap" in gain
+    assert "from 27.0 to 12.5 points" in gain
+    assert "| lr-5e-4 minus baseline | +4.00 ± 1.95 | +4.50 ± 1.38 | 1 | better (unpaired) |" in gain
+    assert "## Gain" not in markdown.markdown(THREE, SUITES)
+    assert "## Gain" not in markdown.markdown([BASELINE], SUITES)
 
 
 PLAIN = {"widths": [512], "norm": "none", "activation": "relu", "dropout": 0.0}
@@ -314,42 +316,37 @@ def test_a_verdict_names_the_values_and_where_they_were_compared():
     }
     specs = ABLATION.suites["what pays"]
     records = [run for name, v in values.items() for run in seeds_of(name, v, **specs[name])]
-    worth = section(markdown.markdown(records, ABLATION), "What each change is worth")
-    table = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in worth.splitlines() if line.startswith("|")
-    ]
+    helped = section(markdown.markdown(records, ABLATION), "What helped")
     # 2.9 ± 0.25: 3.0, 2.8 and 2.9 have the deviation 0.1, and 4.3027 * 0.1 / sqrt(3) is 0.248
-    assert table[2:] == [
-        ["`widths` 512 → 1024-512-256", "baseline", "+0.17 ± 4.36", "+0.17 ± 4.36", "3", "not significant"],
-        ["`norm` none → batch", "baseline", "+2.90 ± 0.25", "+2.90 ± 0.25", "3", "helped"],
-        ["`norm` none → batch", "lr-1e-3", "+2.93 ± 0.14", "+2.93 ± 0.14", "3", "helped"],
-        ["`dropout` 0 → 0.2", "lr-1e-3", "-1.05 ± 0.13", "-1.05 ± 0.13", "3", "hurt"],
+    assert [row[:5] for row in table(helped)] == [
+        ["`widths` 512 → 1024-512-256 in baseline", "+0.17 ± 4.36", "+0.17 ± 4.36", "3", "not significant"],
+        ["`norm` none → batch in baseline", "+2.90 ± 0.25", "+2.90 ± 0.25", "3", "helped"],
+        ["`norm` none → batch in lr-1e-3", "+2.93 ± 0.14", "+2.93 ± 0.14", "3", "helped"],
+        ["`dropout` 0 → 0.2 in lr-1e-3", "-1.05 ± 0.13", "-1.05 ± 0.13", "3", "hurt"],
     ]
     assert (
         "- Helped: `norm` none → batch in baseline (+2.90 ± 0.25) and `norm` none → batch in lr-1e-3 (+2.93 ± 0.14).\n"
         "- Hurt: `dropout` 0 → 0.2 in lr-1e-3 (-1.05 ± 0.13).\n"
         "- Not significant: `widths` 512 → 1024-512-256 in baseline (+0.17 ± 4.36).\n"
-    ) in worth
-    assert "--seeds" not in worth
-    single = section(markdown.markdown([r for r in records if r.seed == 0], ABLATION), "What each change is worth")
-    assert "`--seeds 5` tells more" in single
+    ) in helped
+    single = section(markdown.markdown([r for r in records if r.seed == 0], ABLATION), "What helped")
+    assert {row[4] for row in table(single)} == {"not significant", "helped (unpaired)"}
+    assert "- Helped: " not in single
 
 
 def test_what_a_full_network_lacks_is_a_change_like_any_other():
     """The recipe has no dropout, its variant has: that the variant is worse is a verdict on having it."""
     records = [*seeds_of("full", [0.7, 0.71], dropout=0.0), *seeds_of("full-dropout", [0.68, 0.69], dropout=0.2)]
     catalog = Catalog({"x": {"full": {"dropout": 0.0}, "full-dropout": {}}}, {"x": {"full": "full"}})
-    worth = section(markdown.markdown(records, catalog), "What each change is worth")
-    assert "- Helped: `dropout` 0.2 → 0 in full (+2.00 ± 0.02).\n" in worth
+    helped = section(markdown.markdown(records, catalog), "What helped")
+    assert "- Helped: `dropout` 0.2 → 0 in full (+2.00 ± 0.02).\n" in helped
 
 
 def test_a_suite_is_an_ablation_if_it_says_so_whatever_its_name():
     names = {"first": {"dropout": 0.0}, "second": {}, "third": {"dropout": 0.5}}
     records = [run for name, spec in names.items() for run in seeds_of(name, [0.5, 0.6], **spec)]
-    assert "is worth" not in markdown.markdown(records, Catalog({"my-ablation": names}))
-    assert "## What each change is worth" in markdown.markdown(
-        records, Catalog({"mine": names}, {"mine": {"plain": "first"}})
-    )
+    assert "## What helped" not in markdown.markdown(records, Catalog({"my-ablation": names}))
+    assert "## What helped" in markdown.markdown(records, Catalog({"mine": names}, {"mine": {"plain": "first"}}))
 
 
 @pytest.mark.parametrize("ablations", [{"y": {}}, {"x": {"plain": "b"}}, {"x": {"first": "a"}}])
@@ -398,8 +395,8 @@ def test_runs_of_other_code_or_data_are_never_averaged(tmp_path, other):
     if not said:  # nobody knows whether two runs of unknown code are of the same
         ns[:1] = [("lr-1e-3", "1", "70.00%"), ("lr-1e-3", "1", "72.00%")]
     assert [(row["experiment"], row["n"], row["validation"]) for row in apart] == ns
-    assert "\n3 finished runs are of other code or on other data, and not in this table: see [Runs of other" in text
-    anew = section(text, markdown.APART)
+    assert "\n3 finished runs are of other code or on other data, and not compared: see [Runs of other" in text
+    anew = section(text, markdown.OTHER)
     assert "uv run main.py run lr-5e-4 --force" in anew
     assert f"uv run main.py run lr-1e-3 --seed{'s 2,3' if said else ' 2'} --force" in anew
     assert "## Choice" not in text
@@ -417,7 +414,7 @@ def test_code_with_the_same_numbers_is_the_same_code(monkeypatch):
     monkeypatch.setattr(code_hash, "SAME_NUMBERS", {CODE, old})
     text = markdown.markdown(records, SUITES)
     assert [row["n"] for row in cells(text)] == ["3"]
-    assert markdown.APART not in text
+    assert markdown.OTHER not in text
 
 
 def test_two_other_codes_are_not_averaged_with_each_other():
@@ -433,7 +430,7 @@ def test_a_folder_of_runs_on_other_data_alone_has_a_whole_report():
     text = markdown.markdown(records, SUITES)
     assert "The data are not CIFAR-10: mine." in text
     assert "## Choice of the learning rate" in text
-    assert markdown.APART not in text
+    assert markdown.OTHER not in text
     assert "not CIFAR-10" not in markdown.markdown(THREE, SUITES)
 
 
@@ -460,8 +457,7 @@ def test_runs_on_all_images_are_records_and_take_part_in_no_choice():
     minute = [on_all("minute", *accuracies, seed=i) for i, accuracies in enumerate([(0.70, 0.71), (0.71, 0.73)])]
     text = markdown.markdown([*THREE, *minute], SUITES)
     assert text.replace(section(text, "Records"), "").count("minute") == 1, "but for the command that trains it"
-    table = [line.strip("| ").split(" | ") for line in section(text, "Records").splitlines() if line.startswith("|")]
-    named = dict(zip(table[0], table[2], strict=True))
+    named = dict(zip(published.RUNS, table(section(text, "Records"))[0], strict=True))
     assert (named["recipe"], named["n"]) == ("minute", "2")
     assert (named["test"], named["test, with mirror images"]) == ("70.50 ± 0.71%", "**72.00 ± 1.41%**")
     assert (named["training"], named["with compilation"]) == ("6 s", "14 s")
@@ -481,13 +477,14 @@ def test_whitening_is_part_of_the_arithmetic():
 def test_a_record_that_was_not_evaluated_with_mirror_images_says_so():
     groups = stats.groups([on_all("x", 0.7)])
     assert published.RUNS["test, with mirror images"](groups[0]) == "not evaluated"
-    assert not published.picture(groups).content.ours
+    ours, _ = published.picture(groups).content
+    assert not ours
 
 
 def test_the_picture_shows_the_most_accurate_of_very_many():
     groups = stats.groups([on_all(f"x{i}", 0.5, 0.5 + i / 100) for i in range(2 * plots.MAX_BARS)])
-    shown = {p.label for p in published.picture(groups).content.ours}
-    assert shown == {f"x{i}" for i in range(plots.MAX_BARS, 2 * plots.MAX_BARS)}
+    ours, _ = published.picture(groups).content
+    assert {p.label for p in ours} == {f"x{i}" for i in range(plots.MAX_BARS, 2 * plots.MAX_BARS)}
 
 
 def test_the_picture_of_the_records(tmp_path):
@@ -573,7 +570,7 @@ def test_a_file_that_is_not_ours_is_left_as_it_is(tmp_path, name, records):
     (tmp_path / name).write_text('{"accuracy": 0.9}, # Results')
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     for function in (rebuild.prepare, rebuild.rebuild):
-        with pytest.raises(StoreError, match=rf"{name} was not written by this program .* move it away"):
+        with pytest.raises(StoreError, match=rf"{name}: what is there was not written by this program.* Move it away"):
             function(tmp_path, SUITES)
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
@@ -692,7 +689,7 @@ def whole(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def invented_images(monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (10_000, 3072), np.uint8)
-    monkeypatch.setattr(dataset, "read_batch", lambda folder, name: {b"data": images})
+    monkeypatch.setattr(Archive, "read", lambda self, folder, name: {b"data": images})
 
 
 def weights(out, records):
@@ -803,14 +800,14 @@ def test_curves_are_means_over_seeds_with_a_band():
     assert "means over seeds" in picture.title
     one, other = picture.content
     assert [(curve.label, curve.epochs) for curve in (one, other)] == [("a", [1, 2]), ("b", [1, 2])]
-    accuracy, loss = one.accuracy, one.loss
-    assert [accuracy.validation[1], accuracy.low[1], accuracy.high[1]] == pytest.approx([0.6, 0.5, 0.7])
-    assert [loss.validation[1], loss.low[1], loss.high[1]] == pytest.approx([2, 1, 3])
-    assert loss.train == pytest.approx([2, 1])
-    assert other.loss.low == other.loss.high
+    for quantity, values in (("accuracy", [0.6, 0.5, 0.7]), ("loss", [2, 1, 3])):
+        names = (f"{quantity}_{line}" for line in ("validation", "low", "high"))
+        assert [one.lines[name][1] for name in names] == pytest.approx(values)
+    assert one.lines["loss_train"] == pytest.approx([2, 1])
+    assert other.lines["loss_low"] == other.lines["loss_high"]
     assert "seeds" not in plots.curves(stats.groups([make("b")])).title
     (long,) = plots.curves(stats.groups([make("a", epochs=1000)])).content
-    assert len(long.epochs) == len(long.loss.train) == plots.MAX_POINTS
+    assert len(long.epochs) == len(long.lines["loss_train"]) == plots.MAX_POINTS
     assert (long.epochs[0], long.epochs[-1]) == (1, 1000)
 
 
@@ -840,9 +837,9 @@ def test_the_table_has_the_curves_of_every_experiment():
         edit_history(make("a", seed=seed), val_accuracy=0.5 + 0.1 * seed, val_loss=1.0 + seed) for seed in range(3)
     ]
     records = [*seeds, make("b", epochs=1000), *(make(f"x{i}", lr=0.01 * (i + 1)) for i in range(12))]
-    table = list(csv.DictReader(io.StringIO(tables.curves_csv(stats.groups([*records, on_all("c", 0.7)])))))
-    assert {row["experiment"] for row in table} == {"a", "b", "c", *(f"x{i}" for i in range(12))}
-    a, b, c = ([row for row in table if row["experiment"] == name] for name in "abc")
+    found = list(csv.DictReader(io.StringIO(tables.curves_csv(stats.results([*records, on_all("c", 0.7)])))))
+    assert {row["experiment"] for row in found} == {"a", "b", "c", *(f"x{i}" for i in range(12))}
+    a, b, c = ([row for row in found if row["experiment"] == name] for name in "abc")
     assert [(row["epoch"], row["epochs"]) for row in a] == [("1", "2"), ("2", "2")]
     assert [float(a[1][f"accuracy_{what}"]) for what in ("validation", "low", "high")] == [0.6, 0.5, 0.7]
     assert [float(row["loss_train"]) for row in a] == [2, 1]
@@ -911,9 +908,9 @@ def test_the_table_has_the_best_thirty_rows_and_counts_the_others():
     records.append(failed("x0", lr=0.01, seed=5))  # no finished run
     text = markdown.markdown(records, SUITES)
     assert [row[0] for row in rows(text)] == [f"x{i}" for i in range(32, 2, -1)]
-    assert "\n3 of 33 experiments, with 7 of 37 finished runs, are left out.\n" in text
-    assert "x24 and 24 others, which differ in the learning rate alone" in text
-    assert "\n- 22 more are further behind.\n" in text
+    assert "\n3 more rows are left out.\n" in text
+    assert "x24 and 24 others differ in the learning rate alone" in text
+    assert "\n22 more are further behind.\n" in text
 
 
 def test_lists_are_cut_off_with_a_count():
@@ -926,10 +923,10 @@ def test_lists_are_cut_off_with_a_count():
     assert "\n31 more runs failed.\n" in text
     assert text.count(", is not bitwise: ") == 9
     assert "\n31 more runs were resumed in this way.\n" in text
-    assert text.count("differ in the learning rate alone") == 4
+    assert text.count("differ in the learning rate alone") == 5
     assert "more sets of learning rates" in text
-    places = text.split("Made on:\n\n")[1].splitlines()
-    assert (len(places), places[-1]) == (10, "- and 32 more")
+    machines = table(text.split("Made from the data")[1])
+    assert [(len(cells), cells[-1].count(", "), cells[-1][-9:]) for cells in machines] == [(8, 8, "32 others")]
     block = re.search(r"```sh\n(.*?)```", text, re.S)
     assert block
     commands = block[1].splitlines()
@@ -969,26 +966,37 @@ def test_how_to_reproduce_names_the_runs():
     first, last = commands([*THREE, BASELINE])
     assert first == "uv run main.py run lr-5e-4 lr-1e-3 lr-1e-4 baseline"
     assert last == "uv run main.py evaluate"
-    assert "commit 0123456789ab, data 15fc275e5cae" in markdown.markdown(THREE, SUITES)
+    made = section(markdown.markdown(THREE, SUITES), "Reproduce").split("Made from the data ")[1]
+    assert made.startswith("15fc275e5cae on:\n")
+    machine = ["A processor", "x86_64 AVX2", "compiled on cpu", "2", "2.15.0", "3.11.7", "3", "0123456789ab"]
+    assert table(made) == [machine]
+
+
+def test_a_machine_is_one_row_whatever_was_multiplied_on_it():
+    """The record of a run in bfloat16 has the threads in its hardware, too."""
+    record, other = THREE[:2]
+    where = replace(record.environment, hardware="x86_64 AVX2, 2 threads", git="fedcba987654")
+    text = markdown.markdown([other, replace(record, environment=where)], SUITES)
+    (machine,) = table(text.split("Made from the data")[1])
+    assert machine[-2:] == ["2", "0123456789ab and fedcba987654"]
 
 
 def test_how_to_reproduce_names_the_options_of_a_run():
-    """Or says that the name no longer stands for such a spec."""
-    changed = make("lr-1e-3", lr=1e-3, dropout=0.1, validation=0.4)
+    """Or says that there is no such experiment any more."""
     records = [
         *seeds_of("lr-1e-3", [0.6, 0.6, 0.6], lr=1e-3),
         *(make("lr-5e-4", lr=5e-4, seed=seed) for seed in (3, 7)),
         make("lr-1e-4", lr=1e-4, seed=7),
-        make("lr-1e-4", lr=1e-4, epochs=3, validation=0.5),
-        changed,
+        make("lr-1e-4", lr=1e-4, epochs=3, widths=[8, 4], validation=0.5),
+        make("lr-1e-3", lr=1e-3, dropout=0.1, validation=0.4),
         make("gone", validation=0.3),
     ]
     assert commands(records) == [
         "uv run main.py run lr-1e-3 --seeds 3",
         "uv run main.py run lr-5e-4 --seeds 3,7",
         "uv run main.py run lr-1e-4 --seed 7",
-        "uv run main.py run lr-1e-4 --epochs 3",
-        f"# lr-1e-3 ({changed.spec_id}): its spec is in its record, and in experiments/ no more",
+        'uv run main.py run lr-1e-4 "widths=8,4" epochs=3',
+        "uv run main.py run lr-1e-3 dropout=0.1",
         f"# gone ({records[-1].spec_id}): its spec is in its record, and in experiments/ no more",
         "uv run main.py evaluate",
     ]
@@ -1029,7 +1037,8 @@ def test_the_pictures_are_those_of_the_best_by_validation(tmp_path, whole):
 def test_the_confusion_matrix_is_the_mean_over_the_seeds_that_have_one():
     group = stats.groups([answered(make("a", test=0.5)), answered(make("a", seed=1, test=0.7)), make("a", seed=2)])[0]
     picture = best_run.confusion(group, dataset.CLASSES)
-    assert picture.content.percent[9] == pytest.approx([40, 0, 0, 0, 0, 0, 0, 0, 0, 60])
+    _, percent = picture.content
+    assert percent[9] == pytest.approx([40, 0, 0, 0, 0, 0, 0, 0, 0, 60])
     assert "mean of 2 seeds" in picture.title
 
 
@@ -1092,10 +1101,10 @@ def test_every_run_is_a_row_of_the_csv(tmp_path):
 def test_a_table_by_a_key_has_means_over_all_runs(tmp_path):
     write(tmp_path, [make("a", test=0.5), make("b", test=0.54, epochs=3), make("c", test=0.6, dropout=0.5)])
     rebuild.rebuild(tmp_path, SUITES, group_by="dropout")
-    table = section((tmp_path / "results.md").read_text(), "By dropout")
+    by_dropout = section((tmp_path / "results.md").read_text(), "By dropout")
     # 50 and 54 have the deviation sqrt(8)
-    assert "| 0.2 | 2 | 2 | 56.00 ± 0.00% | 52.00 ± 2.83% | 70.00 ± 0.00% |" in table
-    assert "| 0.5 | 1 | 1 | 56.00% | 60.00% | 70.00% |" in table
+    assert "| 0.2 | 2 | 2 | 56.00 ± 0.00% | 52.00 ± 2.83% | 70.00 ± 0.00% |" in by_dropout
+    assert "| 0.5 | 1 | 1 | 56.00% | 60.00% | 70.00% |" in by_dropout
     rebuild.rebuild(tmp_path, SUITES)
     assert "## By" not in (tmp_path / "results.md").read_text()
 

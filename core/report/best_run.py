@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from core.report import plots, text
 from core.report.plots import Picture
@@ -21,15 +21,8 @@ UNITS = 8  # rows and columns of the picture of the first layer
 LEVELS = 15  # of a colour there: more cannot be seen, and make a large file
 
 
-class Confusion(NamedTuple):
-    """In percent of the images of each class (a row), how many are predicted as each class (a column)."""
-
-    classes: Sequence[str]
-    percent: list[list[float]]
-
-
 def confusion(group: Group, classes: Sequence[str]) -> Picture | None:
-    """The confusion matrix of an experiment on test, over all seeds that have one."""
+    """The confusion matrix of an experiment on test, over all seeds that have one, in percent of each true class."""
     matrices = [record.answers.confusion for record in group if record.answers is not UNSET]
     if not matrices:
         return None
@@ -37,36 +30,30 @@ def confusion(group: Group, classes: Sequence[str]) -> Picture | None:
     percent = [[100 * count / max(1, sum(row)) for count in row] for row in counts]
     worst, true, predicted = max((v, i, j) for i, row in enumerate(percent) for j, v in enumerate(row) if i != j)
     seeds = f", mean of {len(matrices)} seeds" if len(matrices) > 1 else ""
-    title = f"{plots.short(group.label)}{seeds}: of 100 test images of a\nclass, how many are taken for each class"
+    title = f"{plots.short(group.label)}{seeds}: of 100 test images of a\nclass, how many are predicted as each class"
     alt = (
         f"Confusion matrix of {group.label} on test. The most frequent mistake: {worst:.0f}% of class "
-        f"{classes[true]} are taken for {classes[predicted]}"
+        f"{classes[true]} are predicted as {classes[predicted]}"
     )
-    table = text.folded(
-        "The numbers: of 100 images of a class (row), so many are taken for (column)",
-        ("", *classes),
-        ([name, *(f"{value:.1f}" for value in row)] for name, row in zip(classes, percent, strict=True)),
-    )
-    return Picture(CONFUSION, title, Confusion(classes, percent), _paint_confusion, 6.6, alt, table=table)
+    rows = ([name, *(f"{value:.1f}" for value in row)] for name, row in zip(classes, percent, strict=True))
+    summary = "The numbers: of 100 images of a class (row), how many are predicted as each class (column)"
+    table = text.folded(summary, text.grid(("", *classes), rows))
+    return Picture(CONFUSION, title, (classes, percent), _paint_confusion, 6.6, alt, table=table)
 
 
-def _paint_confusion(figure: "Figure", content: Confusion, _: Any) -> None:
+def _paint_confusion(figure: "Figure", content: tuple[Sequence[str], list[list[float]]], _: Any) -> None:
+    classes, percent = content
     ax = figure.subplots()
-    ax.imshow(content.percent, cmap="Blues", vmin=0, vmax=100)
-    for i, row in enumerate(content.percent):
+    ax.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    for i, row in enumerate(percent):
         for j, value in enumerate(row):
             color = "white" if value > 50 else "black" if value >= 0.5 else "lightgrey"
             ax.text(j, i, f"{value:.0f}", color=color, ha="center", va="center")
-    ax.set_xticks(range(len(content.classes)), content.classes, rotation=90)
-    ax.set_yticks(range(len(content.classes)), content.classes)
-    ax.set(xlabel="taken for", ylabel="true class")
+    ax.set_xticks(range(len(classes)), classes, rotation=90)
+    ax.set_yticks(range(len(classes)), classes)
+    ax.set(xlabel="prediction", ylabel="true class")
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-
-
-class Mistakes(NamedTuple):
-    classes: Sequence[str]
-    mistakes: list[Mistake]
 
 
 def mistakes(record: Finished, classes: Sequence[str], load_images: Callable[[list[int]], Any]) -> Picture | None:
@@ -78,28 +65,29 @@ def mistakes(record: Finished, classes: Sequence[str], load_images: Callable[[li
     if record.answers is UNSET or not record.answers.mistakes:
         return None
     shown = record.answers.mistakes[:MAX_MISTAKES]
-    title = (
-        f"{plots.short(record.name)}, seed {record.seed}: what the image shows,\nthen the answer and its probability"
-    )
+    title = f"{plots.short(record.name)}, seed {record.seed}: the true class,\nthen the prediction and its probability"
     alt = f"The {len(shown)} test images that {record.name} gets most confidently wrong; the table below names them"
-    table = text.folded(
-        "The numbers",
-        ("test image", "is", "taken for", "with probability"),
-        ([str(m.index), classes[m.label], classes[m.predicted], f"{100 * m.probability:.4f}%"] for m in shown),
-    )
+    columns: dict[str, Callable[[Mistake], str]] = {
+        "test image": lambda m: str(m.index),
+        "true class": lambda m: classes[m.label],
+        "prediction": lambda m: classes[m.predicted],
+        "probability": lambda m: f"{100 * m.probability:.4f}%",
+    }
+    table = text.folded("The numbers", text.table(columns, shown))
     height = 0.7 + 2.05 * math.ceil(len(shown) / COLUMNS)
     load = partial(load_images, [mistake.index for mistake in shown])
-    return Picture(MISTAKES, title, Mistakes(classes, shown), _paint_mistakes, height, alt, load, table)
+    return Picture(MISTAKES, title, (classes, shown), _paint_mistakes, height, alt, load, table)
 
 
-def _paint_mistakes(figure: "Figure", content: Mistakes, images: Any) -> None:
-    axes = figure.subplots(math.ceil(len(content.mistakes) / COLUMNS), COLUMNS, squeeze=False).ravel()
+def _paint_mistakes(figure: "Figure", content: tuple[Sequence[str], list[Mistake]], images: Any) -> None:
+    classes, mistakes = content
+    axes = figure.subplots(math.ceil(len(mistakes) / COLUMNS), COLUMNS, squeeze=False).ravel()
     for ax in axes:
         ax.axis("off")
-    for ax, mistake, image in zip(axes, content.mistakes, images, strict=False):
+    for ax, mistake, image in zip(axes, mistakes, images, strict=False):
         ax.imshow(image.reshape(3, 32, 32).transpose(1, 2, 0))
-        label, predicted = content.classes[mistake.label], content.classes[mistake.predicted]
-        ax.set_title(f"{label}\n{predicted} {100 * mistake.probability:.0f}%", fontsize=12)
+        prediction = f"{classes[mistake.predicted]} {100 * mistake.probability:.0f}%"
+        ax.set_title(f"{classes[mistake.label]}\n{prediction}", fontsize=12)
 
 
 def filters(record: Finished, load_weights: Callable[[], Any]) -> Picture:

@@ -25,12 +25,11 @@ class Catalog(NamedTuple):
 
     def check(self) -> None:
         """Raise UserError if an ablation names a suite or an experiment that does not exist."""
-        for suite, references in self.ablations.items():
+        for suite, ends in self.ablations.items():
             if suite not in self.suites:
                 raise UserError(f"ABLATIONS in experiments/ names the suite {suite!r}, but there is no such suite")
-            for role, name in references.items():
-                if role not in ("plain", "full") or name not in self.suites[suite]:
-                    raise UserError(
-                        f"ABLATIONS in experiments/ says {role} = {name!r} of the suite {suite!r}; expected plain or "
-                        "full, and an experiment of this suite"
-                    )
+            if not (ends.keys() <= {"plain", "full"} and self.suites[suite].keys() >= set(ends.values())):
+                raise UserError(
+                    f"ABLATIONS in experiments/ says {dict(ends)} for the suite {suite!r}; expected plain, full or "
+                    "both, each with an experiment of this suite"
+                )

@@ -1,209 +1,145 @@
-"""What results.md says of experiments beside each other: the choice of the learning rate, the worth of each change,
-the baseline."""
+"""The sections of results.md that compare experiments: the choice of the learning rate, what helped, the baseline."""
 
 from collections import defaultdict
 from typing import NamedTuple
 
 from core.report import stats, text
 from core.report.catalog import Catalog
-from core.report.stats import Group
-from core.spec import FIELDS, Spec, canonical
+from core.report.stats import Difference, Group
+from core.spec import FIELDS, canonical
 
-SETS = 5  # of experiments that are compared, at most
-VERDICTS = {"helped": "Helped", "hurt": "Hurt", "unclear": "Not significant"}
+MAX_CHOICES = 5
 BASELINE = "baseline"  # the experiment that the networks with batch norm are compared with
 
+# How to read the tables of this file.
+LEGEND = (
+    "A comparison is a difference of accuracies, in points, with its 95% interval. It is paired over the seeds that "
+    "both experiments have.",
+    "The verdict is by validation. A difference is significant if its interval does not contain 0. Unpaired: the two "
+    "have fewer than two seeds in common. Then the interval is the sampling error of two accuracies on different "
+    "images, and it ignores the seeds. `--seeds 5` tells more.",
+    f"Seeds needed: with so many seeds, a paired t-test finds a difference of {100 * stats.DIFFERENCE:g} points in "
+    f"{100 * stats.POWER:g}% of all cases.",
+    "Images: how many test images only the first network gets right, and how many only the second, with the p value of "
+    "the exact McNemar test. The networks are those of the first seed that both experiments have.",
+)
+HEADINGS = ("validation", "test", "seeds", "verdict", "seeds needed", "images")
 
-def _points(difference: stats.Difference) -> str:
+
+class Comparison(NamedTuple):
+    """The accuracy of `a` minus that of `b`; `name` is what the table calls it."""
+
+    name: str
+    a: Group
+    b: Group
+
+    @property
+    def validation(self) -> Difference:
+        return stats.compare(self.a, self.b, "validation")
+
+    def verdict(self, better: str = "better", worse: str = "worse") -> str:
+        if not self.validation.significant:
+            return "not significant"
+        verdict = better if self.validation.mean > 0 else worse
+        return verdict if self.validation.paired else f"{verdict} (unpaired)"
+
+    def row(self, verdict: str) -> list[str]:
+        validation = self.validation
+        needed = f"{stats.needed(validation.deviation):,}" if validation.paired else ""
+        test = stats.compare(self.a, self.b, "test")
+        images = _images(self.a, self.b)
+        return [self.name, _points(validation), _points(test), f"{validation.seeds:,}", verdict, needed, images]
+
+
+def _points(difference: Difference) -> str:
     return f"{100 * difference.mean:+.2f} ± {100 * difference.half:.2f}"
 
 
-def _compared(a: str, b: str, difference: stats.Difference, more: bool = False) -> str:
-    """The sentence for a comparison, without its full stop; with `more`, also what it takes to tell two apart."""
-    if difference.mean < 0:
-        a, b, difference = b, a, difference._replace(mean=-difference.mean)
-    how = f"{text.seeds(difference.seeds)}, paired" if difference.paired else "sampling error"
-    points = f"{100 * difference.mean:.2f} ± {100 * difference.half:.2f} points ({how})"
-    if difference.significant:
-        return f"{a} beats {b} by {points}"
-    return f"{a} and {b} cannot be told apart: {points}{_more_seeds(difference) * more}"
-
-
-def _more_seeds(difference: stats.Difference) -> str:
-    """What it takes to find a difference that is worth finding."""
-    if not difference.paired:
-        return ""
-    more = stats.needed(difference.deviation) - difference.seeds
-    worth = f"a difference of {100 * stats.DIFFERENCE:g} points"
-    if more <= 0:
-        return f"; {worth} would most likely have been seen"
-    return f"; about {more:,} more seed{'s' * (more > 1)} would be needed to see {worth}"
-
-
-UNPAIRED = (
-    "Fewer than two seeds of both cannot be paired: there the range is the sampling error of two accuracies as if each "
-    "had been measured on other images. `--seeds 5` tells more."
-)
-
-
 def _images(a: Group, b: Group) -> str:
-    """The sentence for a comparison image by image; nothing where the records do not say which images were right."""
+    """'700 : 749, p = 0.21'; empty if the records do not say which images were right."""
     found = stats.image_by_image(a, b)
     if found is None:
         return ""
-    p = "p < 0.0001" if found.p < 1e-4 else f"p = {found.p:.2g}"
-    return (
-        f" Image by image, {a.label} alone is right on {found.first:,} of {found.n:,} and {b.label} alone on "
-        f"{found.second:,} (the networks of seed {found.seed}; exact McNemar test: {p})."
-    )
+    only_a, only_b, p = found
+    return f"{only_a:,} : {only_b:,}, {'p < 0.0001' if p < 1e-4 else f'p = {p:.2g}'}"
 
 
-def choices(groups: list[Group]) -> list[str]:
-    """What is to be said of each set of groups that differ in the learning rate alone, the best set first."""
+def _against(best: Group, others: list[Group]) -> str:
+    """A table of the best experiment against each other one."""
+    pairs = [Comparison(f"{best.label} minus {other.label}", best, other) for other in others[: text.LINES]]
+    rest = f"\n{len(others) - text.LINES:,} more are further behind.\n" if len(others) > text.LINES else ""
+    return text.grid(("comparison", *HEADINGS), (pair.row(pair.verdict()) for pair in pairs)) + rest
+
+
+def choice(groups: list[Group]) -> str:
+    """Which learning rate is best? For each set of experiments that differ in it alone, the best set first."""
     sets: dict[str, dict[float, Group]] = defaultdict(dict)
     for group in groups:
         spec = group[0].spec
         # One spec may have run under two names.
         sets[canonical({**spec, "seed": 0, "lr": 0})].setdefault(spec["lr"], group)
-    rivals = sorted(
-        (stats.ranked(found.values()) for found in sets.values() if len(found) > 1),
-        key=lambda ranking: -stats.accuracy(ranking[0], "validation"),
-    )
-    return text.first(
-        [_choice(ranking) for ranking in rivals], "The same was asked of {} more sets of learning rates.\n", SETS
-    )
+    rankings = [stats.ranked(members.values()) for members in sets.values() if len(members) > 1]
+    if not rankings:
+        return ""
+    rankings.sort(key=lambda ranking: -stats.accuracy(ranking[0], "validation"))
+    choices = [_choice(ranking) for ranking in rankings[:MAX_CHOICES]]
+    if len(rankings) > MAX_CHOICES:
+        choices.append(f"{len(rankings) - MAX_CHOICES:,} more sets of learning rates are left out.\n")
+    return "## Choice of the learning rate\n\n" + "\n".join(choices)
 
 
 def _choice(ranking: list[Group]) -> str:
-    best, others = ranking[0], ranking[1:]
-    shown = others[: text.LINES]
-    validation = [stats.compare(best, other, "validation") for other in shown]
-    ahead = [found.significant and found.mean > 0 for found in validation]
-    close = [other.label for other, is_behind in zip(shown, ahead, strict=True) if not is_behind]
-    if close:
-        sure = f"It is not sure: {text.listed(close)} may be as good."
-    else:
-        sure = "It beats all the others." if len(others) == len(shown) else f"It beats the next {len(shown)}."
+    best, *others = ranking
     names = [group.label for group in sorted(ranking, key=lambda group: stats.order(group[0]))]
-    sentences = [f"- {_compared(best.label, o.label, d, more=True)}." for o, d in zip(shown, validation, strict=True)]
-    on_test = [
-        f"- {_compared(best.label, other.label, stats.compare(best, other, 'test'))}.{_images(best, other)}"
-        for other in shown
-    ]
+    differences = {other.label: stats.compare(best, other, "validation") for other in others[: text.LINES]}
+    close = [label for label, d in differences.items() if not (d.significant and d.mean > 0)]
+    lead = f"not significantly better than {text.listed(close)}" if close else "significantly better than the others"
     return (
-        "\n".join(
-            [
-                f"Of {text.listed(names)}, which differ in the learning rate alone, the mean validation accuracy "
-                f"chooses **{best.label}** ({stats.shown(best[0].spec['lr'])}): "
-                f"{stats.percent(stats.accuracy(best, 'validation'))} over {text.seeds(len(best))}. {sure}\n\n"
-                "On validation:\n",
-                *sentences,
-                *[f"- {len(others) - len(shown):,} more are further behind."] * (len(others) > len(shown)),
-                "\nOn test, which took no part in the choice, "
-                f"{best.label} reaches {stats.percent(stats.accuracy(best, 'test'))}:\n",
-                *on_test,
-                *["\n" + UNPAIRED] * (not all(found.paired for found in validation)),
-            ]
-        )
-        + "\n"
+        f"The experiments {text.listed(names)} differ in the learning rate alone. Validation chooses **{best.label}** "
+        f"({stats.shown(best[0].spec['lr'])}): {stats.percent(stats.accuracy(best, 'validation'))} over "
+        f"{text.seeds(len(best))}. It is {lead}. On test, which has no part in the choice, it reaches "
+        f"{stats.percent(stats.accuracy(best, 'test'))}.\n\n{_against(best, others)}"
     )
 
 
-def _one_change(a: Spec, b: Spec) -> str | None:
-    """The key, but for the seed, in which two specs differ, if it is one."""
-    keys = [key for key in a if key != "seed" and a[key] != b[key]]
-    return keys[0] if len(keys) == 1 else None
-
-
-def _verdict(worth: stats.Difference) -> str:
-    if not (worth.significant and worth.paired):  # one seed says nothing of others
-        return "unclear"
-    return "helped" if worth.mean > 0 else "hurt"
-
-
-class Worth(NamedTuple):
-    """What one change of one key is worth: the network after the change against the network before it.
-
-    Attributes:
-        key: the key of the spec whose value changes.
-        before, after: equal in all else but the seed.
-        reference: which of the two is the plain or the full network of its suite.
-    """
-
-    key: str
-    before: Group
-    after: Group
-    reference: Group
-
-    @property
-    def change(self) -> str:
-        """'`dropout` 0 → 0.2'."""
-        old, new = (stats.shown(group[0].spec[self.key]) for group in (self.before, self.after))
-        return f"`{self.key}` {old} → {new}"
-
-    def points(self, split: str) -> stats.Difference:
-        return stats.compare(self.after, self.before, split)
-
-    def summary(self) -> str:
-        """'`dropout` 0 → 0.2 in lr-1e-3 (+2.39 ± 1.18)'."""
-        return f"{self.change} in {self.reference.label} ({_points(self.points('validation'))})"
-
-    def row(self) -> list[str]:
-        validation = self.points("validation")
-        return [
-            self.change,
-            self.reference.label,
-            _points(validation),
-            _points(self.points("test")),
-            str(validation.seeds),
-            VERDICTS[_verdict(validation)].lower(),
-        ]
-
-
-def _worths(groups: list[Group], catalog: Catalog) -> list[Worth]:
-    """The changes of all ablations: what is added to a plain network, and what a full one has."""
-    worths = []
+def _changes(groups: list[Group], catalog: Catalog) -> list[Comparison]:
+    """The changes of one key in all ablations, in the order of the keys: those of the plain, then of the full one."""
+    changes = []
     for suite, ends in catalog.ablations.items():
-        plain, full = ends.get("plain"), ends.get("full")
-        for reference in groups:
-            if reference[0].name not in (plain, full):
-                continue
-            for member in groups:
-                if member[0].name not in catalog.suites[suite] or member[0].name in (plain, full):
-                    continue
-                if key := _one_change(reference[0].spec, member[0].spec):
-                    pair = (reference, member) if reference[0].name == plain else (member, reference)
-                    worths.append(Worth(key, *pair, reference))
-    order = list(FIELDS)
-    return sorted(worths, key=lambda worth: (order.index(worth.key), worth.reference is not worth.before))
+        members = [g for g in groups if g[0].name in catalog.suites[suite] and g[0].name not in ends.values()]
+        for reference in (group for group in groups if group[0].name in ends.values()):
+            plain = reference[0].name == ends.get("plain")
+            for member in members:
+                before, after = (reference, member) if plain else (member, reference)
+                old, new = before[0].spec, after[0].spec
+                keys = [key for key in FIELDS if key != "seed" and old[key] != new[key]]
+                if len(keys) == 1:
+                    values = f"{stats.shown(old[keys[0]])} → {stats.shown(new[keys[0]])}"
+                    comparison = Comparison(f"`{keys[0]}` {values} in {reference.label}", after, before)
+                    changes.append((list(FIELDS).index(keys[0]), not plain, comparison))
+    return [comparison for *_, comparison in sorted(changes, key=lambda change: change[:2])]
 
 
-def changes(groups: list[Group], catalog: Catalog) -> str:
-    """What each change of an ablation is worth, with a verdict by validation."""
-    worths = _worths(groups, catalog)
-    if not worths:
+def what_helped(groups: list[Group], catalog: Catalog) -> str:
+    """What is each change of an ablation worth?"""
+    changes = _changes(groups, catalog)
+    if not changes:
         return ""
-    verdicts: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
-    for worth in worths:
-        verdicts[_verdict(worth.points("validation"))].append(worth.summary())
-    lines = [f"- {VERDICTS[verdict]}: {text.listed(found)}.\n" for verdict, found in verdicts.items() if found]
-    rows = [worth.row() for worth in worths[: text.ROWS]]
-    paired = all(worth.points("validation").paired for worth in worths)
+    verdicts = [change.verdict("helped", "hurt") for change in changes]
+    names: dict[str, list[str]] = defaultdict(list)
+    for change, verdict in zip(changes, verdicts, strict=True):
+        names[verdict].append(f"{change.name} ({_points(change.validation)})")
+    summary = "".join(f"- {verdict.capitalize()}: {text.listed(names[verdict])}.\n" for verdict in sorted(names))
+    rows = [change.row(verdict) for change, verdict in zip(changes, verdicts, strict=True)]
     return (
-        "\n## What each change is worth\n\nEach row compares two networks that differ in one key of the spec. "
-        "`dropout` 0 → 0.2 stands for the accuracy with dropout 0.2 minus the accuracy with dropout 0. The difference "
-        "is in points, with its 95% interval, paired over the seeds that both have. The column `in` names "
-        "the network that has all the other values. A change helped, or hurt, if the interval on validation does not "
-        "contain 0 and there are at least two seeds. Test has no part in the verdict.\n\n"
-        + "".join(lines)
-        + "\n"
-        + text.grid(("change", "in", "validation", "test", "seeds", "verdict"), rows)
-        + ("" if paired else f"\n{UNPAIRED}\n")
+        "## What helped\n\nA row compares two networks that differ in one key of the spec. `dropout` 0 → 0.2 in "
+        "lr-1e-3 is the accuracy with dropout 0.2 minus the accuracy with dropout 0, where all other values are those "
+        f"of lr-1e-3.\n\n{summary}\n{text.grid(('change', *HEADINGS), rows[: text.ROWS])}"
     )
 
 
-def bought(groups: list[Group]) -> str:
-    """What the best network with batch norm and as many epochs has over the baseline, where there is one."""
+def gain(groups: list[Group]) -> str:
+    """How much better than the baseline is the best network with batch norm and as many epochs?"""
     base = next((group for group in groups if group[0].name == BASELINE), None)
     if base is None:
         return ""
@@ -212,14 +148,12 @@ def bought(groups: list[Group]) -> str:
     if not others:
         return ""
     best = stats.ranked(others)[0]
-    gap, base_gap = (100 * (stats.accuracy(g, "train") - stats.accuracy(g, "test")) for g in (best, base))
+    before, after = (stats.percent(stats.accuracy(group, "test")) for group in (base, best))
+    gaps = f"{stats.gap(base):.1f} to {stats.gap(best):.1f}"
     return (
-        "\n## What the network bought over the baseline\n\n"
-        f"{base.label} has the hidden widths {stats.shown(spec['widths'])}, the activation {spec['activation']}, the "
-        f"norm {spec['norm']} and dropout {stats.shown(spec['dropout'])}. "
-        f"Of the networks with batch norm that were trained for as many epochs, {best.label} is the best by "
-        f"validation. On test, "
-        f"{_compared(best.label, base.label, stats.compare(best, base, 'test'))}: {best.label} reaches "
-        f"{stats.percent(stats.accuracy(best, 'test'))}, {base.label} {stats.percent(stats.accuracy(base, 'test'))}, "
-        f"and the gap between train and test goes from {base_gap:.1f} to {gap:.1f} points.{_images(best, base)}\n"
+        f"## Gain over the baseline\n\nThe experiment {base.label} has the hidden widths "
+        f"{stats.shown(spec['widths'])}, the activation {spec['activation']}, the norm {spec['norm']} and dropout "
+        f"{stats.shown(spec['dropout'])}. Of the networks with batch norm and as many epochs, {best.label} is the best "
+        f"by validation. From {base.label} to {best.label}, test accuracy goes from {before} to {after}, and the gap "
+        f"between train and test from {gaps} points.\n\n{_against(best, [base])}"
     )

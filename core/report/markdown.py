@@ -1,198 +1,165 @@
-"""The text of results.md, from the records."""
+"""The text of results.md: one function for each section."""
 
+import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from statistics import fmean, median_high
+from typing import Any
 
 from core.code_hash import same_numbers
 from core.data import cifar10
 from core.report import best_run, comparisons, plots, published, stats, tables, text
 from core.report.catalog import Catalog
-from core.report.stats import Group
+from core.report.plots import Picture
+from core.report.stats import Group, Results
 from core.runs.record import Finished, Record
-from core.spec import Spec, SpecError, resolve
+from core.spec import SpecError, resolve
 
-# Tables
+HEADER = "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit."
+OTHER = "Runs of other code or other data"
 
-Column = tuple[str, Callable[[Group], str]]  # the heading, and the cell of a group
-
-
-def _spread(group: Group, split: str) -> str:
-    return stats.spread(stats.accuracies(group, split))
+Columns = dict[str, Callable[[Group], str]]
 
 
-def _range(group: Group, split: str) -> str:
+def _spread(split: str) -> Callable[[Group], str]:
+    return lambda group: stats.spread(stats.accuracies(group, split)) if getattr(group[0].metrics, split) else "none"
+
+
+def _interval(group: Group, split: str) -> str:
     low, high = stats.mean_interval(group, split)
     return f"({100 * low:.2f}–{100 * high:.2f})"
 
 
-NUMBERS: list[Column] = [
-    ("gap", lambda g: f"{stats.gap(g):.1f}"),
-    ("time", lambda g: f"{fmean(map(stats.seconds, g)):.0f} s"),
-    ("samples/s", lambda g: f"{median_high(map(stats.speed, g)):,}"),
-]
-COLUMNS: list[Column] = [
-    ("experiment", lambda g: g.label),
-    ("n", lambda g: f"{len(g):,}"),
-    ("validation", lambda g: f"{_spread(g, 'validation')} {_range(g, 'validation')}"),
-    ("test", lambda g: f"**{_spread(g, 'test')}** {_range(g, 'test')}"),
-    ("train", lambda g: _spread(g, "train")),
-    *NUMBERS,
-    ("lr", lambda g: stats.shown(g[0].spec["lr"])),
-    ("parameters", lambda g: f"{g[0].parameters:,}"),
-    ("epochs", lambda g: str(g[0].spec["epochs"])),
-    ("precision", lambda g: g[0].spec["precision"]),
-]
+VALIDATION, TEST, TRAIN = map(_spread, ("validation", "test", "train"))
+NUMBERS: Columns = {
+    "gap": lambda g: f"{stats.gap(g):.1f}",
+    "time": lambda g: f"{fmean(map(stats.seconds, g)):.0f} s",
+    "samples/s": lambda g: f"{median_high(map(stats.speed, g)):,}",
+}
+COLUMNS: Columns = {
+    "experiment": lambda g: g.label,
+    "n": lambda g: f"{len(g):,}",
+    "validation": lambda g: f"{VALIDATION(g)} {_interval(g, 'validation')}",
+    "test": lambda g: f"**{TEST(g)}** {_interval(g, 'test')}",
+    "train": TRAIN,
+    **NUMBERS,
+    "lr": lambda g: stats.shown(g[0].spec["lr"]),
+    "parameters": lambda g: f"{g[0].parameters:,}",
+    "epochs": lambda g: str(g[0].spec["epochs"]),
+    "precision": lambda g: g[0].spec["precision"],
+}
 
 
-def _by_value(key: str) -> list[Column]:
-    """The columns of a table by a key of the spec."""
-    splits = [(split, lambda g, split=split: _spread(g, split)) for split in ("validation", "test", "train")]
-    experiments: Column = ("experiments", lambda g: f"{len({r.name for r in g}):,}")
-    return [(key, lambda g: g.label), ("n", lambda g: f"{len(g):,}"), experiments, *splits, *NUMBERS]
+def markdown(
+    records: list[Record],
+    catalog: Catalog,
+    pictures: Mapping[str, Picture] = {},
+    group_by: str | None = None,
+) -> str:
+    """The text of results.md.
 
-
-def _table(columns: list[Column], groups: Iterable[Group]) -> str:
-    return text.grid([heading for heading, _ in columns], ([cell(group) for _, cell in columns] for group in groups))
-
-
-# How to run it again
-
-OPTIONS = {"epochs": "--epochs", "batch_size": "--batch-size", "lr": "--lr", "precision": "--precision"}
-
-
-def _resolved(spec: Spec) -> Spec:
-    """The whole spec; nothing where it cannot be run."""
-    try:
-        return resolve(spec)
-    except SpecError:
-        return {}
-
-
-def _commands(groups: list[Group], catalog: Catalog, force: str = "") -> list[str]:
-    """What trains these runs again; experiments that take the same options share a line. `force` ends each line."""
-    known = {name: spec for suite in catalog.suites.values() for name, spec in suite.items()}
-    names: dict[str, list[str]] = defaultdict(list)
-    gone = []
-    for group in groups:
-        name, spec = group[0].name, group[0].spec
-        now = _resolved(known[name]) if name in known else {}
-        changed = [key for key in spec if key != "seed" and spec[key] != now.get(key)]
-        if set(changed) <= OPTIONS.keys():
-            options = [f" {OPTIONS[key]} {spec[key]}" for key in changed]
-            names["".join(options) + _seeds_option([r.seed for r in group], now["seed"])].append(name)
-        else:
-            gone.append(f"# {name} ({group[0].spec_id}): its spec is in its record, and in experiments/ no more")
-    commands = [f"uv run main.py run {' '.join(those)}{options}{force}" for options, those in names.items()]
-    return text.first(commands + gone, "# and {} more", text.ROWS - 1)
-
-
-def _seeds_option(seeds: list[int], now: int) -> str:
-    if seeds == [now]:
-        return ""
-    if len(seeds) == 1:
-        return f" --seed {seeds[0]}"
-    return f" --seeds {len(seeds) if seeds == list(range(len(seeds))) else ','.join(map(str, seeds))}"
-
-
-def _place(record: Finished) -> str:
-    where = record.environment
-    return (
-        f"- {where.device_name} ({where.hardware}), {where.mode} on {where.device}, {where.threads} threads, torch "
-        f"{where.torch}, Python {where.python}, commit {where.git}, data {record.data[:12]}"
-    )
-
-
-# Sections
-
-
-def _best(best: Group, pictures: Mapping[str, plots.Picture]) -> Iterator[str]:
-    """The pictures of the best experiment, each with its numbers."""
-    shown = [path for path in (best_run.CONFUSION, best_run.MISTAKES, best_run.FILTERS) if path in pictures]
-    if not shown:
-        return
-    yield f"\n## The best experiment by validation: {best.label}\n"
-    for path in shown:
-        yield f"\n{_picture(pictures[path])}{pictures[path].table}"
-
-
-def _picture(picture: plots.Picture) -> str:
-    """The line that shows a picture, with its alternative text."""
-    return f"![{picture.alt}]({picture.path})\n"
-
-
-def _records(groups: list[Group], pictures: Mapping[str, plots.Picture]) -> str:
-    """The runs that were trained on all images, beside what is published."""
-    if not groups:
-        return ""
-    picture = pictures.get(published.PICTURE)
-    return (
-        "\n## Records\n\nTrained on all 50,000 images, as the published networks are: these runs have no validation "
-        "accuracy and take part in no choice. Means over n seeds ± the standard deviation of one. Training is the time "
-        "of all steps. With compilation, the longest time to a first step among the runs is added: for whitening and "
-        "compilation, or for whitening alone where the step had been compiled before. PetaFLOP are 6 operations a "
-        "parameter and example, and the whitening of each image.\n\n"
-        + text.grid(
-            published.RUNS, ([cell(group) for cell in published.RUNS.values()] for group in groups[: text.ROWS])
-        )
-        + f"\n{len(groups) - text.ROWS:,} more are left out.\n" * (len(groups) > text.ROWS)
-        + "\nPublished results without convolution; no time is known for any of them:\n\n"
-        + text.grid(published.PAPERS, ([cell(p) for cell in published.PAPERS.values()] for p in published.PUBLISHED))
-        + (f"\n{_picture(picture)}" if picture else "")
-    )
-
-
-def _apart(results: stats.Results, catalog: Catalog) -> str:
-    """The runs of other code or on other data, and how to train them anew."""
-    if not results.other:
-        return ""
-
-    def code(group: Group) -> str:
-        return "this" if same_numbers(group[0].environment.code) else group[0].environment.code or "unknown"
-
-    columns: list[Column] = [
-        ("experiment", lambda g: g.label),
-        ("n", lambda g: f"{len(g):,}"),
-        ("validation", lambda g: _spread(g, "validation") if g[0].metrics.validation else "none"),
-        ("test", lambda g: _spread(g, "test")),
-        ("epochs", lambda g: str(g[0].spec["epochs"])),
-        ("code", code),
-        ("data", lambda g: "this" if g[0].data == results.data else g[0].data[:12]),
+    Args:
+        records: sorted by core.report.stats.order.
+        pictures: those that are on disk, by path.
+        group_by: a key of the spec, for one more table.
+    """
+    results = stats.results(records)
+    groups = stats.ranked(results.compared)
+    trained_on_all = sorted(results.trained_on_all, key=lambda group: published.work(group[0]))
+    first_suite, *other_suites = suites(groups, catalog, pictures) or [""]
+    choice, gain = comparisons.choice(groups), comparisons.gain(groups)
+    what_helped = comparisons.what_helped(groups, catalog)
+    sections = [
+        introduction(results),
+        problems(records, results),
+        first_suite,
+        choice,
+        gain,
+        *other_suites,
+        what_helped,
+        by_key(groups, group_by),
+        legend(groups, catalog, compared=bool(choice or gain or what_helped)),
+        best_by_time(trained_on_all, pictures),
+        best_experiment(groups, pictures),
+        learning_curves(groups + trained_on_all, pictures),
+        other_runs(results, catalog),
+        reproduce(groups, trained_on_all, catalog),
     ]
-    left_out = len(results.other) - text.ROWS
-    commands = "\n".join(_commands(results.other, catalog, " --force"))
-    return (
-        f"\n## {APART}\n\nOther code or other data can give other numbers. These runs are therefore in no other table, "
-        "mean, choice, comparison or picture of this report. A row is an experiment, with one code and one data set. "
-        f"In [results.csv]({tables.RESULTS_CSV}), the column `current` of these runs is False.\n\n"
-        + _table(columns, results.other[: text.ROWS])
-        + (f"\n{left_out:,} more are left out.\n" if left_out > 0 else "")
-        + f"\nThese commands train them anew, with this code and on CIFAR-10:\n\n```sh\n{commands}\n```\n"
-    )
+    return "\n".join(filter(None, sections))
 
 
-# The whole
-
-APART = "Runs of other code or other data"
-HEADER = "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit."
-
-
-def _introduction(results: stats.Results) -> str:
-    images = "45,000 train, 5,000 validation and 10,000 test"
+def introduction(results: Results) -> str:
+    images = ""
     if results.compared:
-        splits = results.compared[0][0].metrics
-        n = [split.n for split in (splits.train, splits.validation, splits.test) if split]
-        images = f"{n[0]:,} train, {n[1]:,} validation and {n[2]:,} test"
+        metrics = results.compared[0][0].metrics
+        n = [f"{split.n:,}" for split in (metrics.train, metrics.validation, metrics.test) if split]
+        images = f" on all {n[0]} train, {n[1]} validation and {n[2]} test images"
     other = "" if results.data == cifar10.DIRECTORY_HASH else f" The data are not CIFAR-10: {results.data[:12]}."
     return (
-        f"{HEADER} Accuracies are measured in evaluation mode on all {images} images; the test split is read once, at "
-        f"the end of a run. Every choice below is made by validation.{other}\n\n"
+        f"{HEADER} Accuracies are measured in evaluation mode{images}. The test split is read once, at "
+        f"the end of a run. Every choice below is made by validation.{other}\n"
     )
 
 
-def _legend(groups: list[Group], catalog: Catalog) -> str:
-    """How the table is read, as a list."""
-    lines = ["A row is an experiment, the best by validation first. Its n runs differ in the seed alone."]
+def problems(records: list[Record], results: Results) -> str:
+    """Which runs failed, are not bitwise, or are not compared?"""
+    failures, inexact = [], []
+    for r in records:
+        if not isinstance(r, Finished):
+            other = "" if results.has(r) else " (other code or data)"
+            failures.append(f"{r.name}, seed {r.seed}, failed{other}: {r.error}.\n")
+        elif not r.bitwise:
+            inexact.append(
+                f"{r.name}, seed {r.seed}, is not bitwise: it went on from a resume point where its bits are not those "
+                "of an uninterrupted run (--resume-anyway, or in another cohort).\n"
+            )
+    lines = text.first(failures, "{} more runs failed.\n")
+    lines += text.first(inexact, "{} more runs were resumed in this way.\n")
+    if count := sum(map(len, results.other)):
+        runs = "1 finished run is" if count == 1 else f"{count:,} finished runs are"
+        anchor = OTHER.lower().replace(" ", "-")
+        lines.append(f"{runs} of other code or on other data, and not compared: see [{OTHER}](#{anchor}).\n")
+    return "\n".join(lines)
+
+
+def suites(groups: list[Group], catalog: Catalog, pictures: Mapping[str, Picture]) -> list[str]:
+    """How good are the experiments of each suite? Then the experiments that are in no suite."""
+    sections = []
+    for suite, names in catalog.suites.items():
+        if members := [group for group in groups if group[0].name in names]:
+            picture = _shown(plots.suite_path(suite), pictures)
+            sections.append(f"## Suite {suite}\n\n{text.table(COLUMNS, members)}{picture}")
+    known = {name for names in catalog.suites.values() for name in names}
+    if others := [group for group in groups if group[0].name not in known]:
+        sections.append(f"## Other experiments\n\n{text.table(COLUMNS, others)}")
+    return sections
+
+
+def by_key(groups: list[Group], key: str | None) -> str:
+    """How good is each value of a key of the spec?"""
+    if key is None:
+        return ""
+    columns: Columns = {
+        key: lambda g: g.label,
+        "n": lambda g: f"{len(g):,}",
+        "experiments": lambda g: f"{len({r.name for r in g}):,}",
+        "validation": VALIDATION,
+        "test": TEST,
+        "train": TRAIN,
+        **NUMBERS,
+    }
+    values = stats.grouped_by((record for group in groups for record in group), key)
+    return (
+        f"## By {key}\n\nMeans ± standard deviations over all runs with this value. The runs may differ in other keys, "
+        f"too.\n\n{text.table(columns, values)}"
+    )
+
+
+def legend(groups: list[Group], catalog: Catalog, compared: bool) -> str:
+    """How are the tables read?"""
+    if not groups:
+        return ""
+    lines = ["A row of a suite is an experiment, the best by validation first. Its n runs differ in the seed alone."]
     if catalog.ablations:
         lines.append(
             "The name of a variant has a minus before what is left out and a plus before what is added: "
@@ -201,93 +168,142 @@ def _legend(groups: list[Group], catalog: Catalog) -> str:
     if any(len(group) > 1 for group in groups):
         lines.append(
             "57.12 ± 0.31% (56.74–57.50): the mean over the seeds, the standard deviation of one seed, and the 95% "
-            "interval of the mean (Student's t), which says how far other seeds would move it."
+            "confidence interval of the mean (Student's t)."
         )
     if any(len(group) == 1 for group in groups):
         lines.append(
-            "Where n is 1, the interval is that of one accuracy measured on so many images (Wilson); it says nothing "
-            "of other seeds."
+            "Where n is 1, the interval is that of one accuracy measured on so many images (Wilson). It says nothing "
+            "about other seeds."
         )
-    lines.append("Every interval holds for itself: by chance alone, one comparison in twenty is wrong.")
-    lines.append("The gap is train minus test, in points. The time is that of all steps of a run, without compilation.")
-    lines.append(f"Every run, with its whole spec, is a row of [results.csv]({tables.RESULTS_CSV}).")
-    return "\n" + "".join(f"- {line}\n" for line in lines)
-
-
-def markdown(
-    records: list[Record],
-    catalog: Catalog,
-    pictures: Mapping[str, plots.Picture] = {},
-    group_by: str | None = None,
-) -> str:
-    """The text of results.md.
-
-    Args:
-        records: sorted by core.report.stats.order. pictures: by path, those that are on disk. Others as
-            core.report.rebuild.rebuild has them.
-    """
-    results = stats.results(records)
-    groups = stats.ranked(results.compared)
-    finished = [record for group in groups for record in group]
-    recipes = sorted(results.trained_on_all, key=lambda group: published.work(group[0]))
-    best = groups[: text.ROWS]
-    parts = [_introduction(results), _table(COLUMNS, best)]
-    if len(best) < len(groups):
-        left = len(finished) - sum(map(len, best))
-        parts.append(
-            f"\n{len(groups) - len(best):,} of {len(groups):,} experiments, with {left:,} of {len(finished):,} "
-            "finished runs, are left out.\n"
-        )
-    parts.append(_legend(best, catalog))
-    if results.other:
-        count = sum(map(len, results.other))
-        anchor = APART.lower().replace(" ", "-")
-        parts.append(
-            f"\n{count:,} finished {'run is' if count == 1 else 'runs are'} of other code or on other data, and not in "
-            f"this table: see [{APART}](#{anchor}).\n"
-        )
-    failures = [
-        f"\n{r.name}, seed {r.seed}, failed{'' if results.has(r) else ' (other code or data)'}: {r.error}.\n"
-        for r in records
-        if not isinstance(r, Finished)
+    lines += [
+        "The gap is train minus test accuracy, in points. The time is that of all steps of a run, without compilation.",
+        *(comparisons.LEGEND if compared else ()),
+        "Each interval holds for itself: by chance alone, about one in twenty is wrong.",
+        f"Every run, with its whole spec, is a row of [results.csv]({tables.RESULTS_CSV}).",
     ]
-    parts += text.first(failures, "\n{} more runs failed.\n")
-    inexact = [
-        f"\n{r.name}, seed {r.seed}, is not bitwise: it went on from a resume point where its bits are not those of "
-        "an uninterrupted run (--resume-anyway, or in another cohort).\n"
-        for r in records
-        if isinstance(r, Finished) and not r.bitwise
+    return "## How to read the tables\n\n" + "".join(f"- {line}\n" for line in lines)
+
+
+def best_by_time(groups: list[Group], pictures: Mapping[str, Picture]) -> str:
+    """How good are the runs that were trained on all images, beside what is published?"""
+    if not groups:
+        return ""
+    return (
+        "## Records\n\nThese runs were trained on all 50,000 images, as the published networks were. They have no "
+        "validation accuracy and take part in no choice. The numbers are means over n seeds ± the standard deviation "
+        "of one. Training is the time of all steps. With compilation, the longest time to a first step is added; it "
+        "includes whitening and, unless the step was compiled before, compilation. PetaFLOP are 6 operations for each "
+        f"parameter and image, and the whitening of each image.\n\n{text.table(published.RUNS, groups)}"
+        "\nPublished results without convolution. No paper gives the time of training:\n\n"
+        f"{text.table(published.PAPERS, published.PUBLISHED)}{_shown(published.PICTURE, pictures)}"
+    )
+
+
+def best_experiment(groups: list[Group], pictures: Mapping[str, Picture]) -> str:
+    """What does the best experiment get wrong, and what has it learnt?"""
+    shown = [_shown(path, pictures) for path in (best_run.CONFUSION, best_run.MISTAKES, best_run.FILTERS)]
+    return f"## The best experiment by validation: {groups[0].label}\n{''.join(shown)}" if any(shown) else ""
+
+
+def learning_curves(groups: list[Group], pictures: Mapping[str, Picture]) -> str:
+    """How does training go?"""
+    if not groups:
+        return ""
+    points = tables.curve_points(len(groups))
+    return (
+        f"## Learning curves\n{_shown(plots.CURVES, pictures)}\nThe curves of every experiment are in "
+        f"[learning-curves.csv]({tables.CURVES_CSV}): at most {points} epochs of each, evenly spaced, with the first "
+        "and the last. Its column `epochs` is the number of epochs of the run.\n"
+    )
+
+
+def other_runs(results: Results, catalog: Catalog) -> str:
+    """Which runs are not compared, and how are they trained again?"""
+    if not results.other:
+        return ""
+
+    def code(group: Group) -> str:
+        found = group[0].environment.code
+        return "this" if same_numbers(found) else found or "unknown"
+
+    columns: Columns = {
+        "experiment": lambda g: g.label,
+        "n": lambda g: f"{len(g):,}",
+        "validation": VALIDATION,
+        "test": TEST,
+        "epochs": lambda g: str(g[0].spec["epochs"]),
+        "code": code,
+        "data": lambda g: "this" if g[0].data == results.data else g[0].data[:12],
+    }
+    return (
+        f"## {OTHER}\n\nOther code or other data can give other numbers. These runs are therefore in no other table, "
+        "mean, choice, comparison or picture of this report. A row is an experiment, with one code and one data set. "
+        f"In [results.csv]({tables.RESULTS_CSV}), the column `current` of these runs is False.\n\n"
+        f"{text.table(columns, results.other)}\nThese commands train them again, with this code and on CIFAR-10:\n\n"
+        f"{_shell(_commands(results.other, catalog, ' --force'))}"
+    )
+
+
+def reproduce(groups: list[Group], trained_on_all: list[Group], catalog: Catalog) -> str:
+    """Which commands train these runs again, and which machines trained them?"""
+    if not groups and not trained_on_all:
+        return ""
+    commands = _commands(groups[: text.ROWS] + trained_on_all[: text.ROWS], catalog)
+    runs: dict[tuple[str, ...], list[Finished]] = defaultdict(list)
+    for record in (record for group in groups + trained_on_all for record in group):
+        where = record.environment
+        hardware = where.hardware.removesuffix(f", {where.threads} threads")  # a part of it in bfloat16 alone
+        device = f"{where.mode} on {where.device}"
+        runs[where.device_name, hardware, device, str(where.threads), where.torch, where.python].append(record)
+    rows = [
+        [*machine, f"{len(made):,}", text.listed(sorted({record.environment.git for record in made}))]
+        for machine, made in sorted(runs.items())
     ]
-    parts += text.first(inexact, "\n{} more runs were resumed in this way.\n")
-    if group_by:
-        values = stats.grouped_by(finished, group_by)
-        parts.append(
-            f"\n## By {group_by}\n\nMeans ± standard deviations over all runs with this value, which may differ in "
-            "other keys too.\n\n"
-        )
-        parts.append(_table(_by_value(group_by), values[: text.ROWS]))
-        parts.append(f"\n{len(values) - text.ROWS:,} more values are left out.\n" * (len(values) > text.ROWS))
-    if choices := comparisons.choices(groups):
-        parts += ["\n## Choice of the learning rate\n\n", "\n".join(choices)]
-    parts += [comparisons.changes(groups, catalog), comparisons.bought(groups), _records(recipes, pictures)]
-    compared = [pictures[path] for path in map(plots.suite_path, catalog.suites) if path in pictures]
-    if compared:
-        parts.append("\n## The suites\n")
-        parts += [f"\n{_picture(picture)}" for picture in compared]
-    if groups:
-        parts += _best(groups[0], pictures)
-    if groups or recipes:
-        points = tables.curve_points(len(groups) + len(recipes))
-        parts.append("\n## Learning curves\n\n")
-        parts += [f"{_picture(pictures[path])}\n" for path in (plots.CURVES,) if path in pictures]
-        parts.append(
-            f"The curves of every experiment are in [learning-curves.csv]({tables.CURVES_CSV}): at most {points} "
-            "epochs of each, evenly spaced, the first and the last included. Its column `epochs` says how many there "
-            "were.\n"
-        )
-    parts.append(_apart(results, catalog))
-    if groups or recipes:
-        places = text.first(sorted({_place(r) for group in groups + recipes for r in group}), "- and {} more")
-        commands = "\n".join([*_commands(best + recipes[: text.ROWS], catalog), "uv run main.py evaluate"])
-        parts.append(f"\n## Reproduce\n\n```sh\n{commands}\n```\n\nMade on:\n\n" + "\n".join(places) + "\n")
-    return "".join(parts)
+    headings = ("machine", "hardware", "device", "threads", "torch", "Python", "runs", "commits")
+    data = (groups + trained_on_all)[0][0].data[:12]
+    return (
+        f"## Reproduce\n\n{_shell([*commands, 'uv run main.py evaluate'])}\n"
+        f"Made from the data {data} on:\n\n{text.grid(headings, rows[: text.ROWS])}"
+    )
+
+
+def _shown(path: str, pictures: Mapping[str, Picture]) -> str:
+    """A picture with its numbers, if it is on disk."""
+    return f"\n![{pictures[path].alt}]({path})\n{pictures[path].table}" if path in pictures else ""
+
+
+def _shell(commands: list[str]) -> str:
+    return "```sh\n" + "".join(f"{command}\n" for command in commands) + "```\n"
+
+
+def _commands(groups: list[Group], catalog: Catalog, end: str = "") -> list[str]:
+    """The commands that train these runs again; experiments with the same options share a line."""
+    specs = {name: spec for suite in catalog.suites.values() for name, spec in suite.items()}
+    names: dict[str, list[str]] = defaultdict(list)
+    unknown = []
+    for group in groups:
+        name, spec = group[0].name, group[0].spec
+        try:
+            now = resolve(specs[name])
+        except (KeyError, SpecError):
+            unknown.append(f"# {name} ({group[0].spec_id}): its spec is in its record, and in experiments/ no more")
+            continue
+        changed = [_override(key, spec[key]) for key in spec if key != "seed" and spec[key] != now[key]]
+        names[" ".join(["", *changed, *_seeds([record.seed for record in group], now["seed"])])].append(name)
+    commands = [f"uv run main.py run {' '.join(those)}{options}{end}" for options, those in names.items()]
+    return text.first(commands + unknown, "# and {} more", text.ROWS - 1)
+
+
+def _override(key: str, value: Any) -> str:
+    """'lr=0.001', or '"widths=512,256"', as PowerShell splits a word that has a comma."""
+    if isinstance(value, list):
+        return f'"{key}={",".join(map(str, value)) or "none"}"'
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def _seeds(seeds: list[int], default: int) -> list[str]:
+    if seeds == [default]:
+        return []
+    if len(seeds) == 1:
+        return [f"--seed {seeds[0]}"]
+    return [f"--seeds {len(seeds) if seeds == list(range(len(seeds))) else ','.join(map(str, seeds))}"]

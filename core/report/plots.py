@@ -138,20 +138,25 @@ def legend(figure: "Figure", ax: Any) -> None:
 # Learning curves
 
 
-class Lines(NamedTuple):
-    """One quantity by epoch: means over the seeds, and the range of validation. NaN where a run has no number."""
-
-    validation: list[float]
-    low: list[float]
-    high: list[float]
-    train: list[float]
+# Each line with its statistic over the seeds, and the key in the history of a run.
+LINES: dict[str, tuple[Callable[[list[float]], float], str]] = {
+    f"{quantity}_{line}": (statistic, f"{split}_{quantity}")
+    for quantity in ("accuracy", "loss")
+    for line, statistic, split in (
+        ("validation", fmean, "val"),
+        ("low", min, "val"),
+        ("high", max, "val"),
+        ("train", fmean, "train"),
+    )
+}
 
 
 class Curve(NamedTuple):
+    """The learning curve of an experiment; NaN where a run has no number."""
+
     label: str
     epochs: list[int]
-    accuracy: Lines
-    loss: Lines
+    lines: dict[str, list[float]]
 
 
 def curves(groups: list[Group], default: Collection[str] = ()) -> Picture:
@@ -173,31 +178,29 @@ def curve(group: Group, points: int) -> Curve:
     last = len(histories[0]) - 1
     indices = sorted({round(i * last / (points - 1)) for i in range(points)})
 
-    def over_seeds(statistic: Callable[[list[float]], float], key: str) -> list[float]:
+    lines = {}
+    for name, (statistic, key) in LINES.items():
         by_epoch = [[getattr(history[i], key) for history in histories] for i in indices]
-        return [math.nan if None in values else statistic(values) for values in by_epoch]
-
-    def lines(quantity: str) -> Lines:
-        val, train = f"val_{quantity}", f"train_{quantity}"
-        return Lines(over_seeds(fmean, val), over_seeds(min, val), over_seeds(max, val), over_seeds(fmean, train))
-
-    return Curve(group.label, [histories[0][i].epoch for i in indices], lines("accuracy"), lines("loss"))
+        lines[name] = [math.nan if None in values else statistic(values) for values in by_epoch]
+    return Curve(group.label, [histories[0][i].epoch for i in indices], lines)
 
 
 def _paint_curves(figure: "Figure", curves: list[Curve], _: Any) -> None:
+    import numpy as np
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.subplots(2, 1)
-    for ax, quantity, unit in zip(axes, ("accuracy", "loss"), ("accuracy (%)", "cross-entropy"), strict=True):
-        factor = 100 if quantity == "accuracy" else 1
-        for curve in curves:
-            lines = Lines(*([factor * value for value in line] for line in getattr(curve, quantity)))
-            marker = "." if len(curve.epochs) == 1 else None
-            (solid,) = ax.plot(curve.epochs, lines.validation, label=short(curve.label), marker=marker, linewidth=2)
-            color = solid.get_color()
-            ax.plot(curve.epochs, lines.train, color=color, linestyle=":", alpha=0.8)
-            if lines.low != lines.high:
-                ax.fill_between(curve.epochs, lines.low, lines.high, color=color, alpha=0.15, linewidth=0)
+    for ax, quantity, unit, factor in (
+        (axes[0], "accuracy", "accuracy (%)", 100),
+        (axes[1], "loss", "cross-entropy", 1),
+    ):
+        for i, curve in enumerate(curves):
+            names = ("validation", "low", "high", "train")
+            validation, low, high, train = (factor * np.array(curve.lines[f"{quantity}_{name}"]) for name in names)
+            color, marker = f"C{i}", "." if len(curve.epochs) == 1 else None
+            ax.plot(curve.epochs, validation, color=color, label=short(curve.label), marker=marker, linewidth=2)
+            ax.plot(curve.epochs, train, color=color, linestyle=":", alpha=0.8)
+            ax.fill_between(curve.epochs, low, high, color=color, alpha=0.15, linewidth=0)
         ax.set(xlabel="epoch", ylabel=unit)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
         ax.grid(alpha=0.3)
@@ -212,8 +215,8 @@ class Bar(NamedTuple):
     """An experiment: on both splits the mean and both ends of its interval, in percent."""
 
     label: str
-    validation: tuple[float, float, float]
-    test: tuple[float, float, float]
+    validation: list[float]
+    test: list[float]
 
 
 def suite_path(suite: str) -> str:
@@ -227,9 +230,8 @@ def intervals(suite: str, groups: list[Group]) -> Picture:
     if len(shown) < len(groups):
         title += f"\nthe best {MAX_BARS} of {len(groups):,} experiments by validation"
 
-    def numbers(group: Group, split: str) -> tuple[float, float, float]:
-        low, high = stats.mean_interval(group, split)
-        return 100 * stats.accuracy(group, split), 100 * low, 100 * high
+    def numbers(group: Group, split: str) -> list[float]:
+        return [100 * value for value in (stats.accuracy(group, split), *stats.mean_interval(group, split))]
 
     bars = [Bar(group.label, numbers(group, "validation"), numbers(group, "test")) for group in shown]
     alt = f"Accuracy on validation and test with 95% intervals, from the best, {bars[0].label}, to {bars[-1].label}"
@@ -237,12 +239,12 @@ def intervals(suite: str, groups: list[Group]) -> Picture:
 
 
 def _paint_intervals(figure: "Figure", bars: list[Bar], _: Any) -> None:
+    import numpy as np
+
     ax = figure.subplots()
     for split, marker, color, shift in (("validation", "o", "C0", -0.14), ("test", "D", "C1", 0.14)):
-        points = [getattr(bar, split) for bar in bars]
-        means = [mean for mean, _, _ in points]
-        errors = [[mean - low for mean, low, _ in points], [high - mean for mean, _, high in points]]
-        heights = [i + shift for i in range(len(points))]
+        means, lows, highs = np.array([getattr(bar, split) for bar in bars]).T
+        heights, errors = np.arange(len(bars)) + shift, [means - lows, highs - means]
         ax.errorbar(means, heights, xerr=errors, fmt=marker, color=color, label=split, markersize=6, linewidth=2)
     ax.set_yticks(range(len(bars)), [short(bar.label) for bar in bars])
     ax.set_ylim(len(bars) - 0.5, -0.5)  # the first is on top

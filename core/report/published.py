@@ -15,23 +15,18 @@ PICTURE = "checkpoints/records.svg"
 
 
 class Published(NamedTuple):
-    """A fully connected network on CIFAR-10 in a paper.
-
-    Attributes:
-        accuracy: on test, in percent.
-        parameters, epochs: None if the paper does not say, or pre-trains too.
-    """
+    """A fully connected network on CIFAR-10 in a paper. None: the paper does not say, or pre-trains, too."""
 
     network: str
-    accuracy: float
+    accuracy: float  # on test, in percent
     parameters: int | None
     epochs: int | None
     source: str
 
     @property
-    def petaflop(self) -> float | None:
-        """Computed as for the runs here; None if the paper does not say enough."""
-        return petaflop(self.parameters, 50_000 * self.epochs) if self.parameters and self.epochs else None
+    def petaflop(self) -> float:
+        """0 if it is unknown."""
+        return petaflop(self.parameters, 50_000 * self.epochs) if self.parameters and self.epochs else 0.0
 
 
 LIN = "[Lin, Memisevic and Konda 2015](https://arxiv.org/abs/1511.02580)"
@@ -64,11 +59,6 @@ def flipped(group: Group) -> list[float]:
 # Tables
 
 
-def _mirrored(group: Group) -> str:
-    accuracies = flipped(group)
-    return f"**{stats.spread(accuracies)}**" if accuracies else "not evaluated"
-
-
 def _training(group: Group) -> float:
     return fmean(map(stats.seconds, group))
 
@@ -82,7 +72,7 @@ RUNS: dict[str, Callable[[Group], str]] = {
     "recipe": lambda g: g.label,
     "n": lambda g: str(len(g)),
     "test": lambda g: stats.spread(stats.accuracies(g, "test")),
-    "test, with mirror images": _mirrored,
+    "test, with mirror images": lambda g: f"**{stats.spread(flipped(g))}**" if flipped(g) else "not evaluated",
     "parameters": lambda g: f"{g[0].parameters:,}",
     "epochs": lambda g: str(g[0].spec["epochs"]),
     "training": lambda g: f"{_training(g):.0f} s",
@@ -105,19 +95,9 @@ PAPERS: dict[str, Callable[[Published], str]] = {
 
 
 class Point(NamedTuple):
-    """A network; its accuracy in percent."""
-
     label: str
-    petaflop: float
-    accuracy: float
-
-
-class Points(NamedTuple):
-    """`lines` are published accuracies, in percent, of networks whose petaFLOP are unknown."""
-
-    ours: list[Point]
-    published: list[Point]
-    lines: list[tuple[str, float]]
+    petaflop: float  # 0 if it is unknown
+    accuracy: float  # in percent
 
 
 def picture(groups: list[Group]) -> plots.Picture:
@@ -129,25 +109,25 @@ def picture(groups: list[Group]) -> plots.Picture:
     ]
     best = sorted(points, key=lambda p: -p.accuracy)[: plots.MAX_BARS]
     ours = sorted(best, key=lambda p: p.petaflop)
-    published = [Point(p.network, p.petaflop, p.accuracy) for p in PUBLISHED if p.petaflop]
-    lines = [(p.network, p.accuracy) for p in PUBLISHED if not p.petaflop]
+    papers = [Point(p.network, p.petaflop, p.accuracy) for p in PUBLISHED]
     numbers = ", ".join(f"{p.label} {p.accuracy:.1f}% for {p.petaflop:.3g} petaFLOP" for p in ours)
     alt = f"Test accuracy against petaFLOP of training, with published fully connected networks: {numbers}"
     title = "accuracy against arithmetic; dotted: without FLOP"
-    return plots.Picture(PICTURE, title, Points(ours, published, lines), _paint, 6, alt)
+    return plots.Picture(PICTURE, title, (ours, papers), _paint, 6, alt)
 
 
-def _paint(figure: "Figure", content: Points, _: Any) -> None:
+def _paint(figure: "Figure", content: tuple[list[Point], list[Point]], _: Any) -> None:
+    ours, papers = content
     ax = figure.subplots()
     for points, marker, color, label, side, step in (
-        (content.ours, "o", "C0", "here, with mirror images", "center", 15),  # neighbours' labels at two heights
-        (content.published, "D", "C1", "published", "right", 0),
+        (ours, "o", "C0", "here, with mirror images", "center", 15),  # neighbours' labels at two heights
+        ([p for p in papers if p.petaflop], "D", "C1", "published", "right", 0),
     ):
         ax.plot([p.petaflop for p in points], [p.accuracy for p in points], marker, color=color, label=label)
         for i, p in enumerate(points):
             offset = 0, 7 + step * (i % 2)
             ax.annotate(plots.short(p.label), (p.petaflop, p.accuracy), offset, textcoords="offset points", ha=side)
-    for label, accuracy in content.lines:
+    for label, _petaflop, accuracy in (p for p in papers if not p.petaflop):
         ax.axhline(accuracy, color="C1", linestyle=":")
         corner, units = (0.99, accuracy), ax.get_yaxis_transform()
         ax.annotate(plots.short(label), corner, (0, -14), units, "offset points", ha="right")

@@ -18,7 +18,7 @@ from core.spec import FIELDS, SpecError, nearest
 
 MAX_BYTES = 64 << 20  # of a file of a report on disk; a larger file is not ours
 MAX_WEIGHTS = 256 << 20  # bytes of a file of weights to draw
-MAX_SUITES = 10  # with a picture
+MAX_SUITES = 20  # with a picture
 
 # How the files of a report begin. A file that begins otherwise is not ours; a picture has an identifier.
 BEGINNINGS = {
@@ -31,11 +31,7 @@ PICTURES = (plots.CURVES, published.PICTURE, best_run.CONFUSION, best_run.MISTAK
 
 
 def prepare(out: Path, catalog: Catalog) -> None:
-    """Make sure, before anything is trained, that a report can be written. Deletes what killed processes left.
-
-    Raises:
-        core.store.StoreError: a file of the report cannot be written, or one with its name is not ours.
-    """
+    """Delete what killed processes left, and raise StoreError if a report cannot be written."""
     check(out, catalog)
     files.sweep_all(out)
     for name in _names(catalog):
@@ -46,19 +42,12 @@ def check(out: Path, catalog: Catalog) -> None:
     """Raise StoreError if a file with the name of a file of the report is not ours. Writes nothing."""
     for name in _names(catalog):
         path = out / name
-        if not os.path.lexists(path):
-            continue
-        try:
-            data = store.read_file(path, MAX_BYTES).replace(b"\r\n", b"\n")  # Git may have changed the line ends
-        except FileNotFoundError:
-            continue  # a link to a file that does not exist yet
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise store.StoreError(f"cannot write {path}: what is there cannot be read ({reason})") from None
-        if not (data.startswith(BEGINNINGS[name].encode()) if name in BEGINNINGS else plots.is_picture(data)):
+        data = _on_disk(path).replace(b"\r\n", b"\n")  # Git may have changed the line ends
+        ours = data.startswith(BEGINNINGS[name].encode()) if name in BEGINNINGS else plots.is_picture(data)
+        if path.exists() and not ours:
             raise store.StoreError(
-                f"{path} was not written by this program and is left as it is: move it away, or name another folder "
-                "with --out"
+                f"cannot write {path}: what is there was not written by this program, or cannot be read. Move it away, "
+                "or name another folder with --out"
             )
 
 
@@ -87,7 +76,6 @@ def rebuild(
     results.md shows it if it is still the right one.
 
     Args:
-        catalog: the experiments as they are now.
         data: the folder of CIFAR-10.
         redraw: draw also the pictures that are up to date.
         group_by: a key of the spec; adds a table by its values to results.md.
@@ -107,13 +95,10 @@ def rebuild(
         records = sorted(read_records(out, catalog.former), key=stats.order)
         results = stats.results(records)
         shown = {p.path: p for p in _pictures(out, results, catalog, data) if _draw(p, out / p.path, redraw)}
-        for name, content in {
-            tables.CURVES_CSV: tables.curves_csv(stats.ranked(results.compared) + results.trained_on_all),
-            tables.RESULTS_CSV: tables.results_csv(records),
-            tables.METRICS_JSON: tables.metrics_json(results.compared, results.trained_on_all),
-            "results.md": markdown.markdown(records, catalog, shown, group_by),
-        }.items():
-            _update(out / name, content.encode())
+        _update(out / tables.CURVES_CSV, tables.curves_csv(results).encode())
+        _update(out / tables.RESULTS_CSV, tables.results_csv(records, results).encode())
+        _update(out / tables.METRICS_JSON, tables.metrics_json(results).encode())
+        _update(out / "results.md", markdown.markdown(records, catalog, shown, group_by).encode())
     return records
 
 
@@ -143,10 +128,10 @@ def _pictures(out: Path, results: stats.Results, catalog: Catalog, data: Path | 
     yield best_run.filters(run, lambda: _first_layer(Run(out, run.name, run.spec_id, catalog.former).weights))
     if confusion := best_run.confusion(best, cifar10.CLASSES):
         yield confusion
-    members = {suite: [group for group in groups if group[0].name in names] for suite, names in catalog.suites.items()}
-    several = [suite for suite, found in members.items() if len({group[0].name for group in found}) > 1]
-    for suite in several[:MAX_SUITES]:
-        yield plots.intervals(suite, members[suite])
+    for suite, names in list(catalog.suites.items())[:MAX_SUITES]:
+        members = [group for group in groups if group[0].name in names]
+        if len({group[0].name for group in members}) > 1:
+            yield plots.intervals(suite, members)
     yield plots.curves(groups, catalog.suites.get(catalog.default, ()))
 
 

@@ -184,19 +184,15 @@ def mean_interval(group: Group, split: str) -> tuple[float, float]:
 
 
 class Difference(NamedTuple):
-    """The accuracy of one group minus that of another.
+    """The accuracy of one group minus that of another: paired over the seeds that both have, if these are two or more.
 
-    Attributes:
-        mean, half: the difference, and half of its 95% interval.
-        deviation: the standard deviation of the differences of single seeds; 0 if not paired.
-        seeds: how many seeds both groups have. With two or more, the difference is paired over these seeds. Otherwise
-            the interval is the sampling error of two accuracies on different images; it ignores the seeds.
+    If not, the interval is the sampling error of two accuracies on different images; it ignores the seeds.
     """
 
     mean: float
-    half: float
-    deviation: float
-    seeds: int
+    half: float  # of the 95% interval
+    deviation: float  # of the differences of single seeds; 0 if not paired
+    seeds: int  # that both have
 
     @property
     def paired(self) -> bool:
@@ -230,14 +226,8 @@ def compare(a: Group, b: Group, split: str) -> Difference:
 
 
 def needed(deviation: float, difference: float = DIFFERENCE) -> int:
-    """How many seeds a paired t-test (5%, two-sided) needs to find a true difference with probability `POWER`.
-
-    Args:
-        deviation: the standard deviation of the differences of single seeds.
-
-    Returns:
-        At least 2 and at most MAX_SEEDS.
-    """
+    """How many seeds, up to MAX_SEEDS, a paired t-test (5%, two-sided) needs to find a true difference with probability
+    POWER. `deviation` is that of the differences of single seeds."""
     from scipy import special
 
     if deviation == 0:
@@ -251,26 +241,11 @@ def needed(deviation: float, difference: float = DIFFERENCE) -> int:
     return 2 + bisect_left(range(2, MAX_SEEDS), True, key=enough)
 
 
-class Discordance(NamedTuple):
-    """Two runs with one seed, image by image.
+def image_by_image(a: Group, b: Group) -> tuple[int, int, float] | None:
+    """How many test images only `a` gets right, how many only `b`, and the p value of the exact McNemar test.
 
-    Attributes:
-        n: the number of images.
-        first, second: how many of them only the first run gets right, and only the second.
-        p: the probability of counts that differ at least as much by chance (exact McNemar test).
-    """
-
-    seed: int
-    n: int
-    first: int
-    second: int
-    p: float
-
-
-def image_by_image(a: Group, b: Group) -> Discordance | None:
-    """Compares the first seed for which both groups recorded which test images were right; None if there is none.
-
-    One seed only: other seeds have the same images, which are not new evidence.
+    It takes the first seed for which both groups recorded which images were right; None if there is none. Other seeds
+    have the same images, which are not new evidence.
     """
     from scipy import special
 
@@ -278,8 +253,7 @@ def image_by_image(a: Group, b: Group) -> Discordance | None:
         if one.answers is UNSET or other.answers is UNSET or one.metrics.test.n != other.metrics.test.n:
             continue
         x, y = int.from_bytes(one.answers.right), int.from_bytes(other.answers.right)
-        first, second = (x & ~y).bit_count(), (y & ~x).bit_count()
-        # Two-sided: twice the probability that of so many fair coins at most min(first, second) show heads.
-        p = min(1.0, 2 * float(special.bdtr(min(first, second), first + second, 0.5)))
-        return Discordance(one.seed, one.metrics.test.n, first, second, p)
+        only_a, only_b = (x & ~y).bit_count(), (y & ~x).bit_count()
+        # Two-sided: twice the probability that of so many fair coins at most min(only_a, only_b) show heads.
+        return only_a, only_b, min(1.0, 2 * float(special.bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
     return None

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from core.report import plots, stats, text
-from core.report.stats import Group
+from core.report.stats import Results
 from core.runs.record import Environment, Finished, Record
 from core.spec import FIELDS
 
@@ -22,17 +22,13 @@ TRAINED_ON_ALL = "test_trained_on_all"  # a key of metrics.json
 MAX_CURVE_ROWS = 50_000  # of learning-curves.csv, about: with very many experiments, each has fewer points
 
 
-def _of_split(split: str, what: str) -> Callable[[Finished], Any]:
-    return lambda r: getattr(metrics, what) if (metrics := getattr(r.metrics, split)) else ""
+def _metric(split: str, what: str) -> Callable[[Finished], Any]:
+    return lambda r: getattr(getattr(r.metrics, split), what, "")
 
 
-# The measurements of a finished run: heading and value. A failed run has empty cells.
+# The measurements of a finished run, by heading. A failed run has empty cells.
 MEASUREMENTS: dict[str, Callable[[Finished], Any]] = {
-    **{
-        f"{split}_{what}": _of_split(split, what)
-        for split in ("train", "validation", "test")
-        for what in ("accuracy", "loss")
-    },
+    **{f"{s}_{what}": _metric(s, what) for s in ("train", "validation", "test") for what in ("accuracy", "loss")},
     "parameters": lambda r: r.parameters,
     "seconds": lambda r: round(stats.seconds(r), 3),
     "first_step_seconds": lambda r: r.first_step_seconds,
@@ -44,39 +40,32 @@ ENVIRONMENT = [field.name for field in msgspec.structs.fields(Environment)]
 HEADINGS = ("experiment", "spec_id", "status", *FIELDS, *MEASUREMENTS, *ENVIRONMENT, "data", "current", "error")
 
 
-def results_csv(records: list[Record]) -> str:
+def results_csv(records: list[Record], results: Results) -> str:
     """A row for each run. `current` says whether its code and data are those that results.md compares."""
-    results = stats.results(records)
     return _csv(HEADINGS, (_row(record, results.has(record)) for record in records))
 
 
 def _row(record: Record, current: bool) -> list[Any]:
-    finished = record if isinstance(record, Finished) else None
-    spec = [record.spec[key] for key in FIELDS]
-    return [
-        record.name,
-        record.spec_id,
-        "finished" if finished else "failed",
-        *(stats.shown(value) if isinstance(value, list) else value for value in spec),
-        *(measure(finished) if finished else "" for measure in MEASUREMENTS.values()),
-        *(getattr(record.environment, name) for name in ENVIRONMENT),
-        record.data,
-        current,
-        "" if isinstance(record, Finished) else record.error,
-    ]
+    if isinstance(record, Finished):
+        status, error, numbers = "finished", "", [measure(record) for measure in MEASUREMENTS.values()]
+    else:
+        status, error, numbers = "failed", record.error, [""] * len(MEASUREMENTS)
+    spec = [stats.shown(v) if isinstance(v := record.spec[key], list) else v for key in FIELDS]
+    environment = [getattr(record.environment, name) for name in ENVIRONMENT]
+    return [record.name, record.spec_id, status, *spec, *numbers, *environment, record.data, current, error]
 
 
-def curves_csv(groups: list[Group]) -> str:
-    """The learning curves of all groups, each at evenly spaced epochs. `epochs` says how many epochs there were. A
+def curves_csv(results: Results) -> str:
+    """The learning curves of all experiments, each at evenly spaced epochs. `epochs` says how many epochs there were. A
     number that the runs do not have is an empty cell."""
-    numbers = [f"{quantity}_{line}" for quantity in ("accuracy", "loss") for line in plots.Lines._fields]
+    groups = stats.ranked(results.compared) + results.trained_on_all
     curves = ((group, plots.curve(group, curve_points(len(groups)))) for group in groups)
     rows = (
         (curve.label, epoch, len(group[0].history), *("" if math.isnan(x) else round(x, 6) for x in values))
         for group, curve in curves
-        for epoch, *values in zip(curve.epochs, *curve.accuracy, *curve.loss, strict=True)
+        for epoch, *values in zip(curve.epochs, *curve.lines.values(), strict=True)
     )
-    return _csv(("experiment", "epoch", "epochs", *numbers), rows)
+    return _csv(("experiment", "epoch", "epochs", *plots.LINES), rows)
 
 
 def curve_points(groups: int) -> int:
@@ -84,20 +73,19 @@ def curve_points(groups: int) -> int:
     return max(2, min(plots.MAX_POINTS, MAX_CURVE_ROWS // max(1, groups)))
 
 
-def metrics_json(compared: list[Group], trained_on_all: list[Group]) -> str:
+def metrics_json(results: Results) -> str:
     """The mean accuracies of each experiment that has a row in results.md.
 
     DVC joins the keys with dots, to `test.lr-1e-3`. The name comes last, since it may have dots of its own. Runs that
     were trained on all images had more images than the others, so their test accuracies stand apart.
     """
-    best = stats.ranked(compared)[: text.ROWS]
-    means = {split: _means(best, split) for split in ("test", "validation")}
-    means[TRAINED_ON_ALL] = _means(trained_on_all[: text.ROWS], "test")
+    best, on_all = stats.ranked(results.compared)[: text.ROWS], results.trained_on_all[: text.ROWS]
+    parts = {"test": (best, "test"), "validation": (best, "validation"), TRAINED_ON_ALL: (on_all, "test")}
+    means = {
+        name: {group.label: round(stats.accuracy(group, split), 6) for group in groups}
+        for name, (groups, split) in parts.items()
+    }
     return json.dumps(means, indent=1, sort_keys=True) + "\n"
-
-
-def _means(groups: list[Group], split: str) -> dict[str, float]:
-    return {group.label: round(stats.accuracy(group, split), 6) for group in groups}
 
 
 def _csv(headings: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:

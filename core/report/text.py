@@ -1,9 +1,11 @@
-"""What the parts of results.md are written with: tables, lists, pictures."""
+"""What results.md is written with: tables and lists."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 ROWS = 30  # of a table, at most
 LINES = 10  # of a list, at most
+Row = TypeVar("Row")
 
 
 def grid(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -13,9 +15,16 @@ def grid(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def folded(summary: str, headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> str:
+    """A table of the first rows. `columns` are the headings, each with the function that makes a cell."""
+    cells = ([cell(row) for cell in columns.values()] for row in rows[:ROWS])
+    rest = f"\n{len(rows) - ROWS:,} more rows are left out.\n" if len(rows) > ROWS else ""
+    return grid(columns, cells) + rest
+
+
+def folded(summary: str, table: str) -> str:
     """A table that opens with a click on its summary."""
-    return f"\n<details><summary>{summary}</summary>\n\n{grid(headings, rows)}\n</details>\n"
+    return f"\n<details><summary>{summary}</summary>\n\n{table}\n</details>\n"
 
 
 def first(lines: list[str], rest: str, most: int = LINES) -> list[str]:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from benchmarks import harness
 from core import remote, session
 from core.runs import record as records
-from core.runs.files import Run
+from core.runs.run import Run
 from core.spec import resolve, spec_id
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="uv run --group ray ... has it")
@@ -46,7 +46,7 @@ def test_runs_that_end_at_once(data, tmp_path, benchmark, board, choose, monkeyp
     """The workers have nothing to do: they return one run under many names."""
     many, tiny = choose(10_000, 1_000), {"widths": [1], "epochs": 1}
     record = session.run_experiment("x", {**SMALL, **tiny}, tmp_path / "one", data, "cpu", compiled=False)
-    file = Run(tmp_path / "one", "x", record.spec_id).weights.read_bytes()
+    file = Run("x", record.spec, tmp_path / "one").weights.read_bytes()
     made = records.encode(record)
 
     def task(software, group, *rest):

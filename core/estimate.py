@@ -59,9 +59,8 @@ class Measured:
                     self.work[key] += work(record.spec)
 
     def _keys(self, spec: Spec, mode: Mode) -> Iterator[Any]:
-        """What a run is compared with, the closest first: runs of the same shape and mode, else of its
-        precision."""
-        # The size of a cohort does not matter: the time of a run is its share.
+        """What a run is compared with, the closest first: runs of the same shape and kind of step, else of its
+        precision. In a cohort, too, a run has taken its share of the time."""
         yield static_key(spec), mode.kind
         yield spec["precision"], mode.kind
         yield spec["precision"]

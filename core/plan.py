@@ -5,18 +5,43 @@ import itertools
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.errors import UserError
+from core.report.catalog import Catalog
 from core.runs.record import MAX_NAME, check_name
-from core.spec import FIELDS, Integers, Spec, SpecError, nearest, plain, resolve, static_key
+from core.runs.run import Run, former_of
+from core.spec import FIELDS, Integers, SpecError, nearest, plain
 
 LIMIT = 10_000  # runs of one call
 KEY = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 
 Experiments = dict[str, dict[str, Any]]  # name -> spec as experiments/ has it
 Suites = Mapping[str, Mapping[str, Mapping[str, Any]]]  # name -> experiments and grids
-Run = tuple[str, Spec]  # the name of its experiment, and its resolved spec
+
+
+class Project(NamedTuple):
+    """A folder with experiments.
+
+    Attributes:
+        root: the folder of main.py.
+        suites, ablations, default: as experiments/ has them.
+        former: old names of experiments and suites, with the new names.
+    """
+
+    root: Path
+    suites: Suites
+    ablations: Mapping[str, Mapping[str, str]]
+    default: str
+    former: Mapping[str, str] = {}
+
+    def catalog(self) -> Catalog:
+        """What a report knows of the experiments, with grids expanded."""
+        expanded = catalog(self.suites)
+        found = Catalog({suite: expanded[suite] for suite in self.suites}, self.ablations, self.default, self.former)
+        found.check()
+        return found
 
 
 # Grids and names
@@ -112,16 +137,6 @@ def pick(suites: Suites, names: Iterable[str]) -> Experiments:
     return picked
 
 
-def resolved(name: str, spec: Mapping[str, Any]) -> Spec:
-    """The whole spec of an experiment; UserError names the experiment where it, or its name, is not valid."""
-    try:
-        found = resolve(spec)
-    except SpecError as error:
-        raise UserError(f"experiment {name}: {error}") from None
-    check_name(name)
-    return found
-
-
 # Words of a command line
 
 
@@ -186,10 +201,14 @@ def parse_seeds(text: str) -> Sequence[int]:
 
 
 def runs(
-    experiments: Mapping[str, Mapping[str, Any]], overrides: Mapping[str, Any], seeds: Sequence[int] | None = None
+    experiments: Mapping[str, Mapping[str, Any]],
+    overrides: Mapping[str, Any] = {},
+    seeds: Sequence[int] | None = None,
+    out: str | Path = ".",
+    former: Mapping[str, str] = {},
 ) -> list[Run]:
-    """The runs of these experiments, resolved: all of them with the first seed, then with the next, so that a sweep
-    that is stopped early has compared all of them.
+    """The runs of these experiments: all of them with the first seed, then with the next, so that a sweep that is
+    stopped early has compared all of them.
 
     Raises:
         UserError: a spec is not valid, or there are too many runs.
@@ -197,7 +216,14 @@ def runs(
     if (count := len(experiments) * (1 if seeds is None else len(seeds))) > LIMIT:
         raise UserError(f"{count:,} runs, expected at most {LIMIT:,} in one call")
     changes = [{**overrides}] if seeds is None else [{**overrides, "seed": seed} for seed in seeds]
-    return [(name, resolved(name, {**spec, **change})) for change in changes for name, spec in experiments.items()]
+    found = []
+    for change in changes:
+        for name, spec in experiments.items():
+            try:
+                found.append(Run(name, {**spec, **change}, Path(out), former_of(name, former)))
+            except SpecError as error:
+                raise UserError(f"experiment {name}: {error}") from None
+    return found
 
 
 def parse_cohort(text: str) -> int:
@@ -209,15 +235,25 @@ def parse_cohort(text: str) -> int:
     return int(text)
 
 
-def cohorts(runs: Iterable[Run], size: int) -> list[list[Run]]:
-    """The runs in groups of at most `size` that can be trained together (see core.session.run_cohort), in the order of
-    the first run of each."""
-    groups: list[list[Run]] = []
-    growing: dict[Any, list[Run]] = {}
-    for run in runs:
-        key = static_key(run[1]), run[1]["epochs"]
-        if len(growing.get(key, [])) % size == 0:
-            growing[key] = []
-            groups.append(growing[key])
-        growing[key].append(run)
-    return groups
+def chosen(
+    project: Project, words: Iterable[str], values: Mapping[str, Any], seeds: Sequence[int] | None, out: str | Path
+) -> list[Run]:
+    """The runs that a command line asks for.
+
+    Args:
+        words: names, and keys with their values; without a name, the default suite.
+        values: keys that were given as options.
+
+    Raises:
+        UserError: a word is unknown, a key is given twice, or a spec is not valid.
+    """
+    found = split_words(words, catalog(project.suites))
+    if twice := values.keys() & (found.values.keys() | found.axes.keys()):
+        raise UserError(f"{min(twice)} is given twice, once as an option")
+    if "seed" in found.values and seeds is not None:
+        raise UserError("seed is given twice, once as --seeds")
+    members: Experiments = {}
+    for name, spec in pick(project.suites, found.names or [project.default]).items():
+        fixed = {key: value for key, value in spec.items() if key not in found.axes}
+        members |= expand(name, fixed | found.axes)
+    return runs(members, {**values, **found.values}, seeds, out, project.former)

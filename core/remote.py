@@ -23,21 +23,22 @@ from msgspec.structs import replace
 
 from core.code_hash import CODE, core_bytes_hash
 from core.data import loader
-from core.data.cifar10 import Cifar10
 from core.data.identity import data_identity
+from core.data.tensors import Data
 from core.errors import UserError
+from core.events import Ended, Listener
 from core.mode import Mode
 from core.runs import checkpoint
 from core.runs import record as records
 from core.runs.checkout import keep_diff
-from core.runs.files import Begun, Run, under_way
+from core.runs.files import in_progress
 from core.runs.provenance import environment
 from core.runs.record import Failed, Finished, Record
+from core.runs.run import InProgress, Run
+from core.schedule import Group, Skipped
 from core.session import TooLarge, run_cohort
-from core.spec import Spec, resolve, spec_id
+from core.spec import Spec
 from core.store import Held, atomic_write, delete, reserve
-
-Group = list[tuple[str, Spec]]  # runs that are trained together, as core.session.run_cohort takes them
 
 AHEAD = 2  # tasks handed over for each one that the cluster runs at once: enough to keep it busy
 DEATHS = 3  # a run that has killed so many workers has failed
@@ -108,11 +109,12 @@ def by_value() -> Callable[..., list[Trained] | str]:
     return task
 
 
-def work(group: Group, stored: list[Any], device: str, compiled: bool) -> list[Trained]:
+def work(group: list[tuple[str, Spec]], stored: list[Any], device: str, compiled: bool) -> list[Trained]:
     """Train a group in a folder of its own: what a worker does.
 
     Args:
-        stored: one reference to the tensors of core.data.cifar10.Cifar10, as NumPy arrays in Ray's object store; in a
+        group: the names and specs of runs that are trained together.
+        stored: one reference to the tensors of core.data.tensors.Data, as NumPy arrays in Ray's object store; in a
             list, so that Ray hands over the reference itself.
 
     Raises:
@@ -121,21 +123,21 @@ def work(group: Group, stored: list[Any], device: str, compiled: bool) -> list[T
     torch.set_num_threads(1)
     data = _mapped(stored[0], device)
     with tempfile.TemporaryDirectory() as out:
-        ended = run_cohort(group, out, data, device, compiled=compiled, checkpoint_every=10**9)
-        files = [Run(Path(out), record.name, record.spec_id).weights for record in ended]
+        runs = [Run(name, spec, Path(out)) for name, spec in group]
+        run_cohort(runs, data, device, compiled=compiled, checkpoint_every=10**9)
         return [
-            Trained(records.encode(r), f.read_bytes() if f.exists() else b"") for r, f in zip(ended, files, strict=True)
+            Trained(run.record.read_bytes(), run.weights.read_bytes() if run.weights.exists() else b"") for run in runs
         ]
 
 
 @functools.lru_cache(maxsize=1)  # the runs of a worker share the images, and with them what core.data.whitening keeps
-def _mapped(stored: Any, device: str) -> Cifar10:
+def _mapped(stored: Any, device: str) -> Data:
     """The data in the object store, mapped into this process, or a copy on its GPU."""
     import ray
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes into the images
-        return loader.place(Cifar10(*map(torch.from_numpy, ray.get(stored))), torch.device(device))
+        return loader.place(Data(*map(torch.from_numpy, ray.get(stored))), torch.device(device))
 
 
 @contextlib.contextmanager
@@ -263,26 +265,25 @@ class Watch:
 
 def train(
     groups: Sequence[Group],
-    out: Path,
-    data: Cifar10,
+    data: Data,
+    listener: Listener = lambda run, event: None,
     address: str = LOCAL,
     device: str = "auto",
     compiled: bool = True,
     force: bool = False,
-    on_held: Callable[[tuple[str, Spec], Held], None] = lambda run, held: None,
     on_notice: Callable[[str], None] = lambda notice: None,
-) -> Iterator[Record]:
-    """Train groups of runs on a cluster, each as a task of one CPU core, or of one GPU where the cluster has any, and
-    yield their records as they come.
+) -> Iterator[Record | Skipped]:
+    """Train groups of runs on a cluster, each as a task of one CPU core, or of one GPU if the cluster has any. Yields
+    their records as they come, and `Skipped` for a run that another process is training.
 
     A task that loses its node is done again. So is one that loses its worker, until a run has lost `DEATHS` of them: it
     has then failed, as one does that needs more memory than a node has. Of a run, nothing is written but its end: the
-    record and the weights, by this process; what is already finished under `out` is not trained again.
+    record and the weights, by this process. A run that is already finished is not trained again.
 
     Args:
         data: on the CPU. It goes into the object store once, from where each node maps it.
+        listener: told of each record; nothing else of a run comes from a worker.
         force: train even what is finished.
-        on_held: called for a run that another process is at work on, which is left out.
         on_notice: called with a sentence when the runs wait for the cluster.
 
     Raises:
@@ -290,10 +291,16 @@ def train(
             than it was asked for, or the cluster is gone.
         core.store.StoreError: a file cannot be written.
     """
-    named, begun, waiting = data_identity(data), under_way(out), deque(groups)
+    data_name, waiting = data_identity(data), deque(groups)
+    started = in_progress(groups[0][0].out) if groups else frozenset()
     sizes = functools.cache(functools.partial(split_sizes, data))
-    tasks: dict[Any, tuple[Group, contextlib.ExitStack]] = {}  # with the locks of their runs
-    deaths: Counter[Path] = Counter()  # of workers, by the record of the run that they were training
+    tasks: dict[Any, tuple[list[Run], contextlib.ExitStack]] = {}  # with the locks of their runs
+    deaths: Counter[Run] = Counter()  # of workers that were training the run
+
+    def end(run: Run, record: Record) -> Record:
+        listener(run, Ended(record))
+        return record
+
     with connected(address) as ray, contextlib.ExitStack() as held:
         chosen = _device(device, ray.cluster_resources())
         task = ray.remote(num_cpus=1, num_gpus=int(chosen == "cuda"), max_retries=0)(by_value())
@@ -302,13 +309,21 @@ def train(
         while waiting or tasks:
             at_once = watch.at_once()
             while waiting and len(tasks) < AHEAD * at_once:
-                locks = held.enter_context(contextlib.ExitStack())
-                mine = [run for run in waiting.popleft() if _lock(run, out, locks, on_held)]
-                # Asked with the locks held: another process may have finished one by now.
-                done = [None if force else _files(out, run).finished(named, begun) for run in mine]
-                yield from filter(None, done)
-                if group := [run for run, record in zip(mine, done, strict=True) if record is None]:
-                    tasks[task.remote(tuple(SOFTWARE), group, stored, chosen, compiled)] = group, locks
+                locks, group = held.enter_context(contextlib.ExitStack()), []
+                for run in waiting.popleft():
+                    try:
+                        locks.enter_context(run.lock())
+                    except Held as error:
+                        yield Skipped(run, error)
+                        continue
+                    # Asked with the lock held: another process may have finished the run by now.
+                    if not force and (result := run.finished(data_name, started)):
+                        yield end(run, result)
+                    else:
+                        group.append(run)
+                if group:
+                    named = [(run.name, run.spec) for run in group]
+                    tasks[task.remote(tuple(SOFTWARE), named, stored, chosen, compiled)] = group, locks
                 else:
                     locks.close()
             if not at_once or not tasks:
@@ -323,19 +338,18 @@ def train(
                         waiting.appendleft(group)
                         continue
                     except (TooLarge, WorkerLost) as error:
+                        if isinstance(error, WorkerLost) and len(group) == 1:
+                            deaths[group[0]] += 1
+                            if deaths[group[0]] == DEATHS:
+                                failed = _failed(group[0], data_name, chosen, compiled, str(error))
+                                yield end(group[0], keep(group[0], failed, b"", started))
+                                continue
                         # One by one, and at the end, when others have let go of their memory.
                         waiting.extend([run] for run in group)
-                        if isinstance(error, WorkerLost) and len(group) == 1:
-                            deaths[(record := _files(out, group[0]).record)] += 1
-                            if deaths[record] == DEATHS:
-                                waiting.pop()
-                                yield keep(out, _failed(group[0], named, chosen, compiled, str(error)), b"")
                         continue
-                    found = [
-                        (checked(run, each, named, sizes), each.weights)
-                        for run, each in zip(group, trained, strict=True)
-                    ]
-                    yield from [keep(out, record, weights, begun) for record, weights in found]
+                    checked = [check(run, each, data_name, sizes) for run, each in zip(group, trained, strict=True)]
+                    for run, record, each in zip(group, checked, trained, strict=True):
+                        yield end(run, keep(run, record, each.weights, started))
 
 
 def _result(ray: Any, ended: Any) -> list[Trained]:
@@ -363,19 +377,13 @@ def _result(ray: Any, ended: Any) -> list[Trained]:
     return found
 
 
-def _failed(run: tuple[str, Spec], data: str, device: str, compiled: bool, reason: str) -> Failed:
+def _failed(run: Run, data: str, device: str, compiled: bool, reason: str) -> Failed:
     """The record of a run that has lost its last worker, of which this process knows nothing."""
-    name, spec = run
     here = environment(torch.device("cpu"), Mode("compiled" if compiled else "eager"))
     there = replace(here, device=device, hardware="unknown", device_name="unknown", threads=1)
     error = f"the worker died {DEATHS} times while it trained this run; {reason}"
-    about = {"name": name, "spec": spec, "spec_id": spec_id(spec), "seed": spec["seed"], "data": data}
+    about: dict[str, Any] = {"name": run.name, "spec": run.spec, "spec_id": run.id, "seed": run.seed, "data": data}
     return Failed(**about, environment=there, error=error)
-
-
-def _files(out: Path, run: tuple[str, Spec]) -> Run:
-    name, spec = run
-    return Run(out, name, spec_id(spec))
 
 
 def _device(asked: str, resources: dict[str, float]) -> str:
@@ -385,30 +393,13 @@ def _device(asked: str, resources: dict[str, float]) -> str:
     return "cuda" if gpus and asked != "cpu" else "cpu"
 
 
-def _lock(
-    run: tuple[str, Spec],
-    out: Path,
-    locks: contextlib.ExitStack,
-    on_held: Callable[[tuple[str, Spec], Held], None],
-) -> bool:
-    """Keep a run for this process; False where another one has it."""
-    try:
-        locks.enter_context(_files(out, run).lock())
-    except Held as error:
-        on_held(run, error)
-        return False
-    return True
-
-
-def split_sizes(data: Cifar10, train_on: str) -> list[int | None]:
+def split_sizes(data: Data, train_on: str) -> list[int | None]:
     """How many images a run trains on, validates with (None: with none), and is tested on."""
     examples, validation = loader.to_train_on(data.train_labels, train_on)
     return [len(examples), None if validation is None else len(validation), len(data.test_labels)]
 
 
-def checked(
-    run: tuple[str, Spec], trained: Trained, data: str, sizes: Callable[[str], list[int | None]]
-) -> Finished | Failed:
+def check(run: Run, trained: Trained, data: str, sizes: Callable[[str], list[int | None]]) -> Finished | Failed:
     """The record that a worker returned, if it is one of this run.
 
     Args:
@@ -418,7 +409,6 @@ def checked(
     Raises:
         ClusterError: it is another one, or its digest is not that of the weights.
     """
-    name, spec = run
     try:
         record = records.decode(trained.record)
         found: dict[str, Any] = {
@@ -430,9 +420,9 @@ def checked(
             "data": record.data,
         }
         expected: dict[str, Any] = {
-            "name": name,
-            "id": spec_id(spec),
-            **{f"spec.{key}": value for key, value in resolve(spec).items()},
+            "name": run.name,
+            "id": run.id,
+            **{f"spec.{key}": value for key, value in run.spec.items()},
             "code": CODE,
             "torch": SOFTWARE.torch,
             "data": data,
@@ -441,39 +431,38 @@ def checked(
             splits = record.metrics.train, record.metrics.validation, record.metrics.test
             found["images"] = [split and split.n for split in splits]
             found["digest"] = record.digest
-            expected["images"] = sizes(spec["train_on"])
+            expected["images"] = sizes(run.spec["train_on"])
             expected["digest"] = checkpoint.digest(safetensors.torch.load(trained.weights))
     except (ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise ClusterError(f"a worker returned no result of {name} ({error}); it is not kept") from None
+        raise ClusterError(f"a worker returned no result of {run.label} ({error}); it is not kept") from None
     for key, value in expected.items():
         if found[key] != value:
-            label = f"{name} seed {spec['seed']}"
-            raise ClusterError(f"a worker returned {label} with {key} {found[key]}, expected {value}; it is not kept")
+            raise ClusterError(
+                f"a worker returned {run.label} with {key} {found[key]}, expected {value}; it is not kept"
+            )
     return record
 
 
-def keep(out: Path, record: Record, weights: bytes, begun: Begun = frozenset()) -> Record:
+def keep(run: Run, record: Record, weights: bytes, started: InProgress) -> Record:
     """Write what a worker has made, and return the record.
 
     Args:
         weights: the file; of a run that failed, nothing.
-        begun: the runs of which there are resume points, which a result makes useless.
+        started: the runs that have resume points, which a result makes useless.
 
     Raises:
         core.store.StoreError: it cannot be written, or would replace one that cannot be read.
     """
-    run = Run(out, record.name, record.spec_id)
     had = run.result()  # refuses to replace a record that cannot be read
+    if isinstance(record, Failed) and had:  # the result that the run had another time stays
+        return record
     if isinstance(record, Finished):
         if run.record.exists():  # of other weights: between the two writes there must be none
             reserve(run.weights, len(weights), 1)
             delete(run.record)
         atomic_write(run.weights, weights)
-        keep_diff(run, record.environment)
-        records.write_record(run.record, record)
-        if (record.name, run.spec_id) in begun:
-            delete(*run.resume_points())
-    elif not had:  # the result that it had another time stays
-        keep_diff(run, record.environment)
-        records.write_record(run.record, record)
+    keep_diff(run, record.environment)
+    records.write_record(run.record, record)
+    if isinstance(record, Finished) and (run.name, run.id) in started:
+        delete(*run.resume_points())
     return record

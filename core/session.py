@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,14 +15,27 @@ from core.compile.device import emulates_bfloat16, pick_device
 from core.compile.fused import CompileError
 from core.compile.isolation import check_threads, isolated
 from core.data import identity, loader
-from core.data.cifar10 import Cifar10
+from core.data.tensors import Data
 from core.errors import UserError
+from core.events import (
+    Diverged,
+    Ended,
+    EpochDone,
+    Event,
+    FirstStep,
+    Listener,
+    Listeners,
+    ModeChanged,
+    Notice,
+    Resumed,
+    Started,
+    Stopped,
+)
 from core.functional import step
 from core.functional.tree import flatten
 from core.mode import Mode
 from core.runs import checkpoint, resume
 from core.runs.checkout import keep_diff
-from core.runs.files import Run
 from core.runs.provenance import environment
 from core.runs.record import (
     UNSET,
@@ -38,15 +51,13 @@ from core.runs.record import (
     ResumePoint,
     Splits,
     Weights,
-    check_name,
     write_record,
 )
 from core.runs.resume import KEEP, REMEDY, ResumeError
-from core.spec import Spec, SpecError, reads_bfloat16, resolve, spec_id, static_key
+from core.runs.run import Run
+from core.spec import Spec, SpecError, reads_bfloat16, static_key
 from core.store import delete, reserve
-from core.train import Diverged, Event, Training, fit
-
-OnEvent = Callable[[Event], None]
+from core.train import NotFinite, Training, fit
 
 
 class TooLarge(UserError):
@@ -57,15 +68,11 @@ class ForkError(UserError):
     """This process is a fork of one that has used a GPU, or gradients beside one; the message says what to do."""
 
 
-class Interrupted(UserError):
-    """A run was asked to stop; everything is saved, and the message says after which step."""
-
-
-def prepare(device: str, load_data: Callable[[], Cifar10]) -> tuple[Cifar10, torch.device]:
+def prepare(device: str, load_data: Callable[[], Data]) -> tuple[Data, torch.device]:
     """The data, on its device.
 
     Raises:
-        core.compile.device.DeviceError: the device is not there. Whatever `load_data` raises.
+        core.compile.device.DeviceError: the device is not available. Whatever `load_data` raises.
     """
     found = pick_device(device)
     return loader.place(load_data(), found), found
@@ -75,134 +82,131 @@ def run_experiment(
     name: str,
     spec: Spec,
     out: str | Path,
-    data: Cifar10,
+    data: Data,
     device: str | torch.device = "auto",
-    on_event: OnEvent = lambda event: None,
+    listeners: Iterable[Listener] = (),
     should_stop: Callable[[], bool] = lambda: False,
     **options: Any,
-) -> Record:
+) -> Record | Stopped:
     """Train an experiment to its end, from wherever it was left, unless it is finished already.
 
     Args:
         name: of the experiment, a folder under `out`/checkpoints.
         spec: its spec; what is left out has its default.
-        on_event: called with the events of core.train.fit, and with
-            notice {reason}: something is not as it should be, and the run goes on.
-            resumed {step, epoch, different}: it goes on from there; `different` says why not bit for bit, or None.
         The others, among them all `options`: as `run_cohort` takes them.
 
     Returns:
-        The record, which is then on disk: Finished, or Failed where the run diverged or memory ran out.
+        The record, which is then on disk: Finished, or Failed where the run diverged or memory ran out. `Stopped` if
+        `should_stop` said so.
 
     Raises:
         What `run_cohort` raises.
     """
-    [record] = run_cohort([(name, spec)], out, data, device, [on_event], should_stop, **options)
-    return record
+    [result] = run_cohort([Run(name, spec, Path(out))], data, device, listeners, should_stop, **options)
+    return result
 
 
 @isolated()
 def run_cohort(
-    runs: Sequence[tuple[str, Spec]],
-    out: str | Path,
-    data: Cifar10,
+    runs: Sequence[Run],
+    data: Data,
     device: str | torch.device = "auto",
-    on_events: Sequence[OnEvent] | None = None,
+    listeners: Iterable[Listener] = (),
     should_stop: Callable[[], bool] = lambda: False,
     *,
     compiled: bool = True,
     checkpoint_every: int = 1,
     force: bool = False,
-    allow_inexact: bool = False,
-) -> list[Record]:
-    """Train experiments together: each step is one call for all of them. Every run has the files that it would have
-    alone, and the numbers within rounding (tests/test_cohort.py). One that diverges does not stop the others.
+    exact: bool = True,
+) -> list[Record | Stopped]:
+    """Train runs together: each step is one call for all of them. Every run has the files that it would have alone, and
+    the numbers within rounding (tests/test_cohort.py). One that diverges does not stop the others.
 
     The caller's settings of torch change nothing; see core.compile.isolation.
 
     Args:
-        runs: names and specs; the specs agree on core.spec.static and on `epochs`.
-        out: where checkpoints/NAME/ID.json (the record) and ID.safetensors (the weights) go.
-        data: images and labels as `Cifar10` describes them; on `device` already, they are not copied. The record names
+        runs: their specs agree on core.spec.static and on `epochs`.
+        data: images and labels as `Data` describes them; on `device` already, they are not copied. The record names
             what is in them; see core.data.identity.
         device: auto, cpu, cuda or mps.
-        on_events: for each run what is called with its events; see `run_experiment`.
-        should_stop: asked between steps; the runs then save and Interrupted is raised.
+        listeners: each is called with (run, event); see core.events.
+        should_stop: asked between steps; the runs are then saved.
         compiled: fuse the step with torch.compile, or run it eager.
         checkpoint_every: epochs between resume points.
-        force: train from the start. What is finished stays until it is replaced.
-        allow_inexact: go on from a resume point even where the bits will differ; the record says so. In another cohort
-            than before a run always goes on, and its record says so too.
+        force: train from the start. A result stays until it is replaced.
+        exact: refuse to go on from a resume point if the bits would differ from those of an uninterrupted run. Without
+            it, the run goes on and its record says so. A run that was in another cohort always goes on, and its record
+            says so too.
 
     Returns:
-        The records, in the order of `runs`.
+        The records, in the order of `runs`; `Stopped` in place of the record of a run that was stopped.
 
     Raises:
-        core.spec.SpecError: a spec cannot be run, or not together with the others.
+        core.spec.SpecError: the specs cannot be trained together.
         core.data.tensors.DataError: the data cannot be trained on.
-        core.compile.device.DeviceError: the device is not there.
-        core.store.Held: another process is at work on one of the runs.
+        core.compile.device.DeviceError: the device is not available.
+        core.store.Held: another process is training one of the runs.
         core.runs.record.RecordError: a run has a record that cannot be read, and that it does not replace.
         core.store.StoreError: files cannot be written or read.
-        core.runs.files.OtherData, core.runs.files.OtherCode: a run is finished already, but with other data, or by code
+        core.runs.run.OtherData, core.runs.run.OtherCode: a run is finished already, but with other data, or by code
             that gives other numbers; with `force` it is trained anew.
-        core.runs.resume.ResumeError: a run cannot go on bit for bit, or has begun with other data.
+        core.runs.resume.ResumeError: a run cannot go on exactly, or has begun with other data.
         core.compile.isolation.SettingError: the caller has changed torch in a way that changes bits for ever.
         TooLarge: memory does not suffice for more than one run.
         ForkError: torch does not work in this fork of a process.
-        Interrupted: `should_stop` said so.
     """
     check_threads()
     device = pick_device(device) if isinstance(device, str) else device
     identity.check(data)
-    named, mode = identity.data_identity(data), Mode("compiled" if compiled else "eager")
+    data_name, mode = identity.data_identity(data), Mode("compiled" if compiled else "eager")
     with _failing([]):
         data = loader.place(data, device)
+    tell = Listeners(listeners)
     sessions = []
-    for (name, spec), on_event in zip(runs, on_events or [lambda event: None] * len(runs), strict=True):
-        check_name(name)
-        spec = resolve(spec)
-        loader.check(data.train_labels, spec)
-        sessions.append(Session(Run(out, name, spec_id(spec)), name, spec, data, named, device, on_event, mode))
-    shapes = {(static_key(session.spec), session.spec["epochs"]) for session in sessions}
-    if len(shapes) > 1 or len({session.run.record for session in sessions}) < len(sessions):
-        raise SpecError("these runs cannot be trained together: they differ in shape or epochs, or one is there twice")
+    for run in runs:
+        loader.check(data.train_labels, run.spec)
+        sessions.append(Session(run, data, data_name, device, tell, mode))
+    shapes = {(static_key(run.spec), run.spec["epochs"]) for run in runs}
+    if len(shapes) > 1 or len({run.record for run in runs}) < len(runs):
+        raise SpecError("these runs cannot be trained together: they differ in shape or epochs, or one is given twice")
     with contextlib.ExitStack() as locks:
-        for session in sorted(sessions, key=lambda session: session.run.record):  # in one order in all processes
-            locks.enter_context(session.run.lock())
+        for run in sorted(runs, key=lambda run: run.record):  # in one order in all processes
+            locks.enter_context(run.lock())
         for session in sessions:
             if force:
                 session.run.result()  # refuses to replace a record that cannot be read
                 delete(*session.run.resume_points())
-            else:
-                session.record = session.run.finished(named)
+            elif result := session.run.finished(data_name):
+                session.end(result)
         todo: dict[tuple[int, str], list[Session]] = defaultdict(list)
-        left = [session for session in sessions if session.record is None]
+        left = [session for session in sessions if session.result is None]
         last = _last_common_step(left)
         with _failing(left):
             for session in left:
-                at = session.begin(allow_inexact, last, len(left))
+                at = session.begin(exact, last, len(left))
                 todo[at, session.training.mode.kind].append(session)
             for together in todo.values():
                 with _failing(together):
-                    _train(together, should_stop, checkpoint_every, allow_inexact)
-        return cast(list[Record], [session.record for session in sessions])
+                    _train(together, should_stop, checkpoint_every, exact)
+        return [cast(Record | Stopped, session.result) for session in sessions]
 
 
 def _last_common_step(sessions: list["Session"]) -> int | None:
     """The latest step that every run has a resume point for: after a kill, some runs of a cohort may be a point ahead.
-    0 where those ahead have only their first point; None where each run goes on by itself."""
+    0 if those ahead have only their first point; None if each run goes on by itself."""
     steps = [{resume.step_of(path) for path in session.run.resume_points()} for session in sessions]
     common = set.intersection(*steps) if steps else set()
-    return max(common) if common else 0 if all(len(each) <= 1 for each in steps) else None
+    if common:
+        return max(common)
+    return 0 if all(len(each) <= 1 for each in steps) else None
 
 
 @contextlib.contextmanager
 def _failing(sessions: list["Session"]) -> Iterator[None]:
-    """Where memory runs out, a run has failed, and a cohort is too large.
+    """If memory runs out, a run has failed, and a cohort is too large.
 
     Raises:
-        ForkError: torch refuses to work in a fork.
+        TooLarge: there are several runs. ForkError: torch refuses to work in a fork.
     """
     try:
         yield
@@ -220,83 +224,75 @@ def _failing(sessions: list["Session"]) -> Iterator[None]:
             session.fail(f"out of memory on {session.device}")
 
 
-def _train(
-    sessions: list["Session"], should_stop: Callable[[], bool], checkpoint_every: int, allow_inexact: bool
-) -> None:
+def _train(sessions: list["Session"], should_stop: Callable[[], bool], checkpoint_every: int, exact: bool) -> None:
     """Train runs that have come to the same step to their ends."""
     for session in sessions:
         session.join(len(sessions))
     by_training = {id(session.training): session for session in sessions}
     resumed = any(session.saved for session in sessions)
-    interrupted = []
     try:
-        events = fit([s.training for s in sessions], should_stop, may_change_mode=allow_inexact or not resumed)
-        for training, event in events:
+        trainings = [session.training for session in sessions]
+        for training, event in fit(trainings, should_stop, may_change_mode=not (exact and resumed)):
             session = by_training[id(training)]
             try:
                 session.handle(event, checkpoint_every)
-            except Interrupted as error:
-                interrupted.append(str(error))
-            except Diverged as error:
+            except NotFinite as error:
                 session.fail(str(error))
     except CompileError as error:
         raise ResumeError(f"{error}; {REMEDY}") from None
-    if interrupted:
-        raise Interrupted(interrupted[0] + f"; so did {len(interrupted) - 1} with it" * (len(interrupted) > 1))
     for session in sessions:
-        if session.record is None:
+        if session.result is None:
             try:
                 session.finish()
-            except Diverged as error:
+            except NotFinite as error:
                 session.fail(str(error))
 
 
 class Session:
-    """One run under its lock: it listens to `fit`, and keeps what happens in files."""
+    """One run under its lock: it keeps in files what happens, and tells the listeners.
 
-    def __init__(
-        self,
-        run: Run,
-        name: str,
-        spec: Spec,
-        data: Cifar10,
-        named: str,
-        device: torch.device,
-        on_event: OnEvent,
-        mode: Mode,
-    ) -> None:
-        """`named`: the identity of `data`."""
-        self.run, self.name, self.spec, self.on_event = run, name, spec, on_event
-        self.data, self.named, self.device = data, named, device
-        self.mode, self.environment = mode, environment(device, mode, reads_bfloat16(spec))
+    Attributes:
+        saved: the step of the newest resume point.
+        result: the record, or `Stopped`; None while the run is trained.
+    """
+
+    def __init__(self, run: Run, data: Data, data_name: str, device: torch.device, tell: Listeners, mode: Mode) -> None:
+        """`data_name`: the identity of `data`."""
+        self.run, self.spec = run, run.spec
+        self.data, self.data_name, self.device = data, data_name, device
+        self.mode, self.environment = mode, environment(device, mode, reads_bfloat16(run.spec))
+        self.listeners = tell
         self.history: list[Epoch] = []
         self.progress = Progress()
-        self.saved = 0  # the step that the newest resume point holds
-        self.record: Record | None = None
+        self.saved = 0
+        self.result: Record | Stopped | None = None
+
+    def tell(self, event: Event) -> None:
+        self.listeners(self.run, event)
 
     def about(self) -> dict[str, Any]:
         """What every file of the run says of it."""
         return {
-            "name": self.name,
+            "name": self.run.name,
             "spec": self.spec,
-            "spec_id": self.run.spec_id,
-            "seed": self.spec["seed"],
-            "data": self.named,
+            "spec_id": self.run.id,
+            "seed": self.run.seed,
+            "data": self.data_name,
             "environment": self.environment,
         }
 
-    def begin(self, allow_inexact: bool, last: int | None, count: int) -> int:
+    def begin(self, exact: bool, last: int | None, count: int) -> int:
         """Prepare the training, one of `count`, from the newest good resume point up to the step `last`, if there is
         one; returns the step at which it stands."""
         self.started = time.perf_counter()
+        self.tell(Started(count))
         self.training = training = Training(self.spec, self.data, self.device, self.mode)
         if reads_bfloat16(self.spec) and emulates_bfloat16(self.device):
             faster = "float32" if self.spec["precision"] == "bfloat16" else "another optimizer than Muon"
             self.notice(f"this CPU has neither AVX512_BF16 nor AMX and emulates bfloat16: {faster} is faster here")
         state = flatten(training.state)
-        point = resume.newest(
-            self.run, About(**self.about()), state, training.steps_per_epoch, allow_inexact, self.notice, last
-        )
+        about = About(**self.about())
+        point = resume.newest(self.run, about, state, training.steps_per_epoch, exact, self.notice, last)
         size = sum(t.nbytes for t in state.values())
         reserve(self.run.resume_point(training.total), size, count * max(1, KEEP + 1 - len(self.run.resume_points())))
         if point is None:
@@ -307,9 +303,8 @@ class Session:
         training.seconds, training.timed = point.progress.seconds, point.progress.timed
         self.history, self.progress = point.history, point.progress
         self.set_mode(point.mode)
-        self.progress.bitwise &= not point.different
-        details = {"step": point.step, "epoch": training.epoch_of(point.step), "different": point.different}
-        self.on_event(Event("resumed", details))
+        self.progress.exact &= not point.inexact
+        self.tell(Resumed(point.step, training.epoch_of(point.step), point.inexact))
         return point.step
 
     def join(self, count: int) -> None:
@@ -318,8 +313,8 @@ class Session:
             return
         mode = self.training.mode._replace(cohort=count)
         if self.saved and mode != self.training.mode:
-            self.notice(f"{self.name} seed {self.spec['seed']} goes on {mode}, was {self.training.mode}: not bitwise")
-            self.progress.bitwise = False
+            self.notice(f"{self.run.label} goes on {mode}, was {self.training.mode}: not exact")
+            self.progress.exact = False
         self.set_mode(mode)
 
     def set_mode(self, mode: Mode) -> None:
@@ -327,39 +322,38 @@ class Session:
         self.environment = msgspec.structs.replace(self.environment, mode=str(mode))
 
     def notice(self, reason: str) -> None:
-        self.on_event(Event("notice", {"reason": reason}))
+        self.tell(Notice(reason))
 
     def handle(self, event: Event, checkpoint_every: int) -> None:
         """Keep what happened; then tell it.
 
         Raises:
-            Interrupted: the run was stopped, and everything is saved.
-            core.train.Diverged: it was stopped, and what would be saved is NaN or infinite.
+            core.train.NotFinite: the run was stopped, and what would be saved is NaN or infinite.
         """
-        training, (kind, details) = self.training, event
-        due = False
-        if kind == "mode":
-            self.set_mode(details["mode"])
-            self.progress.bitwise &= not self.saved
-        elif kind == "first_step":
-            seconds = round(time.perf_counter() - self.started, 3)
-            self.progress.first_step_seconds = self.progress.first_step_seconds or seconds
-            if training.mode.kind != "eager" and (problem := cache.problem()):
-                self.notice(problem)
-        elif kind == "epoch":
-            self.history.append(Epoch(**details))
-            due = len(self.history) % checkpoint_every == 0 or training.step == training.total
-        elif kind == "diverged":
-            self.fail(details["reason"])
-        elif kind == "stopped" and training.step > self.saved:
-            training.check_finite()
-            due = True
-        if due:
-            self.save()
-        self.on_event(event)
-        if kind == "stopped":
-            where = f"after step {training.step} of {training.total}, which is saved"
-            raise Interrupted(f"{self.name} stopped {where if training.step else 'before its first step'}")
+        training = self.training
+        match event:
+            case ModeChanged():
+                self.set_mode(event.mode)
+                self.progress.exact &= not self.saved
+            case FirstStep():
+                seconds = round(time.perf_counter() - self.started, 3)
+                self.progress.first_step_seconds = self.progress.first_step_seconds or seconds
+                if training.mode.kind != "eager" and (problem := cache.problem()):
+                    self.notice(problem)
+            case EpochDone():
+                self.history.append(Epoch(**{key: getattr(event, key) for key in Epoch.__struct_fields__}))
+                if len(self.history) % checkpoint_every == 0 or training.step == training.total:
+                    self.save()
+            case Diverged():
+                self.tell(event)
+                self.fail(event.reason)
+                return
+            case Stopped():
+                if training.step > self.saved:
+                    training.check_finite()
+                    self.save()
+                self.result = event
+        self.tell(event)
 
     def save(self) -> None:
         """Write a resume point."""
@@ -373,7 +367,7 @@ class Session:
         """Evaluate on all splits, write weights and record, delete the resume points.
 
         Raises:
-            core.train.Diverged: a loss is NaN or infinite.
+            core.train.NotFinite: a loss is NaN or infinite.
         """
         training = self.training
         # All in evaluation mode, unlike the train numbers of the history. The test split is used here alone.
@@ -386,27 +380,33 @@ class Session:
         weights = training.weights
         digest = checkpoint.digest(weights)
         checkpoint.save(self.run.weights, weights, Weights(**self.about(), digest=digest, test=splits.test))
-        self.record = Finished(
+        record = Finished(
             **self.about(),
             parameters=sum(p.numel() for p in training.state["params"].values()),
             history=self.history,
             first_step_seconds=self.progress.first_step_seconds,
             metrics=splits,
             digest=digest,
-            bitwise=self.progress.bitwise,
+            exact=self.progress.exact,
             answers=msgspec.convert(step.details(answers["test"]), Answers),
             flipped=Flipped(flipped.get("validation"), flipped["test"]),
             whitening=checkpoint.digest(training.whitening) if training.whitening else UNSET,
         )
-        self.write(self.record)
+        self.write(record)
         delete(*self.run.resume_points())
+        self.end(record)
 
     def fail(self, reason: str) -> None:
         """Leave the record of a run that failed. The result that it had another time stays."""
-        self.record = Failed(**self.about(), error=reason)
+        record = Failed(**self.about(), error=reason)
         if not self.run.result():
-            self.write(self.record)
+            self.write(record)
+        self.end(record)
 
     def write(self, record: Record) -> None:
         keep_diff(self.run, record.environment)
         write_record(self.run.record, record)
+
+    def end(self, record: Record) -> None:
+        self.result = record
+        self.tell(Ended(record))

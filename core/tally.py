@@ -5,9 +5,9 @@ from statistics import fmean, median
 from typing import NamedTuple
 
 from core.estimate import work
-from core.plan import Run
 from core.report import stats
 from core.runs.record import Finished, Record
+from core.runs.run import Run
 from core.spec import Spec
 
 
@@ -25,23 +25,20 @@ class Tally:
     """How far the runs of a call are, and what their experiments have reached. It keeps no records.
 
     Attributes:
+        specs: by the names of the experiments.
         total, done: the number of runs, and of those that have ended.
-        seeds: whether an experiment has several.
+        several, seeds: whether the call has several runs, and an experiment several seeds.
         results: of the finished runs, by the name of their experiment.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
-        self.specs = dict(runs)
+        self.specs = {run.name: run.spec for run in runs}
         self.total, self.done = len(runs), 0
-        self.seeds = len(self.specs) < self.total
+        self.several, self.seeds = self.total > 1, len(self.specs) < self.total
         self.results: dict[str, list[Result]] = {}
         self._left = 0  # the work of the runs that have not ended; `seconds_left` brings it up to date
-        self._not_counted, self._ended = runs, list[Spec]()  # what `seconds_left` has to add to it, and to take away
+        self._not_counted, self._ended = list(runs), list[Spec]()  # what `seconds_left` adds to it, and takes away
         self._rates: list[float] = []  # seconds for a unit of work, of each run of this call
-
-    def label(self, name: str, seed: int) -> str:
-        """A run in a line of output: with its seed where there are several."""
-        return f"{name} seed {seed}" if self.seeds else name
 
     def add(self, record: Record, seconds: float = 0.0) -> None:
         """Count a run that has ended; `seconds` is what it took, 0 where it was finished already."""
@@ -60,10 +57,10 @@ class Tally:
             )
             self.results.setdefault(record.name, []).append(result)
 
-    def leave_out(self, spec: Spec) -> None:
+    def leave_out(self, run: Run) -> None:
         """Do not count a run of the call: it is neither finished nor trained."""
         self.total -= 1
-        self._ended.append(spec)
+        self._ended.append(run.spec)
 
     def seconds_left(self) -> float | None:
         """As fast as the runs of this call so far; None before the first has ended. The median, since one of them may
@@ -71,8 +68,8 @@ class Tally:
         if not self._rates:
             return None
         # Only here, after a run has been trained: `work` imports torch, and a call that trains nothing need not.
-        self._left += sum(work(spec) for _, spec in self._not_counted)
-        self._not_counted = ()
+        self._left += sum(work(run.spec) for run in self._not_counted)
+        self._not_counted = []
         while self._ended:
             self._left -= work(self._ended.pop())
         return median(self._rates) * self._left

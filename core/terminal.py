@@ -1,43 +1,29 @@
-"""All that a terminal needs: lines of plain text, progress, tables, signals."""
+"""What is printed: lines of plain text, tables."""
 
 import contextlib
 import json
 import logging
 import os
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import median_high
 from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from rich.table import Table
 
 from core.data.cifar10 import CLASSES
 from core.errors import UserError
 from core.estimate import Estimate
-from core.plan import Run
 from core.report import stats
-from core.runs.record import Finished, Record
-from core.spec import FIELDS, spec_id
+from core.spec import FIELDS
 from core.tally import Tally
 
-SAME_STOP = 1.0  # seconds within which a second signal is the same stop: `uv run` and a supervisor may both send it
 NARROW = 60  # columns
 ROWS = 30  # of a table, at most
-SHOWN = 3  # runs that a sentence names, at most
 
 console = Console(highlight=False, markup=False, emoji=False)
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -95,166 +81,21 @@ class Warnings(logging.Handler):
             warn(text)
 
 
-def other_code(labels: Sequence[str]) -> None:
-    """Say which finished runs are of other code, if any are."""
-    if labels:
-        more = f" and {len(labels) - SHOWN:,} more" if len(labels) > SHOWN else ""
-        runs = "finished run is" if len(labels) == 1 else "finished runs are"
-        warn(
-            f"{len(labels):,} {runs} of other code, which gives other numbers ({', '.join(labels[:SHOWN])}{more}): "
-            "neither counted as results of this code nor replaced; --force trains them anew"
-        )
+def interrupted(stop: Any, tally: Tally, again: str) -> None:
+    """Say where a stop found the runs, and how to go on.
 
-
-class Stop:
-    """SIGINT, SIGTERM and SIGHUP: the first asks the run to save and stop, a later one stops at once."""
-
-    def __init__(self) -> None:
-        self.requested: float | None = None
-        self.stepping = False  # before the first step there is nothing to save
-
-    def __call__(self) -> bool:
-        return self.requested is not None
-
-    def _handle(self, signum: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self.requested is not None:
-            if now - self.requested < SAME_STOP:
-                return
-            if console.is_terminal:
-                os.write(1, b"\x1b[?25h\n")  # the progress bar hid the cursor
-            os._exit(128 + signum)
-        self.requested = now
-        if not self.stepping:
-            raise KeyboardInterrupt
-
-    def install(self) -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
-                signal.signal(signum, self._handle)
-
-
-class Display:
-    """Shows runs as they are trained: a bar, and a line for each epoch; or, of several runs, a line for each run."""
-
-    def __init__(self, runs: Sequence[Run], verbose: bool, started: float) -> None:
-        """`verbose`: show the epochs of several runs, too. `started`: time.perf_counter() at the start of the
-        process."""
-        self.tally, self.stop = Tally(runs), Stop()
-        self.several = self.tally.total > 1
-        self.epochs = verbose or not self.several
-        self.since, self.what = started, "the process"
-        self.seconds = 0.0  # what each of the last runs took; 0 where they were finished already
-        self.noticed: set[str] = set()
-        self.elsewhere = False  # whether a cluster trains
-
-    def found(self) -> None:
-        """Say which runs were finished already."""
-        tally = self.tally
-        if tally.done and self.several:
-            say(f"{tally.done:,} of {tally.total:,} runs are finished already; --force trains them again")
-        elif tally.done:
-            ((name, (result,)),) = tally.results.items()
-            accuracy, again = stats.percent(result.test), "--force trains it again"
-            say(f"{name} ({spec_id(tally.specs[name])}) is finished: {accuracy} test accuracy; {again}")
-
-    @contextlib.contextmanager
-    def run(self, labels: Sequence[str]) -> Iterator[list[Callable[[Any], None]]]:
-        """For each run that is trained now, all together, what is to be called with its events."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        first, more = labels[0], f" and {len(labels) - 1} more" * (len(labels) > 1)
-        begun, happened = time.perf_counter(), False
-        # Two refreshes a second: more would take time from the two cores that train.
-        shown = console.is_terminal
-        with Progress(*columns, console=console, refresh_per_second=2, transient=True, disable=not shown) as bars:
-            task = bars.add_task(first + more, total=None, note="compiling")
-
-            def on_event(label: str, event: Any) -> None:
-                nonlocal happened
-                happened = True
-                kind, details = event
-                if kind == "step":
-                    bars.update(task, completed=details["step"])
-                elif kind == "first_step":
-                    self.stop.stepping = True
-                    bars.update(task, total=details["total"], completed=details["step"], note="")
-                    if label == first and (self.epochs or self.what == "the process"):
-                        seconds = time.perf_counter() - self.since
-                        say(f"{label}{more}: first step {seconds:.1f} s after the start of {self.what}")
-                elif kind == "resumed":
-                    bars.update(task, completed=details["step"])
-                    bits = f", not bitwise: {details['different']}" if details["different"] else ""
-                    say(f"{label}: resumed after step {details['step']} (epoch {details['epoch']}){bits}")
-                elif kind == "epoch":
-                    accuracy = details["val_accuracy"]
-                    note = f"train {stats.percent(details['train_accuracy'])}"
-                    if accuracy is not None:
-                        note = f"validation {stats.percent(accuracy)}"
-                    bars.update(task, note=note)
-                    if self.epochs:
-                        say(
-                            f"{label}: epoch {details['epoch']}: train loss {details['train_loss']:.4f}, {note}, "
-                            f"{details['samples_per_second']:,} samples/s"
-                        )
-                elif kind in ("notice", "mode") and details["reason"] not in self.noticed:
-                    self.noticed.add(details["reason"])
-                    warn(f"{label}: {details['reason']}")
-
-            try:
-                yield [partial(on_event, label) for label in labels]
-            finally:
-                self.stop.stepping = False
-                self.seconds = (time.perf_counter() - begun) / len(labels) if happened else 0.0
-                self.since, self.what = time.perf_counter(), "this experiment"
-
-    @contextlib.contextmanager
-    def cluster(self) -> Iterator[Callable[[], None]]:
-        """A bar over all runs, which others train; yields what is to be called when one of them has ended."""
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        self.elsewhere, since = True, time.perf_counter()
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-            task = bars.add_task("runs", total=self.tally.total, completed=self.tally.done)
-
-            def ended() -> None:
-                nonlocal since
-                now = time.perf_counter()
-                self.seconds, since = now - since, now
-                bars.advance(task)
-
-            yield ended
-
-    def ended(self, record: Record) -> None:
-        """Count a run that has ended, and say what it reached: one of several in a line."""
-        tally, label, seconds = self.tally, self.tally.label(record.name, record.seed), self.seconds
-        if seconds and not self.elsewhere and isinstance(record, Finished):
-            seconds = max(seconds, stats.seconds(record))  # this call has seen only the end of a resumed run
-        tally.add(record, seconds)
-        if not isinstance(record, Finished):
-            warn(f"{label} failed: {record.error}")
-        elif self.several:
-            validation, test = record.metrics.validation, record.metrics.test.accuracy
-            on_validation = f"validation {stats.percent(validation.accuracy)}, " if validation else ""
-            how = f"in {duration(self.seconds)}" if self.seconds else "by another process"
-            how = "on the cluster" if self.elsewhere else how
-            say(f"{label}: {on_validation}test {stats.percent(test)} {how} ({progress(tally)})")
-
-
-def progress(tally: Tally) -> str:
-    """'7 of 20 done, about 9 min left; best so far lr-1e-3, mean validation of 3 seeds 58.54%'."""
-    left = tally.seconds_left()
-    left_too = f", about {duration(left)} left" if left and tally.done < tally.total else ""
-    best = tally.ranked()[0]
-    seeds, accuracy = len(tally.results[best]), tally.validation(best)
-    mean = f"mean validation of {seeds} seeds" if seeds > 1 else "validation"
-    best_too = "" if accuracy is None else f"; best so far {best}, {mean} {stats.percent(accuracy)}"
-    return f"{tally.done:,} of {tally.total:,} done{left_too}{best_too}"
+    Args:
+        stop: core.schedule.Interrupted.
+    """
+    if stop.runs:
+        run, *others = stop.runs
+        where = f"after step {stop.step} of {stop.total}, which is saved" if stop.step else "before its first step"
+        more = f"; so did {len(others)} with it" if others else ""
+        warn(f"{run.label} stopped {where}{more}; {again}")
+    elif tally.done:
+        warn(f"stopped between two runs, {tally.done:,} of {tally.total:,} done; {again}")
+    else:
+        warn("stopped before the first step")
 
 
 def duration(seconds: float) -> str:

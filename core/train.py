@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,29 +10,18 @@ from torch import Tensor
 from core.compile import fused
 from core.compile.device import synchronize, to_device
 from core.data import loader
-from core.data.cifar10 import Cifar10
+from core.data.tensors import Data
 from core.data.whitening import Whitening, whitening
-from core.functional import model
+from core.events import Diverged, EpochDone, Event, FirstStep, ModeChanged, StepDone, Stopped
+from core.functional import model, optim
 from core.functional import step as steps
 from core.functional.tree import flatten, tree_map
 from core.mode import COMPILED, Mode
 from core.spec import Spec
 
 
-class Diverged(Exception):
+class NotFinite(Exception):
     """Something is NaN or infinite; the message names the step."""
-
-
-class Event(NamedTuple):
-    """Something that happened in a run.
-
-    Attributes:
-        kind: what it was; `fit` and core.session.run_experiment list theirs.
-        details: plain values.
-    """
-
-    kind: str
-    details: dict[str, Any]
 
 
 PAUSE = 1.0  # seconds; a shorter pause cannot be told from a slow step
@@ -76,7 +65,7 @@ class Training:
         mode: of the step; until the step is made, the mode that was asked for.
     """
 
-    def __init__(self, spec: Spec, data: Cifar10, device: torch.device, mode: Mode = COMPILED) -> None:
+    def __init__(self, spec: Spec, data: Data, device: torch.device, mode: Mode = COMPILED) -> None:
         """Prepare the first step of a resolved spec, over data that is on `device`."""
         self.spec, self.device, self.mode = spec, device, mode
         self.examples, validation = loader.to_train_on(data.train_labels.cpu(), spec["train_on"])
@@ -120,11 +109,11 @@ class Training:
         return steps.answers(*self.network, images, labels, model.folded(self.spec), examples, flip=flip)
 
     def check_finite(self, tensors: dict[str, Tensor] | None = None) -> None:
-        """Raise Diverged where the state, or other tensors, are NaN or infinite. The flag of the step itself sees the
+        """Raise NotFinite where the state, or other tensors, are NaN or infinite. The flag of the step itself sees the
         loss and the gradients, but not moments that overflow, running statistics or other splits."""
         for name, t in (flatten(self.state) if tensors is None else tensors).items():
             if t.is_floating_point() and not t.isfinite().all():
-                raise Diverged(
+                raise NotFinite(
                     f"{name} is NaN or infinite after step {self.step} (epoch {self.epoch_of(self.step - 1)})"
                 )
 
@@ -153,7 +142,7 @@ def fit(
 
     More than one are a cohort: they take each step together, in one call. Their specs agree on everything that is part
     of the compilation's identity and on the epochs, and they have taken the same number of steps. Whoever iterates may
-    read and save a training at each of its events but "step".
+    read and save a training at each of its events but StepDone.
 
     Args:
         should_stop: asked between steps.
@@ -161,11 +150,8 @@ def fit(
             core.compile.fused.CompileError.
 
     Yields:
-        mode {mode, reason}: the step is made in another way than was asked for.
-        first_step {step, total}: the first step of this call is done.
-        step {step}: now and then. epoch {...}: an epoch is over; the details are its numbers.
-        diverged {reason}: the loss, a gradient or the validation loss is NaN or infinite; the others go on.
-        stopped {step, total}: `should_stop` said so. This event and diverged are a training's last.
+        Events of core.events, each with its training: ModeChanged, FirstStep, StepDone, EpochDone, and as the last one
+        of a training Diverged, or Stopped where `should_stop` said so.
     """
     live, lead, made = list(trainings), trainings[0], None
     # How long an epoch waits for the device at its end. Not every device keeps a CPU busy meanwhile.
@@ -173,7 +159,7 @@ def fit(
     trees = (lead.state, lead.data, lead.hyper) if len(trainings) == 1 else stack(trainings)
     while live and lead.step < lead.total:
         if should_stop():
-            yield from ((t, Event("stopped", {"step": t.step, "total": t.total})) for t in live)
+            yield from ((t, Stopped(t.step, t.total)) for t in live)
             return
         for t in trainings:
             _start_epoch(t)
@@ -184,19 +170,19 @@ def fit(
             for t in trainings:
                 t.mode = made.mode
             if changed:
-                yield from ((t, Event("mode", {"mode": made.mode, "reason": reason})) for t in live)
+                yield from ((t, ModeChanged(made.mode, reason)) for t in live)
             made.advance()
             synchronize(lead.device)
             for t in trainings:
                 t.step += 1
-            yield from ((t, Event("first_step", {"step": t.step, "total": t.total})) for t in live)
+            yield from ((t, FirstStep(t.step, t.total)) for t in live)
         watch = Stopwatch()
         while lead.step < end and not should_stop():
             made.advance()
             lead.step += 1
             lead.timed += watch.lap() > 0
             if lead.step % 16 == 0:
-                yield live[0], Event("step", {"step": lead.step})
+                yield live[0], StepDone(lead.step)
         bad_steps = trees[0]["metrics"]["bad_step"].view(-1).tolist()  # the one wait for the device of an epoch
         wait = watch.lap(wait) or wait
         lead.seconds += watch.seconds / len(trainings)  # each one's share
@@ -207,14 +193,14 @@ def fit(
                 continue
             try:
                 if bad != steps.NEVER:
-                    raise Diverged(
+                    raise NotFinite(
                         f"the loss or a gradient is NaN or infinite since step {bad + 1} (epoch {t.epoch_of(bad)})"
                     )
                 if t.step == end:
-                    yield t, Event("epoch", _end_epoch(t))
-            except Diverged as error:
+                    yield t, _end_epoch(t)
+            except NotFinite as error:
                 live.remove(t)
-                yield t, Event("diverged", {"reason": str(error)})
+                yield t, Diverged(str(error))
 
 
 def stack(trainings: Sequence[Training]) -> tuple[steps.State, dict[str, Any], dict[str, Any]]:
@@ -257,23 +243,26 @@ def _start_epoch(training: Training) -> None:
             value.fill_(steps.NEVER if name == "bad_step" else 0)
 
 
-def _end_epoch(training: Training) -> dict[str, Any]:
-    """The numbers of the epoch that has just ended, as core.runs.record.Epoch has them."""
-    sums, batch_size = training.state["metrics"], training.spec["batch_size"]
-    examples = training.steps_per_epoch * batch_size
+def _end_epoch(training: Training) -> EpochDone:
+    """The numbers of the epoch that has just ended."""
+    sums, spec, hyper = training.state["metrics"], training.spec, training.hyper
+    examples = training.steps_per_epoch * spec["batch_size"]
     training.check_finite()
-    validation: dict[str, Any] = {"loss": None, "accuracy": None}
+    val_loss = val_accuracy = None
     if "validation" in training.splits:
         validation = training.evaluate("validation")
-        training.check_finite({"validation loss": torch.tensor(validation["loss"])})
-    entry = {
-        "epoch": training.step // training.steps_per_epoch,
-        "train_loss": sums["loss"].item() / examples,
-        "train_accuracy": sums["correct"].item() / examples,
-        "val_loss": validation["loss"],
-        "val_accuracy": validation["accuracy"],
-        "seconds": round(training.seconds, 3),
-        "samples_per_second": round(training.timed * batch_size / training.seconds) if training.timed else 0,
-    }
+        val_loss, val_accuracy = validation["loss"], validation["accuracy"]
+        training.check_finite({"validation loss": torch.tensor(val_loss)})
+    last = torch.tensor(training.step - 1, dtype=torch.int32, device=training.device)
+    event = EpochDone(
+        epoch=training.step // training.steps_per_epoch,
+        lr=optim.scheduled_lr(spec["schedule"], hyper, last).item(),
+        train_loss=sums["loss"].item() / examples,
+        train_accuracy=sums["correct"].item() / examples,
+        val_loss=val_loss,
+        val_accuracy=val_accuracy,
+        seconds=round(training.seconds, 3),
+        samples_per_second=round(training.timed * spec["batch_size"] / training.seconds) if training.timed else 0,
+    )
     training.seconds, training.timed = 0.0, 0
-    return entry
+    return event

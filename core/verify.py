@@ -1,23 +1,26 @@
-"""A finished run made again, to compare the bits."""
+"""A finished run trained again, to compare the bits."""
 
+import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from core.data.cifar10 import Cifar10
+import torch
+
 from core.data.identity import data_identity
+from core.data.tensors import Data
 from core.errors import UserError
+from core.events import Listener, Stopped
 from core.mode import Mode
-from core.runs.files import OtherData, Run
 from core.runs.provenance import difference
 from core.runs.record import Finished, Record
-from core.session import Interrupted, run_experiment
-from core.spec import Spec, resolve, spec_id
+from core.runs.run import OtherData, Run
+from core.session import run_cohort
 
 
 class Verification(NamedTuple):
-    """A finished run beside the same run made again.
+    """A finished run beside the same run trained again.
 
     Attributes:
         recorded, again: the two records; the second may be that of a failure.
@@ -25,6 +28,7 @@ class Verification(NamedTuple):
         reason: what explains that they differ, in words; None where nothing does.
     """
 
+    run: Run
     recorded: Finished
     again: Record
     same: bool
@@ -32,47 +36,45 @@ class Verification(NamedTuple):
 
 
 def verify(
-    name: str,
-    spec: Spec,
-    out: str | Path,
-    data: Cifar10,
-    *arguments: Any,
+    run: Run,
+    data: Data,
+    device: str | torch.device = "auto",
+    listeners: Iterable[Listener] = (),
+    should_stop: Callable[[], bool] = lambda: False,
     compiled: bool = True,
-    former: Mapping[str, str] = {},
-) -> Verification:
-    """Train a finished run again, in a temporary folder, and compare the bits with its record under `out`.
-
-    Args:
-        arguments: device, on_event and should_stop, as `run_experiment` takes them.
-        former: old names of experiments, with the new names.
+) -> Verification | Stopped:
+    """Train a finished run again, in a temporary folder, and compare the bits with its record. Eager runs stay eager.
 
     Raises:
-        core.errors.UserError: there is no finished run, it had other data, or it was in a cohort. Whatever
-            `run_experiment` raises.
+        core.errors.UserError: as `check_finished`. Whatever `run_cohort` raises.
     """
-    recorded = read_finished(name, spec, out, data_identity(data), former)
-    with tempfile.TemporaryDirectory() as elsewhere:
-        compiled = compiled and Mode.parse(recorded.environment.mode).kind != "eager"
-        try:
-            again = run_experiment(name, spec, elsewhere, data, *arguments, compiled=compiled, checkpoint_every=10**9)
-        except Interrupted:
-            raise Interrupted(f"the verification of {name} was stopped and has kept nothing") from None
+    recorded = check_finished(run, data_identity(data))
+    compiled = compiled and Mode.parse(recorded.environment.mode).kind != "eager"
+    with tempfile.TemporaryDirectory() as folder:
+        copy = dataclasses.replace(run, out=Path(folder))
+        [again] = run_cohort([copy], data, device, listeners, should_stop, compiled=compiled, checkpoint_every=10**9)
+    if isinstance(again, Stopped):
+        return again
     if not isinstance(again, Finished):
-        return Verification(recorded, again, False, None)
+        return Verification(run, recorded, again, False, None)
     reason = difference(recorded.environment, again.environment)
-    reason = reason if recorded.bitwise else "gone on from a resume point with other bits"
-    return Verification(recorded, again, recorded.digest == again.digest, reason)
+    if not recorded.exact:
+        reason = "gone on from a resume point, not exactly"
+    return Verification(run, recorded, again, recorded.digest == again.digest, reason)
 
 
-def read_finished(name: str, spec: Spec, out: str | Path, data: str, former: Mapping[str, str] = {}) -> Finished:
-    """The record of a finished run that can be made again alone, with data of this identity; UserError where there is
-    none."""
-    record = Run(out, name, spec_id(resolve(spec)), former).read()
+def check_finished(run: Run, data: str) -> Finished:
+    """The record of a run, if it is finished, can be trained again alone, and had data of this identity.
+
+    Raises:
+        core.errors.UserError: it is not, cannot, or had not.
+    """
+    record = run.read()
     if not isinstance(record, Finished):
-        train = f"`uv run main.py run {name}`, with the same options, trains it"
-        raise UserError(f"{name} has no finished run under {out}; {train}")
+        train = f"`uv run main.py run {run.name}`, with the same options, trains it"
+        raise UserError(f"{run.name} has no finished run under {run.out}; {train}")
     if record.data != data:
-        raise OtherData(f"{name} was trained with other data ({record.data}, now {data}): it cannot be verified")
+        raise OtherData(f"{run.name} was trained with other data ({record.data}, now {data}): it cannot be verified")
     if Mode.parse(record.environment.mode).cohort > 1:
-        raise UserError(f"{name} was trained in a cohort, whose bits no run alone has: it cannot be verified")
+        raise UserError(f"{run.name} was trained in a cohort, whose bits no run alone has: it cannot be verified")
     return record

@@ -55,6 +55,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("longest") is None)
 
 
+class Events(list):
+    """A listener that keeps the events of all runs."""
+
+    def __call__(self, run: Any, event: Any) -> None:
+        self.append(event)
+
+    def kinds(self) -> list[str]:
+        """The names of their types, without the steps."""
+        return [name for event in self if (name := type(event).__name__) != "StepDone"]
+
+    def of(self, kind: type) -> list[Any]:
+        return [event for event in self if isinstance(event, kind)]
+
+
 def lacking(what: str) -> None:
     """Skip for want of something, saying so; in CI, where all has to be there, fail."""
     if os.environ.get("CI"):

@@ -13,10 +13,10 @@ import torch
 from core.mode import Mode
 from core.runs import checkout, provenance
 from core.runs.checkout import Checkout, keep_diff, read
-from core.runs.files import Run, sweep_all
+from core.runs.files import sweep_all
 from core.runs.record import read_record, read_records
+from core.runs.run import Run
 from core.session import run_experiment
-from core.spec import resolve, spec_id
 
 SPEC = {"widths": [8], "epochs": 1, "batch_size": 100}
 
@@ -144,7 +144,7 @@ def test_the_changes_lie_beside_the_record_that_has_their_hash(changed, invented
         assert read_record(run.record) == record
         return record.environment.diff
 
-    run = Run(tmp_path, "x", spec_id(resolve(SPEC)))
+    run = Run("x", SPEC, tmp_path)
     diffs = [b"--- a\n+++ b\n", b"--- b\n+++ a\n"]
     for diff in diffs:
         assert train(diff) == hashlib.sha256(diff).hexdigest()
@@ -161,7 +161,7 @@ def test_the_changes_lie_beside_the_record_that_has_their_hash(changed, invented
     left.touch()
     sweep_all(tmp_path)
     assert not left.exists()
-    assert [record.spec_id for record in read_records(tmp_path)] == [run.spec_id]
+    assert [record.spec_id for record in read_records(tmp_path)] == [run.id]
     assert train(b"") == ""
     assert not run.diff.exists()
     train(diffs[0])
@@ -172,7 +172,7 @@ def test_the_changes_lie_beside_the_record_that_has_their_hash(changed, invented
 
 def test_changes_of_another_machine_are_not_taken_for_those_of_this_one(changed, tmp_path):
     """A worker says in its record which changes it had; this process keeps its own if they are the same."""
-    run, mine = Run(tmp_path, "x", "0" * 12), b"--- a\n+++ b\n"
+    run, mine = Run("x", {}, tmp_path), b"--- a\n+++ b\n"
     run.folder.mkdir(parents=True)
     changed(b"other")
     elsewhere = provenance.environment(torch.device("cpu"), Mode("eager"))

@@ -15,8 +15,8 @@ from core.functional.tree import flatten
 from core.mode import Mode
 from core.runs import checkpoint, resume
 from core.runs.checkpoint import CheckpointError, OtherVersion
-from core.runs.files import Run
 from core.runs.record import About, Epoch, Progress, ResumePoint
+from core.runs.run import Run
 from core.spec import resolve, spec_id
 from tests.conftest import ROOT
 from tests.test_report import make
@@ -403,7 +403,7 @@ STEPS = 4  # an epoch
 def go_on(tmp_path):
     """A function that writes the resume point of two epochs, with a tensor and metadata changed, and reads it as a run
     does that goes on from it."""
-    run, state = Run(tmp_path, "x", spec_id(SPEC)), flatten(step.init_state(SPEC))
+    run, state = Run("x", SPEC, tmp_path), flatten(step.init_state(SPEC))
     run.folder.mkdir(parents=True)
     state["step"] += 2 * STEPS
     history = torch.tensor([[n, 1.5, 0.4, 1.4, 0.5, 3.25, 9000] for n in (1, 2)], dtype=torch.float64)

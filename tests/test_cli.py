@@ -16,6 +16,7 @@ from core.data import cifar10 as dataset
 from core.errors import UserError
 from core.functional import model
 from core.mode import Mode
+from core.plan import Project
 from core.runs import checkpoint, files
 from core.runs.provenance import environment
 from core.runs.record import Metrics, Weights
@@ -103,7 +104,7 @@ def test_a_run_leaves_weights_record_and_report(official):
     accuracy = f"{100 * found['metrics']['test']['accuracy']:.2f}%"
     assert accuracy in (out / "results.md").read_text()
     assert accuracy in done.stdout
-    assert "smoke: epoch 2:" in done.stdout
+    assert "smoke seed 0: epoch 2:" in done.stdout
     assert "no C++ compiler" not in done.stderr
 
 
@@ -128,7 +129,7 @@ def test_a_run_under_a_former_name_is_found_by_either_name(call, out):
     path.write_text(path.read_text().replace('"name": "smoke"', '"name": "fume"'))
     before = contents(old)
     for name, said in (("smoke", ""), ("fume", "fume has a new name: smoke\n")):
-        options = {"patch": "import main; main.FORMER_NAMES = {'fume': 'smoke'}", "out": out}
+        options = {"patch": "import main; main.PROJECT = main.PROJECT._replace(former={'fume': 'smoke'})", "out": out}
         done = call("run", name, "--no-compile", **options)
         assert (done.returncode, done.stderr) == (0, said)
         assert f"smoke ({SMOKE}) is finished" in done.stdout
@@ -149,8 +150,8 @@ def test_a_run_of_other_code_is_named_and_neither_counted_nor_replaced(call, out
     done = call("run", "smoke", "--no-compile", "--data", "/nowhere", "--out", out)
     assert done.returncode == 2
     assert done.stderr == (
-        "1 finished run is of other code, which gives other numbers (smoke): neither counted as results of this code "
-        "nor replaced; --force trains them anew\n"
+        "1 finished run is of other code, which gives other numbers (smoke seed 0): neither counted as results of this "
+        "code nor replaced; --force trains them anew\n"
     )
     assert done.stdout == ""
     assert path.read_bytes() == before
@@ -166,8 +167,10 @@ def test_force_trains_again_and_without_a_compiler_eager(call, out, tmp_path):
     done = call("smoke", "--force", "--device", "cpu", "--out", out, env=env, whole=False)
     assert done.returncode == 0
     (line,) = done.stderr.strip().splitlines()
-    assert line == "smoke: no C++ compiler (g++ or clang++) was found: the train step runs eager, which is slower"
-    assert "smoke: epoch 2:" in done.stdout
+    assert (
+        line == "smoke seed 0: no C++ compiler (g++ or clang++) was found: the train step runs eager, which is slower"
+    )
+    assert "smoke seed 0: epoch 2:" in done.stdout
     assert "is finished" not in done.stdout
     assert record(out)["environment"]["mode"] == "eager"
     assert record(out)["status"] == "finished"
@@ -513,7 +516,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
 
     def parse(*argv):
-        return cli.parse(list(argv), ROOT / "data", "suite")
+        return cli.parse(list(argv), Project(ROOT, {}, {}, "suite"))
 
     home = tmp_path / "x"
     assert parse("--out=~/x").out == parse("--data=~/x").data == home

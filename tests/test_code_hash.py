@@ -7,8 +7,8 @@ import pytest
 
 from core import code_hash
 from core.code_hash import CODE, SAME_NUMBERS, core_bytes_hash, same_numbers
-from core.runs.files import OtherCode
 from core.runs.record import read_record, write_record
+from core.runs.run import OtherCode
 from core.session import run_experiment
 from core.spec import resolve, spec_id
 

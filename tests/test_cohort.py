@@ -1,19 +1,23 @@
 """Runs that are trained together: each has the numbers and the files that it would have alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from core import session
 from core.compile import fused
 from core.data.loader import epoch_order
+from core.events import Diverged, Ended, Stopped
 from core.functional.tree import flatten
 from core.mode import Mode
 from core.runs import resume
-from core.runs.files import Run
 from core.runs.record import Failed, Finished, write_record
-from core.session import Interrupted, run_cohort, run_experiment
-from core.spec import SpecError, resolve, spec_id
+from core.runs.run import Run
+from core.session import run_cohort
+from core.spec import SpecError, resolve
 from core.train import Training, stack
+from tests.conftest import Events
 from tests.test_compile import compiles
 
 EAGER = {"compiled": False}
@@ -21,8 +25,8 @@ CHANGES = ({"lr": 1e-3, "seed": 0}, {"lr": 5e-4, "seed": 1, "dropout": 0.5}, {"w
 
 
 @pytest.fixture
-def runs(small_spec):
-    return [(f"m{i}", small_spec(epochs=2, **change)) for i, change in enumerate(CHANGES)]
+def runs(small_spec, tmp_path):
+    return [Run(f"m{i}", small_spec(epochs=2, **change), tmp_path) for i, change in enumerate(CHANGES)]
 
 
 @pytest.fixture
@@ -32,9 +36,13 @@ def together(runs, tmp_path, invented):
     def train(out, stop_after=10**9, **options):
         left = iter(range(stop_after))
         stop = lambda: next(left, None) is None  # noqa: E731
-        return run_cohort(runs, tmp_path / out, invented, "cpu", None, stop, **{**EAGER, **options})
+        return run_cohort(moved(runs, tmp_path / out), invented, "cpu", (), stop, **{**EAGER, **options})
 
     return train
+
+
+def moved(runs, out):
+    return [replace(run, out=out) for run in runs]
 
 
 def close(one, other):
@@ -44,11 +52,10 @@ def close(one, other):
 
 
 def test_each_has_the_files_and_numbers_that_it_has_alone(together, runs, tmp_path, invented):
-    for (name, spec), record in zip(runs, together("cohort"), strict=True):
-        alone = run_experiment(name, spec, tmp_path / "alone", invented, "cpu", **EAGER)
+    for run, record in zip(moved(runs, tmp_path / "cohort"), together("cohort"), strict=True):
+        [alone] = run_cohort(moved([run], tmp_path / "alone"), invented, "cpu", **EAGER)
         close(record, alone)
         assert record.environment.mode == "eager, cohort of 3"
-        run = Run(tmp_path / "cohort", name, record.spec_id)
         assert run.finished(record.data) == record
         assert not run.resume_points()
 
@@ -60,15 +67,15 @@ def test_a_compiled_step_is_that_of_each_member_alone(runs, invented, changes):
     """Gradients, as the first moments hold them, statistics and losses; that draws are the same to the bit when they
     are vmapped and compiled is tested in test_prng.py. Muon's weights are near: see test_optim.py."""
     cpu = torch.device("cpu")
-    runs = [(name, resolve({**spec, **changes})) for name, spec in runs]
-    trainings = [Training(spec, invented, cpu) for _, spec in runs]
-    alone = [Training(spec, invented, cpu) for _, spec in runs]
+    specs = [resolve({**run.spec, **changes}) for run in runs]
+    trainings = [Training(spec, invented, cpu) for spec in specs]
+    alone = [Training(spec, invented, cpu) for spec in specs]
     for training in trainings + alone:
         spec = training.spec
         training.data["order"].copy_(epoch_order(training.examples, spec["batch_size"], spec["seed"], 0))
     before = [{name: p.clone() for name, p in each.state["params"].items()} for each in alone]
     trees = stack(trainings)
-    made = fused.fuse(runs[0][1], *trees)
+    made = fused.fuse(specs[0], *trees)
     assert made.mode == Mode("compiled", 3)
     made.advance()
     for mine, theirs, old in zip(trainings, alone, before, strict=True):
@@ -85,13 +92,13 @@ def test_a_compiled_step_is_that_of_each_member_alone(runs, invented, changes):
 @pytest.mark.parametrize("member", [0, 1])
 def test_a_member_that_diverges_leaves_the_others_alone(runs, together, tmp_path, invented, member):
     whole = together("whole")
-    name, spec = runs[member]
-    runs[member] = (name, resolve({**spec, "lr": 1e38}))
-    events = [[], [], []]
-    records = run_cohort(runs, tmp_path / "nan", invented, "cpu", [each.append for each in events], **EAGER)
+    runs[member] = replace(runs[member], spec={**runs[member].spec, "lr": 1e38})
+    told = []
+    listener = lambda run, event: told.append((run.name, type(event)))  # noqa: E731
+    records = run_cohort(moved(runs, tmp_path / "nan"), invented, "cpu", [listener], **EAGER)
     assert isinstance(records[member], Failed)
     assert "NaN or infinite" in records[member].error
-    assert [event.kind for event in events[member]][-1] == "diverged"
+    assert [kind for name, kind in told if name == f"m{member}"][-2:] == [Diverged, Ended]
     for i in {0, 1, 2} - {member}:
         assert isinstance(records[i], Finished)
         assert records[i].digest == whole[i].digest, "a member depends on another one"
@@ -100,11 +107,11 @@ def test_a_member_that_diverges_leaves_the_others_alone(runs, together, tmp_path
 @pytest.mark.parametrize("after", [7, 15, 20])
 def test_it_is_stopped_and_goes_on(together, runs, tmp_path, after):
     whole = together("whole")
-    with pytest.raises(Interrupted, match=r"^m0 stopped after step \d+ of 30, which is saved; so did 2 with it$"):
-        together("cut", after)
+    stops = together("cut", after)
+    assert stops == [Stopped(stops[0].step, 30)] * 3
     again = together("cut")
     assert [record.digest for record in again] == [record.digest for record in whole]
-    assert all(record.bitwise for record in again)
+    assert all(record.exact for record in again)
 
 
 @pytest.mark.parametrize("saves", range(7))
@@ -134,21 +141,19 @@ def test_killed_between_the_saves_of_its_members(together, monkeypatch, saves):
                 together("cut")
     again = together("cut")
     assert [record.digest for record in again] == [record.digest for record in whole]
-    assert all(record.bitwise for record in again)
+    assert all(record.exact for record in again)
 
 
 def test_what_was_in_another_cohort_goes_on_and_says_so(together, runs, tmp_path, invented):
     """A member alone, and two that stand at different steps."""
-    with pytest.raises(Interrupted):
-        together("cut", 7)
-    name, spec = runs[0]
-    events = []
-    alone = run_experiment(name, spec, tmp_path / "cut", invented, "cpu", events.append, **EAGER)
-    assert [event.kind for event in events][:2] == ["resumed", "notice"]
-    assert not alone.bitwise
+    together("cut", 7)
+    events = Events()
+    [alone] = run_cohort(moved(runs[:1], tmp_path / "cut"), invented, "cpu", [events], **EAGER)
+    assert events.kinds()[:3] == ["Started", "Resumed", "Notice"]
+    assert not alone.exact
     records = together("cut")
     assert records[0] == alone
-    assert not any(record.bitwise for record in records)
+    assert not any(record.exact for record in records)
     assert records[1].environment.mode == "eager, cohort of 2"
 
 
@@ -156,5 +161,5 @@ def test_runs_that_differ_in_shape_or_epochs_are_refused(small_spec, tmp_path, i
     one = small_spec(epochs=1)
     for other in (small_spec(epochs=2), small_spec(epochs=1, activation="relu"), one):
         with pytest.raises(SpecError, match="cannot be trained together"):
-            run_cohort([("x", one), ("x", other)], tmp_path, invented, "cpu", **EAGER)
-    assert not Run(tmp_path, "x", spec_id(one)).record.exists()
+            run_cohort([Run("x", spec, tmp_path) for spec in (one, other)], invented, "cpu", **EAGER)
+    assert not Run("x", one, tmp_path).record.exists()

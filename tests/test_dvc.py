@@ -19,8 +19,8 @@ from core.functional import model, step
 from core.report import rebuild, tables, text
 from core.report.catalog import Catalog
 from core.runs import checkpoint
-from core.runs.files import Run
 from core.runs.record import Finished, Metrics
+from core.runs.run import Run
 from tests.conftest import OFFLINE, REMOTE, ROOT, lacking
 from tests.test_predict import metadata
 from tests.test_report import failed, make, on_all, write
@@ -80,7 +80,7 @@ def train(project, spec, data):
     about = metadata(spec, weights, test, data)
     record = replace(make("x", **spec), digest=about.digest, data=about.data)
     write(project, [replace(record, metrics=replace(record.metrics, test=test))])
-    path = Run(project, "x", about.spec_id).weights
+    path = Run("x", about.spec, project).weights
     checkpoint.save(path, weights, about)
     rebuild.rebuild(project, Catalog())
     return path
@@ -203,7 +203,7 @@ def test_weights_go_through_a_remote(project, small_spec, invented, tmp_path):
     clone = tmp_path / "clone"
     git(project, "clone", "--quiet", project, clone)
     there = clone / path.relative_to(project)
-    run = Run(clone, "x", path.stem)
+    run = Run("x", small_spec(), clone)
     assert run.finished(data_identity(invented)) is None
     dvc(clone, "pull")
     assert there.read_bytes() == saved

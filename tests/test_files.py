@@ -5,9 +5,10 @@ import re
 import pytest
 
 from core.errors import UserError
-from core.runs.files import Run, find_weights
+from core.runs.files import find_weights
 from core.runs.record import read_records, write_record
-from core.verify import read_finished
+from core.runs.run import Run, former_of
+from core.verify import check_finished
 from tests.test_report import failed, make
 
 
@@ -16,7 +17,7 @@ def keep(tmp_path):
     """Keeps a record under a folder, with a file of weights."""
 
     def do(record, weights=True):
-        run = Run(tmp_path, record.name, record.spec_id)
+        run = Run(record.name, record.spec, tmp_path)
         run.folder.mkdir(parents=True, exist_ok=True)
         write_record(run.record, record)
         if weights:
@@ -65,30 +66,31 @@ def test_a_word_that_means_nothing_or_several_things_is_refused(keep, tmp_path):
 
 
 FORMER = {"old": "new", "older": "new"}
+OLD = former_of("new", FORMER)
 
 
 def test_a_run_under_a_former_name_is_read_under_the_new_one(keep, tmp_path):
     record = make("older")
     weights = keep(record)
-    run = Run(tmp_path, "new", record.spec_id, FORMER)
+    run = Run("new", record.spec, tmp_path, OLD)
     assert (run.weights, run.record) == (weights, weights.with_suffix(".json"))
     assert run.folder == tmp_path / "checkpoints" / "new", "a new result goes to the folder of the new name"
     renamed = make("new")
     assert run.finished(record.data) == renamed
     assert list(read_records(tmp_path, FORMER)) == [renamed]
-    assert read_finished("new", record.spec, tmp_path, record.data, FORMER) == renamed
-    assert find_weights(tmp_path, "new", former=FORMER) == weights
+    assert check_finished(run, record.data) == renamed
+    assert find_weights(tmp_path, "new", former=OLD) == weights
 
 
 def test_of_a_run_under_both_names_the_new_one_counts(keep, tmp_path):
     for name, test in (("old", 0.5), ("older", 0.51), ("new", 0.52)):
         keep(make(name, test=test))
     record = make("new", test=0.52)
-    run = Run(tmp_path, "new", record.spec_id, FORMER)
+    run = Run("new", record.spec, tmp_path, OLD)
     assert run.weights.parent.name == run.record.parent.name == "new"
     assert run.finished(record.data) == record
     assert list(read_records(tmp_path, FORMER)) == [record]
-    assert find_weights(tmp_path, "new", former=FORMER) == run.weights
+    assert find_weights(tmp_path, "new", former=OLD) == run.weights
 
 
 def test_weights_may_be_in_the_old_folder_and_the_record_in_the_new_one(keep, tmp_path):
@@ -97,5 +99,5 @@ def test_weights_may_be_in_the_old_folder_and_the_record_in_the_new_one(keep, tm
     keep(record, weights=False)
     weights = keep(make("old"))
     weights.with_suffix(".json").unlink()
-    assert Run(tmp_path, "new", record.spec_id, FORMER).finished(record.data) == record
-    assert find_weights(tmp_path, "new", former=FORMER) == weights
+    assert Run("new", record.spec, tmp_path, OLD).finished(record.data) == record
+    assert find_weights(tmp_path, "new", former=OLD) == weights

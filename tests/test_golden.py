@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from core import code_hash  # noqa: E402
 from core.compile import fused  # noqa: E402
 from core.data import cifar10 as dataset  # noqa: E402
+from core.events import EpochDone  # noqa: E402
 from core.functional import augment, model, step  # noqa: E402
 from core.functional.tree import leaves, tree_map  # noqa: E402
 from core.mode import Mode  # noqa: E402
@@ -136,9 +137,10 @@ def numbers(data, spec):
             for one in (training.whitening, training.data["whitening"]):
                 one.update(weight=one["weight"] * sign[:, None], bias=one["bias"] * sign)
         for _, event in fit([training]):
-            for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy") if event.kind == "epoch" else ():
-                if event.details[key] is not None:
-                    yield f"epoch {event.details['epoch']} {key}", event.details[key]
+            keys = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+            for key in keys if isinstance(event, EpochDone) else ():
+                if getattr(event, key) is not None:
+                    yield f"epoch {event.epoch} {key}", getattr(event, key)
         for flip in (False, True):
             evaluated = step.summary(training.answers("test", flip))
             for key in ("loss", "accuracy"):

@@ -9,11 +9,11 @@ from core.data import identity
 from core.data.cifar10 import DIRECTORY_HASH
 from core.data.identity import data_identity
 from core.data.tensors import Data, DataError
-from core.runs.files import OtherData, Run
+from core.events import Stopped
 from core.runs.record import read_record
 from core.runs.resume import ResumeError
-from core.session import Interrupted, run_experiment
-from core.spec import resolve, spec_id
+from core.runs.run import OtherData, Run
+from core.session import run_experiment
 from core.verify import verify
 
 TINY = {"widths": [8], "epochs": 2, "batch_size": 100}
@@ -85,12 +85,12 @@ def test_the_record_names_the_data_that_the_run_had(invented, tmp_path):
     for i, data in enumerate((invented, random_labels(invented))):
         record = train(data, tmp_path / str(i))
         assert record.data == data_identity(data) != DIRECTORY_HASH
-        assert read_record(Run(tmp_path / str(i), "x", record.spec_id).record).data == record.data
+        assert read_record(Run("x", record.spec, tmp_path / str(i)).record).data == record.data
 
 
 def test_a_result_of_other_data_is_neither_taken_nor_replaced(invented, tmp_path):
     record = train(invented, tmp_path)
-    path = Run(tmp_path, "x", record.spec_id).record
+    path = Run("x", record.spec, tmp_path).record
     before = path.read_bytes()
     other = random_labels(invented)
     with pytest.raises(OtherData, match=rf"of other data \({record.data}, now {data_identity(other)}\): .*--force"):
@@ -98,22 +98,21 @@ def test_a_result_of_other_data_is_neither_taken_nor_replaced(invented, tmp_path
     assert path.read_bytes() == before
     assert train(copy(invented), tmp_path) == record  # the same data, in other tensors
     with pytest.raises(OtherData):
-        verify("x", TINY, tmp_path, other, "cpu", compiled=False)
-    assert verify("x", TINY, tmp_path, invented, "cpu", compiled=False).same
+        verify(Run("x", TINY, tmp_path), other, "cpu", compiled=False)
+    assert verify(Run("x", TINY, tmp_path), invented, "cpu", compiled=False).same
     again = train(other, tmp_path, force=True)
     assert read_record(path) == again
     assert again.data == data_identity(other)
 
 
-@pytest.mark.parametrize("allow_inexact", [False, True])
-def test_a_run_never_goes_on_with_other_data(invented, tmp_path, allow_inexact):
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_run_never_goes_on_with_other_data(invented, tmp_path, exact):
     steps = iter(range(100))
-    with pytest.raises(Interrupted):
-        train(invented, tmp_path, should_stop=lambda: next(steps) > 15)
-    assert Run(tmp_path, "x", spec_id(resolve(TINY))).resume_points()
+    assert isinstance(train(invented, tmp_path, should_stop=lambda: next(steps) > 15), Stopped)
+    assert Run("x", TINY, tmp_path).resume_points()
     with pytest.raises(ResumeError, match=r"was made with other data \(tensors-.*--force starts anew"):
-        train(random_labels(invented), tmp_path, allow_inexact=allow_inexact)
-    assert train(invented, tmp_path).bitwise
+        train(random_labels(invented), tmp_path, exact=exact)
+    assert train(invented, tmp_path).exact
 
 
 def replaced(**tensors):

@@ -19,7 +19,7 @@ from core.compile.isolation import SettingError, check_threads, isolated
 from core.data import cifar10 as dataset
 from core.export import export
 from core.functional import model
-from core.runs.files import Run
+from core.runs.run import Run
 from core.session import run_experiment
 
 # Of all that a step can do, what is most sensitive: whitening, a second network for the average, products in bfloat16.
@@ -144,7 +144,7 @@ def plain(train, tmp_path_factory):
     """The record of a run without any switch, and the path of its weights."""
     out = tmp_path_factory.mktemp("plain")
     record = train(out)
-    return record, Run(out, "x", record.spec_id).weights
+    return record, Run("x", record.spec, out).weights
 
 
 @pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
@@ -154,7 +154,7 @@ def test_no_switch_changes_a_run_or_is_left_changed(plain, train, switch, tmp_pa
         before = state()
         record = train(tmp_path)
         assert state() == before
-    for what in ("digest", "metrics", "flipped", "answers", "whitening", "data", "bitwise"):
+    for what in ("digest", "metrics", "flipped", "answers", "whitening", "data", "exact"):
         assert getattr(record, what) == getattr(expected, what), what
 
 

@@ -8,32 +8,33 @@ from hypothesis import strategies as st
 
 import main
 from core import cli, plan
+from core.commands import options
 from core.errors import UserError
 from core.spec import FIELDS, SpecError, resolve
 from tests.test_spec import VALID
 
 
 def chosen(*words):
-    return main.chosen(cli.parse(["run", *words], main.ROOT / "data", main.DEFAULT))
+    return options.chosen(cli.parse(["run", *words], main.PROJECT), main.PROJECT)
 
 
 def test_an_override_changes_the_spec_and_not_the_name():
-    [(name, spec)] = chosen("lr-1e-3", "lr=3e-4", "widths=512,256", "dropout=0.1", "epochs=3")
-    assert name == "lr-1e-3"
-    assert spec == resolve({"lr": 3e-4, "widths": [512, 256], "dropout": 0.1, "epochs": 3})
+    [run] = chosen("lr-1e-3", "lr=3e-4", "widths=512,256", "dropout=0.1", "epochs=3")
+    assert run.name == "lr-1e-3"
+    assert run.spec == resolve({"lr": 3e-4, "widths": [512, 256], "dropout": 0.1, "epochs": 3})
 
 
 def test_several_values_make_a_grid():
     found = chosen("baseline", "lr=1e-3,5e-4", "widths=512,256/1024/none", "activation=relu,gelu")
     assert len(found) == 12
-    assert found[0][0] == "baseline-lr=0.001-widths=512x256-activation=relu"
-    assert {tuple(spec["widths"]) for _, spec in found} == {(512, 256), (1024,), ()}
-    assert {spec["norm"] for _, spec in found} == {"none"}  # what baseline says stays
+    assert found[0].name == "baseline-lr=0.001-widths=512x256-activation=relu"
+    assert {tuple(run.spec["widths"]) for run in found} == {(512, 256), (1024,), ()}
+    assert {run.spec["norm"] for run in found} == {"none"}  # what baseline says stays
 
 
 def test_without_a_name_the_default_suite_is_changed():
-    assert [name for name, _ in chosen("seed=3")] == [name for name, _ in chosen()]
-    assert {spec["seed"] for _, spec in chosen("seed=3")} == {3}
+    assert [run.name for run in chosen("seed=3")] == [run.name for run in chosen()]
+    assert {run.seed for run in chosen("seed=3")} == {3}
 
 
 def test_a_name_with_an_equals_sign_is_a_name():

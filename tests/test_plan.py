@@ -7,8 +7,11 @@ import pytest
 from msgspec.structs import replace
 
 from core import estimate, plan, terminal
+from core.commands import options
 from core.errors import UserError
+from core.events import Ended, Started
 from core.functional import model
+from core.listeners import progress
 from core.mode import Mode
 from core.runs.record import check_name
 from core.spec import resolve
@@ -60,7 +63,8 @@ def test_numpy_arrays_ranges_and_tuples_are_axes():
     grid = plan.expand("x", arrays)
     assert list(grid.items()) == list(plan.expand("x", lists).items())
     assert len(grid) == 16
-    assert plan.runs(grid, {}, np.arange(2)) == plan.runs(plan.expand("x", lists), {}, range(2))
+    runs, same = plan.runs(grid, {}, np.arange(2)), plan.runs(plan.expand("x", lists), {}, range(2))
+    assert [(run.name, run.spec) for run in runs] == [(run.name, run.spec) for run in same]
     assert plan.catalog({"s": {"x": arrays}, "t": {"x": arrays}})["x"] == grid
 
 
@@ -180,9 +184,10 @@ def test_seeds_that_are_refused(text):
 
 def test_every_experiment_has_a_seed_before_any_has_the_next():
     runs = plan.runs({"a": {}, "b": {"lr": 0.1}}, {"epochs": 3}, range(2))
-    assert [(name, spec["seed"]) for name, spec in runs] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
-    assert runs[3][1] == resolve({"lr": 0.1, "epochs": 3, "seed": 1})
-    assert plan.runs({"a": {"seed": 4}}, {}) == [("a", resolve({"seed": 4}))]
+    assert [(run.name, run.seed) for run in runs] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert runs[3].spec == resolve({"lr": 0.1, "epochs": 3, "seed": 1})
+    [run] = plan.runs({"a": {"seed": 4}})
+    assert (run.name, run.spec) == ("a", resolve({"seed": 4}))
 
 
 @pytest.mark.parametrize(
@@ -280,13 +285,13 @@ def tally():
 def test_progress_tells_the_time_left_and_the_best_mean(tally):
     tally.add(make("a", seed=0, validation=0.55, epochs=3))
     assert tally.seconds_left() is None
-    assert terminal.progress(tally) == "1 of 4 done; best so far a, validation 55.00%"
+    assert progress.progress(tally) == "1 of 4 done; best so far a, validation 55.00%"
     tally.add(make("b", seed=0, validation=0.50, epochs=3), seconds=30)
-    assert terminal.progress(tally) == "2 of 4 done, about 60 s left; best so far a, validation 55.00%"
+    assert progress.progress(tally) == "2 of 4 done, about 60 s left; best so far a, validation 55.00%"
     tally.add(make("a", seed=1, validation=0.40, epochs=3), seconds=60)
-    assert terminal.progress(tally) == "3 of 4 done, about 45 s left; best so far b, validation 50.00%"
+    assert progress.progress(tally) == "3 of 4 done, about 45 s left; best so far b, validation 50.00%"
     tally.add(make("b", seed=1, validation=0.52, epochs=3), seconds=60)
-    assert terminal.progress(tally) == "4 of 4 done; best so far b, mean validation of 2 seeds 51.00%"
+    assert progress.progress(tally) == "4 of 4 done; best so far b, mean validation of 2 seeds 51.00%"
 
 
 def test_an_hour_of_ctrl_z_is_no_measure_of_the_time_left(tally):
@@ -296,25 +301,23 @@ def test_an_hour_of_ctrl_z_is_no_measure_of_the_time_left(tally):
 
 
 def test_a_resumed_run_counts_with_the_time_of_all_its_steps(capsys):
-    display = terminal.Display(plan.runs({"a": {}}, {"epochs": 3}, range(3)), verbose=False, started=0.0)
-    for seed, (seconds, left) in enumerate([(2.0, "20 s"), (11.75, "11 s")]):
-        display.seconds = seconds
-        display.ended(make("a", seed=seed, epochs=3))  # 9.75 s of training
-        assert f"{seed + 1} of 3 done, about {left} left" in capsys.readouterr().out
+    runs = plan.runs({"a": {}}, {"epochs": 3}, range(3))
+    display = progress.Display(Tally(runs), verbose=False)
+    for run, seconds, left in ((runs[0], 2.0, "20 s"), (runs[1], 11.75, "11 s")):
+        display(run, Started(1))
+        display.begun -= seconds
+        display(run, Ended(make("a", seed=run.seed, epochs=3)))  # 9.75 s of training
+        assert f"{run.seed + 1} of 3 done, about {left} left" in capsys.readouterr().out
 
 
-def test_runs_of_other_code_are_named_in_a_line(capsys):
-    terminal.other_code([])
-    terminal.other_code([f"a seed {seed}" for seed in range(5)])
-    (line,) = capsys.readouterr().err.splitlines()
-    said = "5 finished runs are of other code, which gives other numbers (a seed 0, a seed 1, a seed 2 and 2 more): "
-    assert line.startswith(said)
-    assert line.endswith("; --force trains them anew")
+def test_of_many_runs_a_sentence_names_three():
+    assert options.labels(plan.runs({"a": {}}, {}, range(3))) == "a seed 0, a seed 1, a seed 2"
+    assert options.labels(plan.runs({"a": {}}, {}, range(5))) == "a seed 0, a seed 1, a seed 2 and 2 more"
 
 
 def test_a_run_that_is_left_out_counts_neither_as_done_nor_as_left(tally):
     for seed in range(2):
-        tally.leave_out(plan.runs({"b": {}}, {"epochs": 3, "seed": seed})[0][1])
+        tally.leave_out(plan.runs({"b": {}}, {"epochs": 3, "seed": seed})[0])
         tally.add(make("a", seed=seed, epochs=3), 2.0)
     assert (tally.done, tally.total, tally.seconds_left()) == (2, 2, 0)
 

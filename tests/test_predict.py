@@ -11,8 +11,8 @@ from core.functional import model, step
 from core.predict import InputError
 from core.runs import checkpoint
 from core.runs.checkpoint import CheckpointError
-from core.runs.files import Run
 from core.runs.record import Flipped, Metrics, Weights, write_record
+from core.runs.run import Run
 from core.spec import spec_id
 from core.store import StoreError
 from tests.test_checkpoint import signed
@@ -52,7 +52,7 @@ def write_checkpoint(path, spec, data):
 def saved(request, tmp_path, small_spec, invented):
     """Such a checkpoint; `param` changes the network."""
     spec = small_spec(seed=3, **getattr(request, "param", {}))
-    path = Run(tmp_path, "x", spec_id(spec)).weights
+    path = Run("x", spec, tmp_path).weights
     path.parent.mkdir(parents=True)
     return path, spec, *write_checkpoint(path, spec, invented)
 

@@ -85,11 +85,14 @@ def test_a_text_that_is_no_docstring_counts(core):
 def test_what_decides_no_bit_does_not_count(core):
     """A new column in a report must not keep a run from going on."""
     before = code_hash(core)
-    for name in ("runs", "report"):
+    for name in ("commands", "listeners", "runs", "report"):
         (core / name / "new.py").write_text("x = 1\n")
         (core / name / "deeper").mkdir()
         (core / name / "deeper" / "new.py").write_text("x = 1\n")
-    names = "cli code_hash estimate export images mode plan predict remote session tally terminal verify errors store"
+    names = (
+        "cli code_hash errors estimate events export images mode plan predict remote schedule session signals store "
+        "tally terminal verify"
+    )
     for name in (f"{name}.py" for name in names.split()):
         with open(core / name, "a") as file:
             file.write("x = 1\n")

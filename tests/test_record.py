@@ -6,7 +6,6 @@ from copy import deepcopy
 
 import pytest
 
-from core.runs.files import Run
 from core.runs.record import (
     MAX_BYTES,
     SCHEMA_VERSION,
@@ -18,9 +17,10 @@ from core.runs.record import (
     read_records,
     write_record,
 )
+from core.runs.run import Run
 from core.session import run_experiment
 from core.spec import spec_id
-from tests.conftest import ROOT, lacking
+from tests.conftest import EXPERIMENTS, ROOT, lacking
 from tests.test_experiments import OFFICIAL
 from tests.test_report import answered, failed, make
 
@@ -61,7 +61,7 @@ def edited(record, *edits):
 @pytest.fixture
 def put(tmp_path):
     """Writes bytes in the place of the record of experiment x, and returns the path."""
-    path = Run(tmp_path, "x", ID).record
+    path = Run("x", FINISHED["spec"], tmp_path).record
     path.parent.mkdir(parents=True)
 
     def put(data):
@@ -88,7 +88,7 @@ def refusal(path):
     "record", [make("x"), answered(make("x")), failed("x")], ids=["finished", "with answers", "failed"]
 )
 def test_a_record_comes_back(tmp_path, record):
-    run = Run(tmp_path, "x", record.spec_id)
+    run = Run("x", record.spec, tmp_path)
     run.folder.mkdir(parents=True)
     write_record(run.record, record)
     assert read_record(run.record) == record
@@ -99,7 +99,7 @@ def test_a_record_comes_back(tmp_path, record):
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_an_official_record_stays_valid(name):
     """As it is, as an older version of this program would have written it, and as a later one might."""
-    path = Run(ROOT, name, OFFICIAL[name]).record
+    path = Run(name, EXPERIMENTS[name], ROOT).record
     if not path.exists():
         lacking(f"{path}, which Git has, is not there")
     record, original = read_record(path), json.loads(path.read_bytes())
@@ -121,7 +121,7 @@ def test_a_spec_may_lack_a_key_that_is_younger_than_the_record(put):
 
 def test_the_longest_run_has_a_record(tmp_path):
     record = make("x", epochs=100_000)
-    path = Run(tmp_path, "x", record.spec_id).record
+    path = Run("x", record.spec, tmp_path).record
     path.parent.mkdir(parents=True)
     write_record(path, record)
     assert path.stat().st_size < MAX_BYTES / 2
@@ -160,16 +160,16 @@ def test_the_longest_run_has_a_record(tmp_path):
 )
 def test_what_is_no_record_is_named_and_left_alone(put, tmp_path, data, caplog):
     """The report leaves it out; the run that would write it is refused, with or without weights."""
-    path, good = put(data), Run(tmp_path, "y", make("y").spec_id)
+    path, good = put(data), Run("y", make("y").spec, tmp_path)
     said = refusal(path)
     good.folder.mkdir()
     write_record(good.record, make("y"))
     assert list(read_records(tmp_path)) == [make("y")]
     assert caplog.messages == [f"{said}; it is left out, and stays as it is"]
-    run, aside = Run(tmp_path, "x", ID), re.escape(f"mv {path} {path}.old")
-    for begun in (None, {("x", ID)}):
+    run, aside = Run("x", FINISHED["spec"], tmp_path), re.escape(f"mv {path} {path}.old")
+    for in_progress in (None, {("x", ID)}):
         with pytest.raises(RecordError, match=rf"{re.escape(said)}; to train it anew, move that file away: {aside}$"):
-            run.finished(FINISHED["data"], begun)
+            run.finished(FINISHED["data"], in_progress)
     run.weights.touch()
     with pytest.raises(RecordError):
         run.result()
@@ -189,7 +189,7 @@ def test_a_run_never_replaces_the_record_of_another_version(put, tmp_path, inven
     """Not even with force: it may be the only copy of a result."""
     spec = {"widths": [8], "epochs": 1, "batch_size": 100}
     record = json.loads(encode(make("x", **spec)))
-    run = Run(tmp_path, "x", record["spec_id"])
+    run = Run("x", spec, tmp_path)
     run.record.write_bytes(edited(record, *edits))
     before = run.record.read_bytes()
     for force in (False, True):

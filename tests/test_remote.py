@@ -25,6 +25,7 @@ from core.runs.record import Failed, Finished, decode, encode, read_record, read
 from core.session import TooLarge, run_experiment
 from core.spec import resolve, spec_id
 from core.store import StoreError
+from main import PROJECT
 from tests.conftest import ROOT, lacking
 from tests.test_report import make
 
@@ -278,9 +279,9 @@ def test_no_address_and_one_of_another_protocol_are_refused(ray, address):
 
 def test_an_empty_option_does_not_mean_this_machine():
     with pytest.raises(UserError, match="--ray has an empty address"):
-        cli.parse(["run", "baseline", "--ray", ""], Path("data"), "lr")
-    assert cli.parse(["run", "baseline", "--ray"], Path("data"), "lr").ray == remote.LOCAL
-    assert cli.parse(["run", "baseline"], Path("data"), "lr").ray is None
+        cli.parse(["run", "baseline", "--ray", ""], PROJECT)
+    assert cli.parse(["run", "baseline", "--ray"], PROJECT).ray == remote.LOCAL
+    assert cli.parse(["run", "baseline"], PROJECT).ray is None
 
 
 @pytest.fixture

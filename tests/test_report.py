@@ -529,9 +529,9 @@ def test_no_runs_make_a_report(tmp_path):
 
 
 def test_a_run_that_is_not_bitwise_says_so():
-    text = markdown.markdown([replace(make("a"), bitwise=False)], SUITES)
-    assert "\na, seed 0, is not bitwise: it went on from a resume point" in text
-    assert "not bitwise" not in markdown.markdown([make("a")], SUITES)
+    text = markdown.markdown([replace(make("a"), exact=False)], SUITES)
+    assert "\na, seed 0, is not exact: it went on from a resume point" in text
+    assert "not exact" not in markdown.markdown([make("a")], SUITES)
 
 
 def test_speed_is_the_median_of_the_timed_epochs():
@@ -914,14 +914,14 @@ def test_the_table_has_the_best_thirty_rows_and_counts_the_others():
 
 
 def test_lists_are_cut_off_with_a_count():
-    runs = [replace(make("x", lr=0.01, seed=seed), bitwise=False) for seed in range(40)]
+    runs = [replace(make("x", lr=0.01, seed=seed), exact=False) for seed in range(40)]
     runs += [make("z", dropout=0.01 * i, lr=lr) for i in range(40) for lr in (1e-3, 1e-2)]
     environment = runs[0].environment
     runs += [replace(make("y", seed=i), environment=replace(environment, git=f"{i:012x}")) for i in range(40)]
     text = markdown.markdown([*runs, *(failed("x", seed=seed) for seed in range(100, 140))], SUITES)
     assert text.count(", failed: the loss") == 9
     assert "\n31 more runs failed.\n" in text
-    assert text.count(", is not bitwise: ") == 9
+    assert text.count(", is not exact: ") == 9
     assert "\n31 more runs were resumed in this way.\n" in text
     assert text.count("differ in the learning rate alone") == 5
     assert "more sets of learning rates" in text
@@ -1086,7 +1086,7 @@ def test_weights_that_cannot_be_used_are_not_drawn(tmp_path, data):
 
 
 def test_every_run_is_a_row_of_the_csv(tmp_path):
-    inexact = replace(make("a", seed=4, lr=0.125, validation=0.5), bitwise=False)
+    inexact = replace(make("a", seed=4, lr=0.125, validation=0.5), exact=False)
     write(tmp_path, [inexact, failed("b", widths=[])])
     rebuild.rebuild(tmp_path, SUITES)
     one, other = csv.DictReader((tmp_path / tables.RESULTS_CSV).open())

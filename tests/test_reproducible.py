@@ -13,19 +13,19 @@ import torch
 
 from core.compile import fused
 from core.errors import UserError
+from core.events import EpochDone, ModeChanged, Notice, Stopped
 from core.mode import COMPILED, Mode
 from core.runs import checkpoint
-from core.runs.files import Run
 from core.runs.provenance import environment
 from core.runs.record import ResumePoint, read_record
 from core.runs.resume import KEEP, ResumeError
-from core.session import Interrupted, run_experiment
-from core.spec import resolve, spec_id
-from tests.conftest import EXPERIMENTS, MUON, ROOT
+from core.runs.run import Run
+from core.session import run_experiment
+from tests.conftest import EXPERIMENTS, MUON, ROOT, Events
 
 
 def run_of(out, name, **changes):
-    return Run(out, name, spec_id(resolve({**EXPERIMENTS[name], **changes})))
+    return Run(name, {**EXPERIMENTS[name], **changes}, out)
 
 
 def digest(out, name, **changes):
@@ -56,7 +56,7 @@ def test_verify_trains_again_and_compares(call, tmp_path):
     assert call("run", "smoke", "--no-compile", out=tmp_path, whole=False).returncode == 0
     done = call("verify", "smoke", out=tmp_path, whole=False)
     assert done.returncode == 0, done.stderr
-    assert "smoke: the same bits" in done.stdout
+    assert "smoke seed 0: the same bits" in done.stdout
     record = run_of(tmp_path, "smoke").record
     assert read_record(record).environment.settings == "MKL_CBWR=AUTO,STRICT"
     record.write_text(record.read_text().replace(digest(tmp_path, "smoke"), "0" * 64))
@@ -120,7 +120,7 @@ def test_muon_in_bfloat16_compiled_stopped_and_with_another_number_of_threads(st
         return record.digest, process.output()
 
     def run(out):
-        return Run(tmp_path / out, "muon", spec_id(resolve(changes)))
+        return Run("muon", changes, tmp_path / out)
 
     held, _ = finish("held", "AVX512_CORE_BF16")
     home, patch = tmp_path / "home", "import pathlib, core.compile.cache as c\nc.PROJECT = pathlib.Path('/sys/x')"
@@ -154,10 +154,10 @@ def test_bfloat16_on_amx_records_the_threads(monkeypatch, tmp_path, invented, sm
 
 def test_a_cpu_that_emulates_bfloat16_is_told_so(tmp_path, invented, small_spec, monkeypatch):
     def reasons(precision, optimizer="adam"):
-        events = []
+        events = Events()
         spec = small_spec(epochs=1, precision=precision, optimizer=optimizer)
-        run_experiment("x", spec, tmp_path, invented, "cpu", events.append, compiled=False, force=True)
-        return [event.details["reason"] for event in events if event.kind == "notice"]
+        run_experiment("x", spec, tmp_path, invented, "cpu", [events], compiled=False, force=True)
+        return [event.reason for event in events.of(Notice)]
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
     assert not reasons("float32")
@@ -195,14 +195,13 @@ def train(request, tmp_path, invented, small_spec):
         stop = {"should_stop": lambda: next(left, None) is None}
         return run_experiment("x", spec, tmp_path / out, invented, "cpu", **{"compiled": False, **stop, **options})
 
-    train.run = lambda out: Run(tmp_path / out, "x", spec_id(spec))
+    train.run = lambda out: Run("x", spec, tmp_path / out)
     return train
 
 
 def stopped(train, out, after):
     """The newest resume point of a run that was stopped."""
-    with pytest.raises(Interrupted):
-        train(out, after)
+    assert isinstance(train(out, after), Stopped)
     return train.run(out).resume_points()[0]
 
 
@@ -224,27 +223,24 @@ def shapes(path):
         return checkpoint.shapes_of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
-def seen(events):
-    return [event.kind for event in events if event.kind != "step"]
-
-
 def test_a_run_tells_what_happens(train):
-    events = []
-    record = train("whole", on_event=events.append)
-    assert seen(events) == ["first_step", "epoch", "epoch", "epoch"]
-    assert [event.details["epoch"] for event in events if event.kind == "epoch"] == [1, 2, 3]
-    assert [entry.val_accuracy for entry in record.history] == [
-        event.details["val_accuracy"] for event in events if event.kind == "epoch"
-    ]
+    events = Events()
+    record = train("whole", listeners=[events])
+    assert events.kinds() == ["Started", "FirstStep", "EpochDone", "EpochDone", "EpochDone", "Ended"]
+    assert [event.epoch for event in events.of(EpochDone)] == [1, 2, 3]
+    assert [event.lr for event in events.of(EpochDone)] == [pytest.approx(record.spec["lr"])] * 3
+    assert events[-1].record == record
+    assert [entry.val_accuracy for entry in record.history] == [event.val_accuracy for event in events.of(EpochDone)]
     assert record == read_record(train.run("whole").record)
 
 
 def test_what_is_finished_is_not_trained_again_unless_forced(train):
-    first, events = train("whole"), []
-    assert train("whole", on_event=events.append) == first
-    assert not events
-    again = train("whole", on_event=events.append, force=True)
-    assert seen(events)[0] == "first_step"
+    first, events = train("whole"), Events()
+    assert train("whole", listeners=[events]) == first
+    assert events.kinds() == ["Ended"]
+    again = train("whole", listeners=[events], force=True)
+    events.pop(0)
+    assert events.kinds()[:2] == ["Started", "FirstStep"]
     assert again.digest == first.digest
 
 
@@ -257,9 +253,9 @@ def test_what_is_finished_is_not_trained_again_unless_forced(train):
 def test_a_resumed_run_is_the_uninterrupted_one(train, after):
     whole = train("whole")
     stopped(train, "cut", after)
-    events = []
-    again = train("cut", on_event=events.append)
-    assert seen(events)[0] == "resumed"
+    events = Events()
+    again = train("cut", listeners=[events])
+    assert events.kinds()[:2] == ["Started", "Resumed"]
     assert again.digest == whole.digest
     assert again.metrics == whole.metrics
     timeless = [
@@ -267,13 +263,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(train, after):
         for record in (again, whole)
     ]
     assert timeless[0] == timeless[1]
-    assert again.bitwise
+    assert again.exact
     assert not train.run("cut").resume_points()
 
 
 def test_a_stop_before_the_first_step_leaves_nothing(train):
-    with pytest.raises(Interrupted, match=r"^x stopped before its first step$"):
-        train("cut", 0)
+    assert train("cut", 0) == Stopped(0, 45)
     assert not train.run("cut").resume_points()
 
 
@@ -293,7 +288,7 @@ def test_resuming_elsewhere_is_refused_or_marked(train, key):
     edit(path, environment=type(about.environment)(**{**as_dict(about.environment), key: value}))
     with pytest.raises(ResumeError, match=f"{key} {value} .*--resume-anyway"):
         train("cut")
-    assert train("cut", allow_inexact=True).bitwise is False
+    assert train("cut", exact=False).exact is False
 
 
 def as_dict(struct):
@@ -304,7 +299,7 @@ def test_resuming_with_another_spec_is_refused_or_marked(train):
     edit(stopped(train, "cut", 20), spec={"lr": 1})
     with pytest.raises(ResumeError, match=r"another spec: .*--resume-anyway"):
         train("cut")
-    assert train("cut", allow_inexact=True).bitwise is False
+    assert train("cut", exact=False).exact is False
 
 
 def test_what_began_eager_goes_on_eager(train):
@@ -313,7 +308,7 @@ def test_what_began_eager_goes_on_eager(train):
     stopped(train, "cut", 20)
     again = train("cut", compiled=True)
     assert again.environment.mode == "eager"
-    assert again.bitwise
+    assert again.exact
     assert again.digest == whole.digest
 
 
@@ -332,13 +327,13 @@ def nothing_compiles(monkeypatch):
 
 def test_a_compilation_that_fails_becomes_eager(train, nothing_compiles):
     """One event with the reason, the same run to the end, and the record says in which mode it was made."""
-    events = []
-    record = train("x", compiled=True, on_event=events.append)
-    assert [event.details for event in events if event.kind == "mode"] == [
-        {"mode": Mode("eager"), "reason": "the linker is missing: the train step runs eager, which is slower"}
+    events = Events()
+    record = train("x", compiled=True, listeners=[events])
+    assert events.of(ModeChanged) == [
+        ModeChanged(Mode("eager"), "the linker is missing: the train step runs eager, which is slower")
     ]
     assert record.environment.mode == "eager"
-    assert record.bitwise
+    assert record.exact
     assert record.digest == train("whole").digest
 
 
@@ -349,19 +344,18 @@ def test_a_step_without_patches_is_recorded_and_goes_on_as_such(train, monkeypat
         return fuse(spec, state, data, hyper, compiled=False)._replace(mode=mode, problem="no such name")
 
     monkeypatch.setattr(fused, "fuse", another)
-    events = []
-    whole = train("whole", compiled=True, on_event=events.append)
-    [event] = [event for event in events if event.kind == "mode"]
-    assert str(event.details["mode"]) == whole.environment.mode == "unpatched"
-    assert event.details["reason"].endswith("no such name")
-    with pytest.raises(Interrupted):
-        train("cut", 20, compiled=True)
+    events = Events()
+    whole = train("whole", compiled=True, listeners=[events])
+    [event] = events.of(ModeChanged)
+    assert str(event.mode) == whole.environment.mode == "unpatched"
+    assert event.reason.endswith("no such name")
+    assert isinstance(train("cut", 20, compiled=True), Stopped)
     mode = COMPILED
     with pytest.raises(ResumeError, match=r"the step would be compiled, and was unpatched; .*--resume-anyway"):
         train("cut", compiled=True)
     mode = Mode("unpatched")
     again = train("cut", compiled=True)
-    assert again.bitwise
+    assert again.exact
     assert (again.digest, again.environment.mode) == (whole.digest, "unpatched")
 
 
@@ -371,16 +365,14 @@ def test_what_began_compiled_does_not_go_on_eager_in_silence(train, nothing_comp
     edit(path, environment=type(about.environment)(**{**as_dict(about.environment), "mode": "compiled"}))
     with pytest.raises(ResumeError, match=r"the linker is missing; .*--resume-anyway"):
         train("cut", compiled=True)
-    assert train("cut", compiled=True, allow_inexact=True).bitwise is False
+    assert train("cut", compiled=True, exact=False).exact is False
 
 
 @pytest.mark.parametrize("moment", range(15, 19))
 def test_a_signal_between_the_end_of_an_epoch_and_its_save(train, moment):
     """Whatever moment it comes at: what is said to be saved is."""
-    with pytest.raises(Interrupted) as stop:
-        train("cut", moment, checkpoint_every=2)
-    step = int(str(stop.value).split("after step ")[1].split()[0])
-    assert train.run("cut").resume_points()[0] == train.run("cut").resume_point(step)
+    stop = train("cut", moment, checkpoint_every=2)
+    assert train.run("cut").resume_points()[0] == train.run("cut").resume_point(stop.step)
 
 
 def test_the_newest_damaged_falls_back_to_the_one_before_loudly(train):
@@ -388,10 +380,10 @@ def test_the_newest_damaged_falls_back_to_the_one_before_loudly(train):
     newest = stopped(train, "cut", 40)
     assert len(train.run("cut").resume_points()) == KEEP
     newest.write_bytes(newest.read_bytes()[:-1])
-    events = []
-    again = train("cut", on_event=events.append)
-    assert seen(events)[:2] == ["notice", "resumed"]
-    assert str(newest) in events[0].details["reason"]
+    events = Events()
+    again = train("cut", listeners=[events])
+    assert events.kinds()[:3] == ["Started", "Notice", "Resumed"]
+    assert str(newest) in events[1].reason
     assert again.digest == whole.digest
 
 

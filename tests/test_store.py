@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import platform
 import resource
@@ -22,11 +23,11 @@ from core.errors import UserError
 from core.report.catalog import Catalog
 from core.report.rebuild import rebuild
 from core.runs import checkpoint, files
-from core.runs.files import Run
 from core.runs.record import ResumePoint, read_record, read_records, write_record
+from core.runs.run import Run
 from core.session import run_experiment
 from core.store import Held, StoreError
-from core.verify import read_finished
+from core.verify import check_finished
 from tests.conftest import ROOT
 from tests.test_report import failed, make
 
@@ -47,7 +48,7 @@ def python(source, *arguments):
 
 @pytest.fixture
 def run(tmp_path):
-    run = Run(tmp_path, "x", ID)
+    run = Run("x", FINISHED.spec, tmp_path)
     run.folder.mkdir(parents=True)
     return run
 
@@ -182,21 +183,21 @@ def test_a_file_system_without_locks_is_refused_before_anything_starts(tmp_path,
 
 
 HOLD = """
-import sys, time
+import json, sys, time
 from pathlib import Path
-from core.runs.files import Run
-with Run(Path(sys.argv[1]), "x", sys.argv[2]).lock():
+from core.runs.run import Run
+with Run("x", json.loads(sys.argv[2]), Path(sys.argv[1])).lock():
     print("held", flush=True)
     time.sleep(60)
 """
 
 
 def test_a_lock_names_its_holder_and_dies_with_it(run, tmp_path):
-    holder = python(HOLD, tmp_path, ID)
+    holder = python(HOLD, tmp_path, json.dumps(FINISHED.spec))
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(Held, match=f"^process {holder.pid} on "), run.lock():
         pass
-    with Run(tmp_path, "x", "0" * 12).lock():  # another run of the same experiment
+    with Run("x", {"seed": 1}, tmp_path).lock():  # another run of the same experiment
         pass
     holder.kill()
     holder.wait()
@@ -207,8 +208,9 @@ def test_a_lock_names_its_holder_and_dies_with_it(run, tmp_path):
 
 def test_who_waits_for_a_stopped_process_is_told_how_to_wake_it(tmp_path, caplog):
     """Ctrl-Z while results.md is written: another `run` or `report` waits, and says for whom."""
-    hold = HOLD.replace('Run(Path(sys.argv[1]), "x", sys.argv[2]).lock()', "lock_results(Path(sys.argv[1]))")
-    holder = python(hold.replace("import Run", "import lock_results").replace("time.sleep(60)", "input()"), tmp_path)
+    locked = 'Run("x", json.loads(sys.argv[2]), Path(sys.argv[1])).lock()'
+    hold = HOLD.replace(locked, "lock_results(Path(sys.argv[1]))").replace("time.sleep(60)", "input()")
+    holder = python(hold.replace("core.runs.run import Run", "core.runs.files import lock_results"), tmp_path)
     assert holder.stdout.readline() == "held\n"
     holder.send_signal(signal.SIGSTOP)
     waiter = threading.Thread(target=files.sweep_all, args=(tmp_path,))
@@ -252,12 +254,12 @@ import sys
 from pathlib import Path
 from core.report.catalog import Catalog
 from core.report.rebuild import rebuild
-from core.runs.files import Run
+from core.runs.run import Run
 from core.runs.record import write_record
 from tests.test_report import make
 for seed in range(int(sys.argv[2]), int(sys.argv[2]) + 4):
     record = make(f"x{seed}", seed=seed)
-    run = Run(Path(sys.argv[1]), record.name, record.spec_id)
+    run = Run(record.name, record.spec, Path(sys.argv[1]))
     run.folder.mkdir(parents=True)
     write_record(run.record, record)
     rebuild(Path(sys.argv[1]), Catalog())
@@ -284,7 +286,7 @@ def test_a_tilde_is_the_home_folder_from_python_too(monkeypatch, tmp_path, inven
     path = f"~/a/checkpoints/x/{record.spec_id}.safetensors"
     network = predict.load(path)
     assert predict.evaluate(path, network, invented).same
-    assert read_finished("x", record.spec, "~/a", record.data) == record
+    assert check_finished(Run("x", record.spec, "~/a"), record.data) == record
     assert list(read_records("~/a")) == [record]
     Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
     assert images.read("~/b.png").shape == (3, 32, 32)
@@ -298,7 +300,7 @@ def test_a_tilde_is_the_home_folder_from_python_too(monkeypatch, tmp_path, inven
 
 
 def test_the_sweep_takes_what_nobody_needs_and_nothing_else(run, tmp_path):
-    other = Run(tmp_path, "y", ID)
+    other = Run("y", FINISHED.spec, tmp_path)
     other.folder.mkdir()
     kept = [run.weights, run.record, run.resume_point(7), other.resume_point(5)]
     kept += [tmp_path / "checkpoints" / "notes.md", tmp_path / "a.tmp", tmp_path / "results.md.mine.tmp"]
@@ -321,7 +323,7 @@ def test_the_sweep_takes_what_nobody_needs_and_nothing_else(run, tmp_path):
 def test_the_sweep_leaves_a_run_alone_that_is_under_way(run, tmp_path):
     temporary, owner = run.folder / f"{ID}.json.77.tmp", run.folder / f"{ID}.owner"
     temporary.touch()
-    holder = python(HOLD, tmp_path, ID)
+    holder = python(HOLD, tmp_path, json.dumps(FINISHED.spec))
     assert holder.stdout.readline() == "held\n"
     files.sweep_all(tmp_path)
     assert temporary.exists()

@@ -13,10 +13,9 @@ import pytest
 
 from core.report import markdown
 from core.runs import checkpoint
-from core.runs.files import Run
-from core.runs.record import ResumePoint, Weights, read_record
+from core.runs.record import ResumePoint, Weights, read_record, read_records
 from core.runs.resume import KEEP
-from core.spec import resolve, spec_id
+from core.runs.run import Run
 from core.store import locked
 from tests.conftest import EXPERIMENTS, ROOT
 from tests.test_reproducible import shapes
@@ -38,7 +37,7 @@ def others(data_dir):
 
 
 def run_of(out, name="smoke", epochs=EPOCHS):
-    return Run(out, name, spec_id(resolve({**EXPERIMENTS[name], "epochs": epochs})))
+    return Run(name, {**EXPERIMENTS[name], "epochs": epochs}, out)
 
 
 def digest(out, name="smoke", epochs=EPOCHS):
@@ -113,7 +112,7 @@ def test_a_sweep_killed_five_times_trains_only_what_is_missing(start, data_dir, 
 
     def finished(out):
         """The digest of every finished run, and what a rewritten record would change."""
-        runs = [Run(out, path.parent.name, path.stem) for path in out.glob("checkpoints/*/*.json")]
+        runs = [Run(record.name, record.spec, out) for record in read_records(out)]
         return {
             str(run.record.relative_to(out)): (found.digest, run.record.stat().st_ino, run.record.stat().st_mtime_ns)
             for run in runs
@@ -243,7 +242,7 @@ def test_the_default_network_compiled_diverges(start, data_dir, tmp_path):
         out=tmp_path,
     )
     assert process.wait() == 1
-    assert "lr-1e-3 failed: the loss or a gradient is NaN or infinite since step 2 (epoch 1)" in process.output()
+    assert "lr-1e-3 seed 0 failed: the loss or a gradient is NaN or infinite since step 2 (epoch 1)" in process.output()
     text = (tmp_path / "results.md").read_text()
     assert "lr-1e-3, seed 0, failed: the loss" in text
     assert "%" not in text
@@ -355,9 +354,9 @@ core.session.Session.finish = lambda self, *rest: (os.kill(os.getpid(), signal.S
 
 def test_a_signal_between_two_runs(start, others, tmp_path):
     patch = """
-import os, signal, core.terminal as t
-ended = t.Display.ended
-t.Display.ended = lambda self, record: (ended(self, record), os.kill(os.getpid(), signal.SIGTERM))
+import os, signal, core.listeners.progress as p
+ended = p.Display._say_result
+p.Display._say_result = lambda self, *rest: (ended(self, *rest), os.kill(os.getpid(), signal.SIGTERM))
 """
     process = start(*others[:-1], 1, out=tmp_path, patch=patch)
     assert process.wait() == 130
@@ -372,14 +371,14 @@ def test_two_processes_share_the_experiments(start, others, smoke, tmp_path):
     epochs, out = 4, tmp_path / "both"
     both = (*others[:-1], epochs, "-v")
     first = start(*both, out=out, patch=SLOW_SAVE.format(seconds=0.5))
-    first.until("smoke: epoch 1:")
+    first.until("smoke seed 0: epoch 1:")
     second = start(*both, out=out)
     second.until("taking the next one")
-    assert f"smoke is being trained by process {first.pid} on" in second.output()
-    second.until("baseline: epoch 1:")
+    assert f"smoke seed 0 is being trained by process {first.pid} on" in second.output()
+    second.until("baseline seed 0: epoch 1:")
     assert first.wait() == 0, first.output()
     assert second.wait() == 0, second.output()
-    assert "baseline is being trained by process" in first.output() or "baseline was finished by" in first.output()
+    assert "baseline seed 0 is being trained by process" in first.output() or "by another process" in first.output()
     finish(start, *smoke[:-1], epochs, out=tmp_path / "alone")
     assert digest(out, epochs=epochs) == digest(tmp_path / "alone", epochs=epochs)
     rows = [line for line in (out / "results.md").read_text().splitlines() if f" | {epochs} | " in line]
@@ -421,7 +420,7 @@ def test_training_again_keeps_what_is_finished_until_it_is_replaced(start, smoke
     assert process.wait() == 130
     assert "; without --force, the same command goes on from there" in process.output()
     assert (run.record.read_bytes(), run.weights.read_bytes()) == before
-    assert "smoke: resumed after step" in finish(start, *command, out=tmp_path)
+    assert "smoke seed 0: resumed after step" in finish(start, *command, out=tmp_path)
     assert run.weights.read_bytes() == before[1]
     assert_nothing_left(tmp_path)
 
@@ -469,7 +468,7 @@ def test_results_that_cannot_be_written_stay_as_they_are(start, smoke, tmp_path)
 def assert_failed_alone(process, out, reason):
     """Smoke has failed in one line and claims no number, and the experiment after it has been trained."""
     assert process.wait() == 1, process.output()
-    (line,) = (line for line in process.output().splitlines() if "smoke failed" in line)
+    (line,) = (line for line in process.output().splitlines() if "smoke seed 0 failed" in line)
     assert reason in line
     (record,) = map(read_record, out.glob("checkpoints/smoke/*.json"))
     assert reason in record.error
@@ -518,7 +517,7 @@ resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
     if compiled:
         process = start("run", "smoke", *others[4:], out=tmp_path, patch=patch)
         assert process.wait() == 1
-        assert "smoke failed: out of memory on cpu" in process.output()
+        assert "smoke seed 0 failed: out of memory on cpu" in process.output()
     else:
         assert_failed_alone(start(*others, out=tmp_path, patch=patch), tmp_path, "out of memory on cpu")
 
@@ -530,7 +529,7 @@ def test_other_words_for_too_little_memory(start, others, tmp_path, error):
 import torch, core.session
 begin = core.session.Session.begin
 def exhausted(self, *rest):
-    if self.name == "smoke":
+    if self.run.name == "smoke":
         raise {error}
     return begin(self, *rest)
 core.session.Session.begin = exhausted

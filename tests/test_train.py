@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from core import train
+from core.events import EpochDone
 from core.mode import Mode
 from core.spec import resolve
 from core.train import Stopwatch, Training, fit
@@ -44,7 +45,7 @@ def epochs(data, clock, pause_before, members=1):
         clock.go(0.01, 0.02)  # two threads
         return False
 
-    return [event.details for _, event in fit(trainings, between_steps) if event.kind == "epoch"]
+    return [event for _, event in fit(trainings, between_steps) if isinstance(event, EpochDone)]
 
 
 @pytest.mark.parametrize("pause_before", [5, 15])
@@ -52,20 +53,20 @@ def test_a_pause_is_not_training(invented, clock, pause_before):
     """Ctrl-Z for 40 s, in the first epoch or the second. Of the first epoch the first step, which compiles, is not
     timed; the step with the pause is not timed either."""
     paused = epochs(invented, clock, pause_before)
-    assert [entry["samples_per_second"] for entry in paused] == [10_000, 10_000]
-    assert [entry["seconds"] for entry in paused] == ([0.08, 0.1] if pause_before == 5 else [0.09, 0.09])
+    assert [entry.samples_per_second for entry in paused] == [10_000, 10_000]
+    assert [entry.seconds for entry in paused] == ([0.08, 0.1] if pause_before == 5 else [0.09, 0.09])
 
 
 def test_without_a_pause_every_step_counts(invented, clock):
     whole = epochs(invented, clock, None)
-    assert [entry["seconds"] for entry in whole] == [0.09, 0.1]
-    assert [entry["samples_per_second"] for entry in whole] == [10_000, 10_000]
+    assert [entry.seconds for entry in whole] == [0.09, 0.1]
+    assert [entry.samples_per_second for entry in whole] == [10_000, 10_000]
 
 
 def test_a_pause_of_a_cohort_is_not_training(invented, clock):
     found = epochs(invented, clock, 5, members=2)
-    assert [entry["seconds"] for entry in found] == [0.04, 0.04, 0.05, 0.05]
-    assert {entry["samples_per_second"] for entry in found} == {20_000}
+    assert [entry.seconds for entry in found] == [0.04, 0.04, 0.05, 0.05]
+    assert {entry.samples_per_second for entry in found} == {20_000}
 
 
 @pytest.mark.parametrize(

@@ -102,15 +102,15 @@ def introduction(results: Results) -> str:
 
 
 def problems(records: list[Record], results: Results) -> str:
-    """Which runs failed, are not bitwise, or are not compared?"""
+    """Which runs failed, are not exact, or are not compared?"""
     failures, inexact = [], []
     for r in records:
         if not isinstance(r, Finished):
             other = "" if results.has(r) else " (other code or data)"
             failures.append(f"{r.name}, seed {r.seed}, failed{other}: {r.error}.\n")
-        elif not r.bitwise:
+        elif not r.exact:
             inexact.append(
-                f"{r.name}, seed {r.seed}, is not bitwise: it went on from a resume point where its bits are not those "
+                f"{r.name}, seed {r.seed}, is not exact: it went on from a resume point where its bits are not those "
                 "of an uninterrupted run (--resume-anyway, or in another cohort).\n"
             )
     lines = text.first(failures, "{} more runs failed.\n")

@@ -12,8 +12,9 @@ from core.report import best_run, markdown, plots, published, stats, tables
 from core.report.catalog import Catalog
 from core.report.plots import Picture
 from core.runs import files
-from core.runs.files import Run, lock_results
+from core.runs.files import lock_results
 from core.runs.record import Record, read_records
+from core.runs.run import Run, former_of
 from core.spec import FIELDS, SpecError, nearest
 
 MAX_BYTES = 64 << 20  # of a file of a report on disk; a larger file is not ours
@@ -125,7 +126,9 @@ def _pictures(out: Path, results: stats.Results, catalog: Catalog, data: Path | 
     # Early, as it takes the most memory: it is given back before matplotlib is loaded.
     if mistakes := best_run.mistakes(run, cifar10.CLASSES, lambda indices: _test_images(data, indices)):
         yield mistakes
-    yield best_run.filters(run, lambda: _first_layer(Run(out, run.name, run.spec_id, catalog.former).weights))
+    yield best_run.filters(
+        run, lambda: _first_layer(Run(run.name, run.spec, out, former_of(run.name, catalog.former)).weights)
+    )
     if confusion := best_run.confusion(best, cifar10.CLASSES):
         yield confusion
     for suite, names in list(catalog.suites.items())[:MAX_SUITES]:

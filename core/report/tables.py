@@ -34,7 +34,7 @@ MEASUREMENTS: dict[str, Callable[[Finished], Any]] = {
     "first_step_seconds": lambda r: r.first_step_seconds,
     "samples_per_second": stats.speed,
     "digest": lambda r: r.digest,
-    "bitwise": lambda r: r.bitwise,
+    "bitwise": lambda r: r.exact,
 }
 ENVIRONMENT = [field.name for field in msgspec.structs.fields(Environment)]
 HEADINGS = ("experiment", "spec_id", "status", *FIELDS, *MEASUREMENTS, *ENVIRONMENT, "data", "current", "error")

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from core.runs.files import Run
 from core.runs.record import Environment
+from core.runs.run import Run
 from core.store import atomic_write, delete
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -180,7 +180,7 @@ class Finished(About, tag_field="status", tag="finished"):
 
     Attributes:
         digest: sha256 of the weights; see core.runs.checkpoint.digest.
-        bitwise: whether the bits are those of an uninterrupted run.
+        exact: whether the bits are those of an uninterrupted run. The key in the file is `bitwise`.
         first_step_seconds: from the start of the run to the end of its first step, which compiles.
         answers: on the test split; older records have none.
         flipped: older records have none.
@@ -192,7 +192,7 @@ class Finished(About, tag_field="status", tag="finished"):
     first_step_seconds: Seconds
     metrics: Splits
     digest: Digest
-    bitwise: bool
+    exact: bool = msgspec.field(name="bitwise")
     answers: Answers | UnsetType = UNSET
     flipped: Flipped | UnsetType = UNSET
     whitening: Digest | UnsetType = UNSET
@@ -229,13 +229,13 @@ class Progress(Struct):
 
     Attributes:
         seconds, timed: the time of the steps of the epoch under way so far, and how many steps that are.
-        first_step_seconds, bitwise: as in `Finished`.
+        first_step_seconds, exact: as in `Finished`.
     """
 
     seconds: Seconds = 0.0
     timed: Count = 0
     first_step_seconds: Seconds = 0.0
-    bitwise: bool = True
+    exact: bool = msgspec.field(name="bitwise", default=True)
 
 
 class ResumePoint(About):

@@ -15,9 +15,9 @@ from core.errors import UserError
 from core.mode import COMPILED, Mode
 from core.runs import checkpoint
 from core.runs.checkpoint import CheckpointError, OtherVersion
-from core.runs.files import Run
 from core.runs.provenance import difference
 from core.runs.record import About, Epoch, Progress, ResumePoint, check_validation, validation
+from core.runs.run import Run
 from core.spec import canonical
 from core.store import delete
 
@@ -28,7 +28,7 @@ COLUMNS = Epoch.__struct_fields__  # the history is kept as a tensor: in the hea
 
 
 class ResumeError(UserError):
-    """A run cannot go on bit for bit; the message says why."""
+    """A run cannot go on exactly; the message says why."""
 
 
 class Restored(NamedTuple):
@@ -36,7 +36,7 @@ class Restored(NamedTuple):
 
     Attributes:
         mode: of the step, as it goes on.
-        different: what decides the bits and has changed since, in words; None if nothing.
+        inexact: what decides the bits and has changed since, in words; None if nothing.
     """
 
     step: int
@@ -44,7 +44,7 @@ class Restored(NamedTuple):
     history: list[Epoch]
     progress: Progress
     mode: Mode
-    different: str | None
+    inexact: str | None
 
 
 def save(run: Run, state: dict[str, Tensor], history: list[Epoch], about: ResumePoint) -> None:
@@ -61,7 +61,7 @@ def newest(
     about: About,
     state: dict[str, Tensor],
     steps_per_epoch: int,
-    allow_inexact: bool,
+    exact: bool,
     on_damage: Callable[[str], None],
     last: int | None = None,
 ) -> Restored | None:
@@ -70,12 +70,12 @@ def newest(
     Args:
         last: leave out those after this step.
         about, state: those of the run that wants to go on; `state` is flat.
-        allow_inexact: go on even where the bits will differ.
+        exact: refuse to go on if the bits would differ from those of an uninterrupted run.
         on_damage: called with a sentence for each damaged one.
 
     Raises:
-        ResumeError: it belongs to other data; or to another spec, or a machine or software whose bits differ, unless
-            `allow_inexact`; or to another version of this program; or all of them are damaged.
+        ResumeError: it belongs to other data; or to another spec, or a machine or software whose bits differ, with
+            `exact`; or to another version of this program; or all of them are damaged.
     """
     bad = []
     for path in run.resume_points():
@@ -89,8 +89,8 @@ def newest(
             on_damage(f"{error}; looking for the one before")
             bad.append(path)
             continue
-        if found.different and not allow_inexact:
-            raise ResumeError(f"{path} was made with {found.different}: {REMEDY}")
+        if found.inexact and exact:
+            raise ResumeError(f"{path} was made with {found.inexact}: {REMEDY}")
         delete(*bad)  # so that the two that are kept are good
         return found
     if bad:

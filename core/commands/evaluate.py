@@ -1,0 +1,58 @@
+"""evaluate: checkpoints on the test split, beside what their runs recorded."""
+
+import argparse
+
+from core import terminal
+from core.commands import options
+from core.errors import UserError
+from core.plan import Project
+from core.signals import Stop
+from core.store import StoreError
+from core.terminal import warn
+
+HELP = "evaluate checkpoints on the test split"
+
+
+def add_parser(commands: argparse._SubParsersAction, project: Project) -> argparse.ArgumentParser:
+    parser = commands.add_parser("evaluate", parents=[options.which(), options.machine(project)], help=HELP)
+    parser.add_argument(
+        "checkpoints", nargs="*", metavar="CHECKPOINT", help="a name, an id or a file; all under --out if none"
+    )
+    parser.add_argument(
+        "--tta", choices=("none", "flip"), default="none", help="average over each image and its mirror image"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    return parser
+
+
+def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
+    """Returns 1 where a checkpoint differs from what its run recorded, 2 where it, or its record, cannot be read."""
+    with stop.quick_imports():
+        from core import predict, session
+    if args.checkpoints:
+        paths = [options.weights(args, project, word) for word in args.checkpoints]
+    else:
+        found = sorted((args.out / "checkpoints").glob("*/*.safetensors"))
+        paths = [path for path in found if ".step-" not in path.name]
+    if not paths:
+        raise UserError(f"no checkpoint under {args.out / 'checkpoints'}; `uv run main.py` trains some")
+    status, good = 0, []
+    for path in paths:  # a bad one is found before the data is read; all at once might be more than memory holds
+        try:
+            predict.load(path)
+            predict.recorded(path)
+            good.append(path)
+        except StoreError as error:
+            warn(f"error: {error}")
+            status = 2
+    if not good:
+        return status
+    data, device = session.prepare(args.device, lambda: options.load_data(args))
+    show = terminal.evaluation_as_json if args.json else terminal.evaluation
+    for path in good:
+        network = predict.load(path, device)
+        network.about.name = project.former.get(network.about.name, network.about.name)
+        evaluation = predict.evaluate(path, network, data, args.tta == "flip")
+        status = max(status, 0 if evaluation.same else 1)
+        show(path, network.about, evaluation)
+    return status

@@ -1,0 +1,36 @@
+"""list: the suites, with what one seed of each experiment takes; or the keys of a spec."""
+
+import argparse
+
+from core import plan, terminal
+from core.commands import options
+from core.commands.run import measured
+from core.plan import Project
+from core.signals import Stop
+from core.spec import resolve
+from core.terminal import say
+
+HELP = "show the suites and their specs, with an estimate"
+
+
+def add_parser(commands: argparse._SubParsersAction, project: Project) -> argparse.ArgumentParser:
+    parser = commands.add_parser("list", parents=[options.shared()], help=HELP)
+    parser.add_argument("--keys", action="store_true", help="show the keys of a spec with their meanings instead")
+    return parser
+
+
+def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
+    if args.keys:
+        terminal.keys()
+        return 0
+    suites = project.catalog().suites
+    runs = {suite: plan.runs(members, out=args.out, former=project.former) for suite, members in suites.items()}
+    known = measured(stop, args.out)
+    for suite, members in runs.items():
+        default = " (the default)" if suite == project.default else ""
+        say(f"{suite}{default}: {terminal.estimate(known.estimate(run.spec for run in members))}")
+        for run in members:
+            estimate = terminal.estimate(known.estimate([run.spec]))
+            say(f"  {run.name}  {run.id}  {estimate}  {suites[suite][run.name]}")
+    say(f"every other key: {resolve({})}")
+    return 0

@@ -1,0 +1,205 @@
+"""run: train what is not finished yet, and rebuild results.md."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from core import estimate, plan, terminal
+from core.commands import options
+from core.data import cifar10
+from core.errors import UserError
+from core.listeners.progress import Display
+from core.mode import Mode
+from core.plan import Project
+from core.report import stats
+from core.report.rebuild import prepare, rebuild
+from core.runs import files
+from core.runs.record import Failed, Finished, RecordError, read_records
+from core.runs.run import OtherCode, Run
+from core.signals import Stop
+from core.spec import spec_id
+from core.tally import Tally
+from core.terminal import say, warn
+
+HELP = "train experiments (the default)"
+
+
+def parse_address(text: str) -> str:
+    """The address of a Ray cluster. An empty one, as of a variable that is not set, must not mean this machine."""
+    if not text.strip():
+        raise UserError("--ray has an empty address, expected HOST:PORT or auto, or --ray alone for this machine")
+    return text
+
+
+def add_parser(commands: argparse._SubParsersAction, project: Project) -> argparse.ArgumentParser:
+    parents = [options.shared(), options.machine(project), options.training()]
+    parser = commands.add_parser("run", parents=parents, help=HELP)
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME|KEY=VALUE",
+        help=f"experiments, grids or suites (by default the suite {project.default}), and keys of the spec to change, "
+        "such as lr=3e-4, widths=512,256 or activation=relu,gelu (a grid); list --keys shows all keys",
+    )
+    parser.add_argument(
+        "--cohort",
+        type=plan.parse_cohort,
+        default=1,
+        metavar="off|N",
+        help="train up to N runs of one shape together (default: off)",
+    )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        type=parse_address,
+        metavar="ADDRESS",
+        help="train on a Ray cluster, by default all of this machine",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would be trained, with an estimate")
+    parser.add_argument("--checkpoint-every", type=int, default=1, metavar="N", help="epochs between resume points")
+    parser.add_argument("--force", action="store_true", help="train again; the old result stays until then")
+    parser.add_argument("--resume-anyway", action="store_true", help="resume even where the result is not exact")
+    return parser
+
+
+def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
+    runs = options.chosen(args, project)
+    if args.checkpoint_every < 1:
+        raise UserError(f"--checkpoint-every {args.checkpoint_every}, expected at least 1")
+    if args.dry_run:
+        return dry_run(args, runs, stop)
+    catalog = project.catalog()
+    prepare(args.out, catalog)  # an --out that cannot be written is found before the training, not after it
+    tally, todo = Tally(runs), []
+    for run, result in with_results(args, runs, tally):
+        if result:
+            tally.add(result)
+        else:
+            todo.append(run)
+    status = 0 if tally.done + len(todo) == len(runs) else 2
+    say_finished(tally)
+    if todo:
+        before = tally.done
+        status = train(args, todo, tally, stop) or status
+        if status == 130 and tally.done == before:  # nothing to report, and whoever stopped it waits
+            return status
+    rebuild(args.out, catalog, args.data)
+    terminal.table(tally)
+    return status
+
+
+def with_results(args: argparse.Namespace, runs: list[Run], tally: Tally) -> Iterator[tuple[Run, Finished | None]]:
+    """The runs, each with its result if it need not be trained.
+
+    Names and skips those that may not be trained: their record cannot be read, or is of other code.
+    """
+    in_progress, other_code = files.in_progress(args.out), []
+    for run in runs:
+        try:
+            result = run.result() if args.force else run.finished(cifar10.DIRECTORY_HASH, in_progress)
+        except RecordError as error:
+            warn(f"error: {error}")
+            tally.leave_out(run)
+        except OtherCode:
+            other_code.append(run)
+            tally.leave_out(run)
+        else:
+            yield run, None if args.force else result
+    if other_code:
+        count = "1 finished run is" if len(other_code) == 1 else f"{len(other_code):,} finished runs are"
+        warn(
+            f"{count} of other code, which gives other numbers ({options.labels(other_code)}): neither counted as "
+            "results of this code nor replaced; --force trains them anew"
+        )
+
+
+def say_finished(tally: Tally) -> None:
+    if tally.done and tally.several:
+        say(f"{tally.done:,} of {tally.total:,} runs are finished already; --force trains them again")
+    elif tally.done:
+        [(name, [result])] = tally.results.items()
+        accuracy = stats.percent(result.test)
+        say(f"{name} ({spec_id(tally.specs[name])}) is finished: {accuracy} test accuracy; --force trains it again")
+
+
+def train(args: argparse.Namespace, runs: list[Run], tally: Tally, stop: Stop) -> int:
+    """Train, and say how it ended; returns the exit status."""
+    with stop.quick_imports():
+        from core import schedule
+    status = 0
+    with Display(tally, args.verbose, args.ray is not None) as display:
+        results = schedule.train_all(runs, executor(args, stop), [stop.listen, display], stop, args.cohort)
+        for result in results:
+            match result:
+                case Failed():
+                    status = 1
+                case schedule.Skipped(run, reason):
+                    warn(f"{run.label} is being trained by {reason}; taking the next one")
+                case schedule.Interrupted():
+                    status = 130
+                    again = "the same command goes on from there"
+                    if args.force:
+                        again = f"without --force, {again}"
+                    if args.ray:
+                        done = f"{tally.done:,} of {tally.total:,} done"
+                        warn(f"stopped with {done}, and nothing kept of the others; {again}")
+                    else:
+                        terminal.interrupted(result, tally, again)
+    return status
+
+
+def executor(args: argparse.Namespace, stop: Stop) -> Any:
+    """Who trains: this process, or a Ray cluster. The data is loaded when the first run starts."""
+
+    def here(groups: Any, listener: Any, should_stop: Any) -> Iterator[Any]:
+        with stop.quick_imports():
+            from core import schedule, session
+        data, device = session.prepare(args.device, lambda: options.load_data(args))
+        settings = {
+            "compiled": not args.no_compile,
+            "checkpoint_every": args.checkpoint_every,
+            "force": args.force,
+            "exact": not args.resume_anyway,
+        }
+
+        def run_cohort(group: Any, listener: Any, should_stop: Any) -> Any:
+            return session.run_cohort(group, data, device, [listener], should_stop, **settings)
+
+        return schedule.one_after_another(run_cohort)(groups, listener, should_stop)
+
+    def on_cluster(groups: Any, listener: Any, should_stop: Any) -> Iterator[Any]:
+        with stop.quick_imports():
+            from core import remote
+        data = options.load_data(args)
+        return remote.train(groups, data, listener, args.ray, args.device, not args.no_compile, args.force, warn)
+
+    return on_cluster if args.ray else here
+
+
+def measured(stop: Stop, out: Path, device: str = "auto", threads: int | None = None) -> estimate.Measured:
+    """What this machine has measured with so many threads, by default PyTorch's, from the records under `out`."""
+    with stop.quick_imports():
+        from torch import get_num_threads
+
+        from core.compile.device import pick_device
+        from core.runs import provenance
+    name = provenance.device_name(pick_device(device))
+    return estimate.Measured(read_records(out), name, threads or get_num_threads())
+
+
+def dry_run(args: argparse.Namespace, runs: list[Run], stop: Stop) -> int:
+    """Show each run with what it will take; write nothing."""
+    known = measured(stop, args.out, args.device, 1 if args.ray else None)
+    mode = Mode("eager" if args.no_compile else "compiled")
+    todo = []
+    for run, result in with_results(args, runs, Tally(runs)):
+        if result:
+            say(f"{run.label}  {run.id}  finished")
+        else:
+            todo.append(run.spec)
+            say(f"{run.label}  {run.id}  {terminal.estimate(known.estimate([run.spec], mode))}")
+    total = terminal.estimate(known.estimate(todo, mode), while_trained=True)
+    say(f"{len(runs):,} runs, {len(todo):,} to train: {total}")
+    return 0

@@ -1,0 +1,175 @@
+"""Shows runs in the terminal while they are trained."""
+
+import time
+from typing import Any
+
+import psutil
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from core.events import Ended, EpochDone, Event, FirstStep, ModeChanged, Notice, Resumed, Started, StepDone, Stopped
+from core.report import stats
+from core.runs.record import Failed, Finished, Record
+from core.runs.run import Run
+from core.tally import Tally
+from core.terminal import console, duration, say, warn
+
+
+class Display:
+    """A listener. It shows a bar, and a line for each epoch or, of several runs, for each run.
+
+    Use it in a `with` statement, which takes the bar away at the end.
+    """
+
+    def __init__(self, tally: Tally, verbose: bool, on_cluster: bool = False) -> None:
+        """
+        Args:
+            tally: counts the runs that end.
+            verbose: show the epochs of several runs, too.
+            on_cluster: other processes train. The bar is over the runs.
+        """
+        self.tally, self.on_cluster = tally, on_cluster
+        self.epochs = verbose or not tally.several
+        self.since, self.what = process_start(), "the process"
+        self.noticed: set[str] = set()
+        self.training: list[Run] = []  # the cohort that is trained now
+        self.bars: Progress | None = None
+
+    def __enter__(self) -> "Display":
+        if self.on_cluster:
+            self.since = time.perf_counter()
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+            self._show(columns, "runs", total=self.tally.total, completed=self.tally.done)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bars:
+            self.bars.stop()
+            self.bars = None
+
+    def __call__(self, run: Run, event: Event) -> None:
+        match event:
+            case Started():
+                self._start(run, event.cohort)
+            case Resumed():
+                self._update(completed=event.step)
+                inexact = f", not exact: {event.inexact}" if event.inexact else ""
+                say(f"{run.label}: resumed after step {event.step} (epoch {event.epoch}){inexact}")
+            case FirstStep():
+                self._first_step(run, event)
+            case StepDone():
+                self._update(completed=event.step)
+            case EpochDone():
+                self._epoch(run, event)
+            case Notice() | ModeChanged():
+                self.notice(run, event.reason)
+            case Stopped() | Ended():
+                seconds = self._end(run)
+                if isinstance(event, Ended):
+                    self._say_result(run, event.record, seconds)
+
+    def notice(self, run: Run, reason: str) -> None:
+        if reason not in self.noticed:
+            self.noticed.add(reason)
+            warn(f"{run.label}: {reason}")
+
+    def _show(self, columns: tuple, description: str, **task: Any) -> None:
+        # Two refreshes a second: more would take time from the two cores that train.
+        shown = console.is_terminal
+        self.bars = Progress(*columns, console=console, refresh_per_second=2, transient=True, disable=not shown)
+        self.task = self.bars.add_task(description, **task)
+        self.bars.start()
+
+    def _update(self, **changes: Any) -> None:
+        if self.bars:
+            self.bars.update(self.task, **changes)
+
+    def _start(self, run: Run, cohort: int) -> None:
+        if run in self.training:  # its cohort was too large, and now it starts alone
+            self.training.clear()
+            self.__exit__()
+        self.training.append(run)
+        if len(self.training) > 1:
+            return
+        self.begun = time.perf_counter()
+        self.cohort = cohort
+        self.description = run.label if cohort == 1 else f"{run.label} and {cohort - 1} more"
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._show(columns, self.description, total=None, note="compiling")
+
+    def _first_step(self, run: Run, event: FirstStep) -> None:
+        self._update(total=event.total, completed=event.step, note="")
+        if run is self.training[0] and (self.epochs or self.what == "the process"):
+            seconds = time.perf_counter() - self.since
+            say(f"{self.description}: first step {seconds:.1f} s after the start of {self.what}")
+
+    def _epoch(self, run: Run, event: EpochDone) -> None:
+        if event.val_accuracy is None:
+            note = f"train {stats.percent(event.train_accuracy)}"
+        else:
+            note = f"validation {stats.percent(event.val_accuracy)}"
+        self._update(note=note)
+        if self.epochs:
+            say(
+                f"{run.label}: epoch {event.epoch}: train loss {event.train_loss:.4f}, {note}, "
+                f"{event.samples_per_second:,} samples/s"
+            )
+
+    def _end(self, run: Run) -> float:
+        """Take a run off the display; returns the seconds that it took, 0 if this call has not trained it."""
+        now = time.perf_counter()
+        if self.on_cluster:
+            seconds, self.since = now - self.since, now
+            if self.bars:
+                self.bars.advance(self.task)
+            return seconds
+        if run not in self.training:
+            return 0.0
+        seconds = (now - self.begun) / self.cohort
+        self.training.remove(run)
+        if not self.training:
+            self.__exit__()
+            self.since, self.what = now, "this experiment"
+        return seconds
+
+    def _say_result(self, run: Run, record: Record, seconds: float) -> None:
+        if seconds and not self.on_cluster and isinstance(record, Finished):
+            counted = max(seconds, stats.seconds(record))  # this call has seen only the end of a resumed run
+        else:
+            counted = seconds
+        self.tally.add(record, counted)
+        if isinstance(record, Failed):
+            warn(f"{run.label} failed: {record.error}")
+        elif self.tally.several:
+            validation, test = record.metrics.validation, stats.percent(record.metrics.test.accuracy)
+            accuracy = f"validation {stats.percent(validation.accuracy)}, test {test}" if validation else f"test {test}"
+            if self.on_cluster:
+                how = "on the cluster"
+            else:
+                how = f"in {duration(seconds)}" if seconds else "by another process"
+            say(f"{run.label}: {accuracy} {how} ({progress(self.tally)})")
+
+
+def process_start() -> float:
+    """When this process started, as time.perf_counter() counts."""
+    return time.perf_counter() - (time.time() - psutil.Process().create_time())
+
+
+def progress(tally: Tally) -> str:
+    """'7 of 20 done, about 9 min left; best so far lr-1e-3, mean validation of 3 seeds 58.54%'."""
+    text = f"{tally.done:,} of {tally.total:,} done"
+    left = tally.seconds_left()
+    if left and tally.done < tally.total:
+        text += f", about {duration(left)} left"
+    best = tally.ranked()[0]
+    accuracy, seeds = tally.validation(best), len(tally.results[best])
+    if accuracy is not None:
+        mean = f"mean validation of {seeds} seeds" if seeds > 1 else "validation"
+        text += f"; best so far {best}, {mean} {stats.percent(accuracy)}"
+    return text

@@ -1,0 +1,158 @@
+"""A run: its experiment, its spec, the folder of its files, and its result.
+
+A run of an experiment NAME whose spec has the id ID owns checkpoints/NAME/ID.*: ID.safetensors (weights), ID.json (the
+record), ID.diff.gz (uncommitted changes of the code, if there were any). While it is trained, it also owns
+ID.step-N.safetensors (resume points), ID.lock and ID.owner.
+"""
+
+import dataclasses
+import os
+import shlex
+from collections.abc import Mapping, Sequence, Set
+from functools import cached_property
+from pathlib import Path
+
+from core.code_hash import CODE, same_numbers
+from core.errors import UserError
+from core.runs.record import Finished, Record, RecordError, check_name, read_record
+from core.spec import Spec, resolve, spec_id
+from core.store import local, locked
+
+InProgress = Set[tuple[str, str]]  # runs that have resume points, by name and id
+
+
+def former_of(name: str, former: Mapping[str, str]) -> tuple[str, ...]:
+    """The former names of an experiment, from a table of old names with the new names."""
+    return tuple(old for old, new in former.items() if new == name)
+
+
+class OtherData(UserError):
+    """A run has a result, but of other data; the message says where."""
+
+
+class OtherCode(UserError):
+    """A run has a result, but of other code; the message says how to replace it."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One run of an experiment.
+
+    Attributes:
+        name: of the experiment.
+        spec: what is trained; resolved here.
+        out: the folder of results.md and checkpoints/.
+        former: earlier names of the experiment. Weights or a record that lie only under such a name are those of the
+            run; everything new goes under `name`.
+
+    Raises:
+        core.errors.UserError: the name cannot name an experiment, or the spec is not valid (core.spec.SpecError).
+    """
+
+    name: str
+    spec: Spec
+    out: Path
+    former: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        object.__setattr__(self, "spec", resolve(self.spec))
+        object.__setattr__(self, "out", local(self.out))
+
+    @property
+    def seed(self) -> int:
+        return self.spec["seed"]
+
+    @property
+    def label(self) -> str:
+        """The run in a line of output."""
+        return f"{self.name} seed {self.seed}"
+
+    @cached_property
+    def id(self) -> str:
+        return spec_id(self.spec)
+
+    @property
+    def folder(self) -> Path:
+        return self.out / "checkpoints" / self.name
+
+    @property
+    def weights(self) -> Path:
+        return self._existing(f"{self.id}.safetensors")
+
+    @property
+    def record(self) -> Path:
+        return self._existing(f"{self.id}.json")
+
+    def _existing(self, file: str) -> Path:
+        """The file in the folder of the run, unless it exists only in that of a former name."""
+        if self.former and not os.path.lexists(self.folder / file):
+            for name in self.former:
+                if os.path.lexists(self.folder.with_name(name) / file):
+                    return self.folder.with_name(name) / file
+        return self.folder / file
+
+    @property
+    def diff(self) -> Path:
+        return self.folder / f"{self.id}.diff.gz"
+
+    def resume_point(self, step: int) -> Path:
+        return self.folder / f"{self.id}.step-{step:010d}.safetensors"
+
+    def resume_points(self) -> list[Path]:
+        """The newest first."""
+        return sorted(self.folder.glob(f"{self.id}.step-*.safetensors"), reverse=True)
+
+    def lock(self):
+        """Keep the run for this process. Raises Held if another process has it, and not only to tidy up."""
+        return locked(self.folder / f"{self.id}.lock", self.folder / f"{self.id}.owner", timeout=1)
+
+    def read(self) -> Record | None:
+        """The record, if there is one; see core.runs.record.read_record."""
+        if not os.path.lexists(self.record):
+            return None
+        record = read_record(self.record)
+        record.name = self.name
+        return record
+
+    def result(self) -> Finished | None:
+        """The record of a finished run that has its weights.
+
+        Raises:
+            RecordError: the record cannot be read. It may be the only copy of a result, so no run replaces it.
+        """
+        try:
+            record = self.read()
+        except RecordError as error:
+            aside = shlex.join(("mv", str(self.record), f"{self.record}.old"))
+            raise RecordError(f"{error}; to train it anew, move that file away: {aside}") from None
+        return record if isinstance(record, Finished) and self.weights.exists() else None
+
+    def finished(self, data: str, in_progress: InProgress | None = None) -> Finished | None:
+        """The result, unless the run is being trained again.
+
+        Args:
+            data: the identity of the data to train on; see core.data.identity.
+            in_progress: runs with resume points, as `core.runs.files.in_progress` finds them; by default the folder of
+                this run is searched.
+
+        Raises:
+            OtherData, OtherCode: the result is of other data, or of code that gives other numbers. RecordError: as
+                `result`.
+        """
+        result = self.result()  # first, since a search reads all names of a folder, which may hold 10,000 runs
+        if result is None:
+            return None
+        if self.resume_points() if in_progress is None else (self.name, self.id) in in_progress:
+            return None
+        if result.data != data:
+            raise OtherData(
+                f"{self.record} is the result of other data ({result.data}, now {data}): name another folder with "
+                "--out, or replace it with --force"
+            )
+        if not same_numbers(result.environment.code):
+            raise OtherCode(
+                f"{self.record} is the result of other code ({result.environment.code or 'unknown'}, now {CODE}): name "
+                "another folder with --out, or replace it with --force"
+            )
+        return result

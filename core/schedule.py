@@ -1,0 +1,116 @@
+"""Many runs, one after the other, in cohorts or on a cluster: one generator of results for all of them."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from core.events import Listener, Listeners, Stopped
+from core.runs.record import Record
+from core.runs.run import Run
+from core.session import TooLarge
+from core.spec import static_key
+from core.store import Held
+
+Group = Sequence[Run]  # runs that are trained together
+ShouldStop = Callable[[], bool]
+
+
+class Skipped(NamedTuple):
+    """A run that another process is training."""
+
+    run: Run
+    reason: Held
+
+
+class Interrupted(NamedTuple):
+    """The last result of `train_all` after a stop.
+
+    Attributes:
+        runs: those that were stopped in the middle and are saved; empty if the stop came between two runs, before the
+            first step, or on a cluster.
+        step, total: the last step of these runs, and how many steps they have.
+    """
+
+    runs: Sequence[Run] = ()
+    step: int = 0
+    total: int = 0
+
+
+Result = Record | Skipped | Interrupted | Any  # Any: whatever an executor makes of a run
+Executor = Callable[[Sequence[Group], Listener, ShouldStop], Iterator[Result]]
+
+
+def never() -> bool:
+    return False
+
+
+def train_all(
+    runs: Iterable[Run],
+    executor: Executor,
+    listeners: Iterable[Listener] = (),
+    should_stop: ShouldStop = never,
+    cohort: int = 1,
+) -> Iterator[Result]:
+    """Train runs and yield a result for each, as they end.
+
+    Args:
+        executor: trains groups of runs: `one_after_another`, or core.remote.Cluster.
+        listeners: called with (run, event) for whatever happens; see core.events.
+        should_stop: asked between two steps.
+        cohort: how many runs of one shape are trained together at most.
+
+    Yields:
+        The record of each run, or whatever the executor makes of it; `Skipped` for a run that another process is
+        training; `Interrupted`, as the last, after a stop.
+    """
+    try:
+        yield from executor(groups(runs, cohort), Listeners(listeners), should_stop)
+    except KeyboardInterrupt:  # a signal came while there was nothing to save
+        yield Interrupted()
+
+
+def one_after_another(train: Callable[[Group, Listener, ShouldStop], Sequence[Any]]) -> Executor:
+    """The executor that trains one group after the other in this process.
+
+    Args:
+        train: trains a group and returns a result for each run, such as core.session.run_cohort with its data.
+    """
+
+    def execute(groups: Sequence[Group], listener: Listener, should_stop: ShouldStop) -> Iterator[Result]:
+        waiting = deque(groups)
+        while waiting:
+            group = waiting.popleft()
+            try:
+                ended = train(group, listener, should_stop)
+            except (Held, TooLarge) as error:
+                if len(group) > 1:  # one by one, some of them may do
+                    waiting.extendleft([run] for run in reversed(group))
+                elif isinstance(error, Held):
+                    yield Skipped(group[0], error)
+                else:
+                    raise
+                continue
+            stopped = [(run, end) for run, end in zip(group, ended, strict=True) if isinstance(end, Stopped)]
+            yield from (end for end in ended if not isinstance(end, Stopped))
+            if stopped:
+                yield Interrupted([run for run, _ in stopped], *stopped[0][1])
+                return
+            if should_stop():  # too late for this group, which has ended
+                yield Interrupted()
+                return
+
+    return execute
+
+
+def groups(runs: Iterable[Run], size: int) -> list[Group]:
+    """The runs in groups of at most `size` that can be trained together (see core.session.run_cohort), in the order of
+    the first run of each."""
+    found: list[list[Run]] = []
+    growing: dict[Any, list[Run]] = {}
+    for run in runs:
+        key = static_key(run.spec), run.spec["epochs"]
+        if len(growing.get(key, [])) % size == 0:
+            growing[key] = []
+            found.append(growing[key])
+        growing[key].append(run)
+    return list(found)

@@ -11,15 +11,15 @@ from benchmarks import harness
 from core import remote, session
 from core.runs import record as records
 from core.runs.run import Run
-from core.spec import resolve, spec_id
+from core.spec import spec_id
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="uv run --group ray ... has it")
 
 SMALL = {"widths": [256, 128], "batch_size": 256, "epochs": 3}
 
 
-def groups(count, **changes):
-    return [[("x", resolve({**SMALL, **changes, "seed": seed}))] for seed in range(count)]
+def groups(count, out, **changes):
+    return [[Run("x", {**SMALL, **changes, "seed": seed}, out)] for seed in range(count)]
 
 
 @pytest.mark.benchmark(group="remote", timer=harness.replay)
@@ -28,12 +28,12 @@ def test_two_workers_against_one_process(data, tmp_path, benchmark, board):
     compiled before."""
     session.run_experiment("x", SMALL, tmp_path / "first", data, "cpu")
     begun = time.perf_counter()
-    for [(name, spec)] in groups(12):
-        session.run_experiment(name, spec, tmp_path / "here", data, "cpu", checkpoint_every=10**9)
+    for group in groups(12, tmp_path / "here"):
+        session.run_cohort(group, data, "cpu", checkpoint_every=10**9)
     here = time.perf_counter() - begun
-    list(remote.train(groups(2), tmp_path / "warm", data))  # compiles the step for one thread
+    list(remote.train(groups(2, tmp_path / "warm"), data))  # compiles the step for one thread
     begun = time.perf_counter()
-    times = [time.perf_counter() - begun for _ in remote.train(groups(12), tmp_path / "there", data)]
+    times = [time.perf_counter() - begun for _ in remote.train(groups(12, tmp_path / "there"), data)]
     board.lines.append(
         f"Ray: 12 small runs take {here:.1f} s in one process and {times[-1]:.1f} s with two workers "
         f"({here / times[-1]:.2f} times as fast), of which {times[0]:.1f} s are until the first run has ended"
@@ -56,7 +56,7 @@ def test_runs_that_end_at_once(data, tmp_path, benchmark, board, choose, monkeyp
 
     monkeypatch.setattr(remote, "by_value", lambda: task)
     begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    done = sum(1 for _ in remote.train(groups(many, **tiny), tmp_path / "many", data))
+    done = sum(1 for _ in remote.train(groups(many, tmp_path / "many", **tiny), data))
     seconds, megabytes = (
         time.perf_counter() - begun,
         (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,

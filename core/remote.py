@@ -266,11 +266,11 @@ class Watch:
 def train(
     groups: Sequence[Group],
     data: Data,
-    listener: Listener = lambda run, event: None,
     address: str = LOCAL,
     device: str = "auto",
     compiled: bool = True,
     force: bool = False,
+    listener: Listener = lambda run, event: None,
     on_notice: Callable[[str], None] = lambda notice: None,
 ) -> Iterator[Record | Skipped]:
     """Train groups of runs on a cluster, each as a task of one CPU core, or of one GPU if the cluster has any. Yields
@@ -282,8 +282,8 @@ def train(
 
     Args:
         data: on the CPU. It goes into the object store once, from where each node maps it.
-        listener: told of each record; nothing else of a run comes from a worker.
         force: train even what is finished.
+        listener: told of each record; nothing else of a run comes from a worker.
         on_notice: called with a sentence when the runs wait for the cluster.
 
     Raises:
@@ -443,7 +443,7 @@ def check(run: Run, trained: Trained, data: str, sizes: Callable[[str], list[int
     return record
 
 
-def keep(run: Run, record: Record, weights: bytes, started: InProgress) -> Record:
+def keep(run: Run, record: Record, weights: bytes, started: InProgress = frozenset()) -> Record:
     """Write what a worker has made, and return the record.
 
     Args:

@@ -22,8 +22,8 @@ from core import cli, remote
 from core.data.identity import data_identity
 from core.errors import UserError
 from core.runs.record import Failed, Finished, decode, encode, read_record, read_records
+from core.runs.run import Run
 from core.session import TooLarge, run_experiment
-from core.spec import resolve, spec_id
 from core.store import StoreError
 from main import PROJECT
 from tests.conftest import ROOT, lacking
@@ -51,15 +51,15 @@ from pathlib import Path
 import torch
 from core import remote
 from core.data.tensors import Data
-from core.spec import resolve
+from core.runs.run import Run
 
 address, out, epochs, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 generator = torch.Generator().manual_seed(5)
 images, labels = torch.randint(0, 256, (6100, 3072), generator=generator, dtype=torch.uint8), torch.arange(6100) % 10
 data = Data(images[:6000], labels[:6000], images[6000:], labels[6000:])
 spec = {"widths": [32, 16], "batch_size": 64, "epochs": epochs}
-groups = [[("x", resolve({**spec, "seed": seed}))] for seed in range(count)]
-for record in remote.train(groups, out, data, address, compiled=False):
+groups = [[Run("x", {**spec, "seed": seed}, out)] for seed in range(count)]
+for record in remote.train(groups, data, address, compiled=False):
     print(json.dumps([record.seed, record.digest]), flush=True)
 """
 
@@ -402,8 +402,8 @@ def returned(invented, small_spec):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(remote, "_mapped", lambda stored, device: invented)
         monkeypatch.setattr(remote.torch, "set_num_threads", lambda count: None)
-        run = ("x", small_spec(epochs=1))
-        [trained] = remote.work([run], [None], "cpu", compiled=False)
+        run = Run("x", small_spec(epochs=1), "nowhere")
+        [trained] = remote.work([(run.name, run.spec)], [None], "cpu", compiled=False)
     return run, trained
 
 
@@ -443,9 +443,9 @@ def test_a_result_of_something_else_is_refused(returned, invented, what, alter):
     def sizes(train_on):
         return remote.split_sizes(invented, train_on)
 
-    assert remote.checked(run, trained, named, sizes) == record
+    assert remote.check(run, trained, named, sizes) == record
     with pytest.raises(remote.ClusterError, match=f"^a worker returned x seed 0 with {what} .*, expected .* not kept$"):
-        remote.checked(run, trained._replace(record=encode(alter(record))), named, sizes)
+        remote.check(run, trained._replace(record=encode(alter(record))), named, sizes)
 
 
 def test_a_result_that_is_none_is_refused(returned, invented):
@@ -460,12 +460,12 @@ def test_a_result_that_is_none_is_refused(returned, invented):
     others = safetensors.torch.save(tensors | {first: -tensors[first]})
     for weights in (b"", trained.weights[:-4], others):
         with pytest.raises(remote.ClusterError, match=r"it is not kept$"):
-            remote.checked(run, trained._replace(weights=weights), named, sizes)
+            remote.check(run, trained._replace(weights=weights), named, sizes)
     longer = json.loads(trained.record)
     longer["history"] = {key: [*column, 2] for key, column in longer["history"].items()}
     for bad in (b"{}", b"", json.dumps(longer).encode()):
         with pytest.raises(remote.ClusterError, match="a worker returned no result of x"):
-            remote.checked(run, trained._replace(record=bad), named, sizes)
+            remote.check(run, trained._replace(record=bad), named, sizes)
 
 
 @pytest.fixture
@@ -506,8 +506,8 @@ def cluster_of(ray, monkeypatch, returned, invented):
     return make
 
 
-def seeds(small_spec, count, **changes):
-    return [[("x", small_spec(epochs=1, seed=seed, **changes))] for seed in range(count)]
+def seeds(small_spec, count, out):
+    return [[Run("x", small_spec(epochs=1, seed=seed), out)] for seed in range(count)]
 
 
 def test_a_run_that_diverges_or_kills_its_workers_has_failed_and_the_others_go_on(
@@ -518,9 +518,9 @@ def test_a_run_that_diverges_or_kills_its_workers_has_failed_and_the_others_go_o
             raise ERRORS.WorkerCrashedError if attempt % 2 else ERRORS.OutOfMemoryError
 
     tried = cluster_of(fate)
-    groups = seeds(small_spec, 3)
-    groups[1] = [("x", resolve({**groups[1][0][1], "lr": 1e30, "optimizer": "sgd", "norm": "none"}))]
-    ended = {record.seed: record for record in remote.train(groups, tmp_path, invented, compiled=False)}
+    groups = seeds(small_spec, 3, tmp_path)
+    groups[1] = [Run("x", {**groups[1][0].spec, "lr": 1e30, "optimizer": "sgd", "norm": "none"}, tmp_path)]
+    ended = {record.seed: record for record in remote.train(groups, invented, compiled=False)}
     assert tried == {"x 0": remote.DEATHS, "x 1": 1, "x 2": 1}
     assert {seed: type(record) for seed, record in ended.items()} == {0: Failed, 1: Failed, 2: Finished}
     assert ended[0].error.startswith("the worker died 3 times while it trained this run")
@@ -534,10 +534,10 @@ def test_a_node_that_is_lost_does_not_count(cluster_of, small_spec, invented, tm
             raise ERRORS.NodeDiedError if attempt % 2 else ERRORS.ObjectLostError
 
     tried = cluster_of(fate)
-    [record] = remote.train(seeds(small_spec, 1), tmp_path, invented, compiled=False)
+    [record] = remote.train(seeds(small_spec, 1, tmp_path), invented, compiled=False)
     assert isinstance(record, Finished)
     assert tried == {"x 0": 5}
-    assert list(remote.train(seeds(small_spec, 1), tmp_path, invented, compiled=False)) == [record]
+    assert list(remote.train(seeds(small_spec, 1, tmp_path), invented, compiled=False)) == [record]
     assert tried == {"x 0": 5}, "what is finished was trained again"
 
 
@@ -554,8 +554,8 @@ def test_a_cohort_that_cannot_be_trained_together_is_trained_one_by_one(
             raise ERRORS.WorkerCrashedError
 
     tried = cluster_of(fate)
-    together = [run for group in seeds(small_spec, 2) for run in group]
-    ended = list(remote.train([together], tmp_path, invented, compiled=False))
+    together = [run for group in seeds(small_spec, 2, tmp_path) for run in group]
+    ended = list(remote.train([together], invented, compiled=False))
     assert [type(record) for record in ended] == [Finished, Finished]
     assert tried["x 0 1"] == 1
 
@@ -573,7 +573,7 @@ def test_what_else_fails_ends_the_sweep_in_a_sentence(cluster_of, small_spec, in
 
     cluster_of(fate)
     with pytest.raises(UserError, match=f"^{said}$"):
-        list(remote.train(seeds(small_spec, 2), tmp_path, invented, compiled=False))
+        list(remote.train(seeds(small_spec, 2, tmp_path), invented, compiled=False))
     assert not list(tmp_path.glob("checkpoints/x/*.json"))
 
 
@@ -587,7 +587,7 @@ def test_a_record_under_another_id_never_lands(cluster_of, small_spec, invented,
 
     monkeypatch.setattr(remote, "work", other)
     with pytest.raises(remote.ClusterError, match="a worker returned x seed 0 with id "):
-        list(remote.train(seeds(small_spec, 1), tmp_path, invented, compiled=False))
+        list(remote.train(seeds(small_spec, 1, tmp_path), invented, compiled=False))
     assert not list(tmp_path.glob("checkpoints/x/*.json"))
     assert not list(tmp_path.glob("checkpoints/x/*.safetensors"))
 
@@ -602,7 +602,7 @@ def test_a_cluster_without_a_node_for_the_runs_is_said_once_and_waited_for(clust
             raise ERRORS.NodeDiedError
 
     cluster_of(fate, look=lambda: {} if time.monotonic() < begun + 0.5 else {"CPU": 1.0})
-    records = list(remote.train(seeds(small_spec, 1), tmp_path, invented, compiled=False, on_notice=notices.append))
+    records = list(remote.train(seeds(small_spec, 1, tmp_path), invented, compiled=False, on_notice=notices.append))
     assert [type(record) for record in records] == [Finished]
     assert notices == ["the cluster has no CPU; the runs wait for it"]
 
@@ -625,7 +625,7 @@ def test_a_head_that_is_gone_is_said_and_then_given_up(cluster_of, small_spec, i
     monkeypatch.setattr(remote, "LOOK", 0.0)
     notices, begun = [], time.monotonic()
     with pytest.raises(remote.ClusterError, match=r"^the head of the Ray cluster, 10\.0\.0\.1:6379, is gone "):
-        list(remote.train(seeds(small_spec, 2), tmp_path, invented, compiled=False, on_notice=notices.append))
+        list(remote.train(seeds(small_spec, 2, tmp_path), invented, compiled=False, on_notice=notices.append))
     assert time.monotonic() - begun < 5
     assert notices == [
         "the head of the cluster, 10.0.0.1:6379, does not answer (Connection refused); the runs wait for it"
@@ -634,21 +634,21 @@ def test_a_head_that_is_gone_is_said_and_then_given_up(cluster_of, small_spec, i
 
 def test_what_a_worker_returns_is_written_whole_or_not_at_all(tmp_path):
     record = make("x")
-    path = tmp_path / "checkpoints" / "x" / f"{spec_id(record.spec)}"
-    path.parent.mkdir(parents=True)  # as the lock of the run does
-    assert remote.keep(tmp_path, record, b"weights") == record
-    assert read_record(path.with_suffix(".json")) == record
-    assert path.with_suffix(".safetensors").read_bytes() == b"weights"
-    (again := path.with_suffix(".safetensors")).unlink()
+    run = Run("x", record.spec, tmp_path)
+    run.folder.mkdir(parents=True)  # as the lock of the run does
+    assert remote.keep(run, record, b"weights") == record
+    assert read_record(run.record) == record
+    assert run.weights.read_bytes() == b"weights"
+    (again := run.weights).unlink()
     again.mkdir()  # it cannot be written
     with pytest.raises(StoreError, match="cannot write"):
-        remote.keep(tmp_path, record, b"others")
-    assert read_record(path.with_suffix(".json")) == record, "a result was lost before there was another"
+        remote.keep(run, record, b"others")
+    assert read_record(run.record) == record, "a result was lost before there was another"
     again.rmdir()
-    assert remote.keep(tmp_path, record, b"others") == record
+    assert remote.keep(run, record, b"others") == record
     assert again.read_bytes() == b"others"
     failed = Failed(
         **{key: getattr(record, key) for key in ("name", "spec", "spec_id", "seed", "data", "environment")}, error="no"
     )
-    remote.keep(tmp_path, failed, b"")
-    assert read_record(path.with_suffix(".json")) == record, "a failure has replaced a result"
+    remote.keep(run, failed, b"")
+    assert read_record(run.record) == record, "a failure has replaced a result"

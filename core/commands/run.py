@@ -173,7 +173,8 @@ def executor(args: argparse.Namespace, stop: Stop) -> Any:
         with stop.quick_imports():
             from core import remote
         data = options.load_data(args)
-        return remote.train(groups, data, listener, args.ray, args.device, not args.no_compile, args.force, warn)
+        compiled = not args.no_compile
+        return remote.train(groups, data, args.ray, args.device, compiled, args.force, listener, on_notice=warn)
 
     return on_cluster if args.ray else here
 

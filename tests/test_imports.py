@@ -28,7 +28,7 @@ RULES = {
     "estimate": {"mode", "spec", "functional", "runs", "report"},
     "tally": {"spec", "runs", "report", "estimate"},
     "terminal": {"errors", "spec", "data", "report", "runs", "estimate", "tally"},
-    "listeners": {"events", "report", "runs", "tally", "terminal"},
+    "listeners": {"errors", "events", "report", "runs", "tally", "terminal"},
     "signals": set(),
     "cli": {"commands", "plan"},
     "spec": {"errors"},

@@ -61,6 +61,7 @@ def add_parser(commands: argparse._SubParsersAction, project: Project) -> argpar
     parser.add_argument("--checkpoint-every", type=int, default=1, metavar="N", help="epochs between resume points")
     parser.add_argument("--force", action="store_true", help="train again; the old result stays until then")
     parser.add_argument("--resume-anyway", action="store_true", help="resume even where the result is not exact")
+    parser.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard for TensorBoard")
     return parser
 
 
@@ -128,9 +129,14 @@ def train(args: argparse.Namespace, runs: list[Run], tally: Tally, stop: Stop) -
     """Train, and say how it ended; returns the exit status."""
     with stop.quick_imports():
         from core import schedule
-    status = 0
+    status, listeners = 0, [stop.listen]
+    if args.tensorboard:
+        with stop.quick_imports():
+            from core.listeners.tensorboard import TensorBoard
+
+            listeners.append(TensorBoard(args.out))
     with Display(tally, args.verbose, args.ray is not None) as display:
-        results = schedule.train_all(runs, executor(args, stop), [stop.listen, display], stop, args.cohort)
+        results = schedule.train_all(runs, executor(args, stop), [*listeners, display], stop, args.cohort)
         for result in results:
             match result:
                 case Failed():

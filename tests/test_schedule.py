@@ -1,5 +1,6 @@
 """Many runs as one generator of results, and those who listen."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from core.runs.record import Finished
 from core.runs.run import Run
 from core.session import TooLarge, run_cohort
 from core.store import Held
-from tests.conftest import ROOT, Events
+from tests.conftest import ROOT, Events, lacking
 from tests.test_report import failed
 
 
@@ -118,7 +119,8 @@ def test_the_listener_in_the_docs_works(runs, invented, tmp_path, monkeypatch):
 @pytest.fixture
 def read(tmp_path):
     """Reads what lies in the folder of a run, as TensorBoard does: by tag, (step, value)."""
-    pytest.importorskip("tensorboard")
+    if importlib.util.find_spec("tensorboard") is None:
+        lacking("TensorBoard is not installed: uv run --group tensorboard pytest")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def scalars(run):

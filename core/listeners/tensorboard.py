@@ -10,8 +10,8 @@ from core.runs.run import Run
 
 
 class TensorBoard:
-    """A listener. A run is one folder, out/tensorboard/NAME/ID: losses, accuracies and learning rate of each epoch, and at
-    the end its hyper-parameters with the validation accuracy.
+    """A listener. A run is one folder, out/tensorboard/NAME/ID: losses, accuracies and learning rate of each epoch, and
+    at the end its hyper-parameters with the validation accuracy.
 
     Raises:
         core.errors.UserError: TensorBoard is not installed.

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     stop.importing = False
     try:
         args = cli.parse(argv, PROJECT)
-        status = args.do(args, PROJECT, stop)
+        status = args.execute(args, PROJECT, stop)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # whoever read the output has seen enough

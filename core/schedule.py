@@ -69,11 +69,12 @@ def train_all(
         yield Interrupted()
 
 
-def one_after_another(train: Callable[[Group, Listener, ShouldStop], Sequence[Any]]) -> Executor:
+def one_after_another(train: Callable[..., Sequence[Any]]) -> Executor:
     """The executor that trains one group after the other in this process.
 
     Args:
-        train: trains a group and returns a result for each run, such as core.session.run_cohort with its data.
+        train: called with a group, `listeners` and `should_stop`, as core.session.run_cohort is; returns a result for
+            each run.
     """
 
     def execute(groups: Sequence[Group], listener: Listener, should_stop: ShouldStop) -> Iterator[Result]:
@@ -81,7 +82,7 @@ def one_after_another(train: Callable[[Group, Listener, ShouldStop], Sequence[An
         while waiting:
             group = waiting.popleft()
             try:
-                ended = train(group, listener, should_stop)
+                ended = train(group, listeners=[listener], should_stop=should_stop)
             except (Held, TooLarge) as error:
                 if len(group) > 1:  # one by one, some of them may do
                     waiting.extendleft([run] for run in reversed(group))

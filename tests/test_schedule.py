@@ -1,5 +1,6 @@
 """Many runs as one generator of results, and those who listen."""
 
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -24,9 +25,7 @@ def runs(small_spec, tmp_path):
 def trains(invented, **options):
     """The executor that trains eager in this process."""
 
-    def train(group, listener, should_stop):
-        return run_cohort(group, invented, "cpu", [listener], should_stop, compiled=False, **options)
-
+    train = functools.partial(run_cohort, data=invented, device="cpu", compiled=False, **options)
     return schedule.one_after_another(train)
 
 
@@ -64,7 +63,7 @@ def test_an_exception_of_a_signal_becomes_a_result(runs):
 
 
 def test_what_is_too_large_or_held_is_tried_one_by_one(runs):
-    def train(group, listener, should_stop):
+    def train(group, **how):
         if len(group) > 1:
             raise TooLarge("too large")
         if group[0] is runs[1]:
@@ -78,7 +77,7 @@ def test_what_is_too_large_or_held_is_tried_one_by_one(runs):
 
 def test_of_a_cohort_that_is_stopped_those_that_had_ended_have_records(runs):
     ended = failed("x")
-    train = lambda group, listener, should_stop: [ended, Stopped(7, 15), Stopped(7, 15)]  # noqa: E731
+    train = lambda group, **how: [ended, Stopped(7, 15), Stopped(7, 15)]  # noqa: E731
     results = list(schedule.train_all(runs, schedule.one_after_another(train), cohort=3))
     assert results == [ended, schedule.Interrupted(runs[1:], 7, 15)]
 

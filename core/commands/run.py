@@ -1,14 +1,16 @@
 """run: train what is not finished yet, and rebuild results.md."""
 
 import argparse
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from core import estimate, plan, terminal
 from core.commands import options
 from core.data import cifar10
 from core.errors import UserError
+from core.events import Listener
 from core.listeners.progress import Display
 from core.mode import Mode
 from core.plan import Project
@@ -21,6 +23,9 @@ from core.signals import Stop
 from core.spec import spec_id
 from core.tally import Tally
 from core.terminal import say, warn
+
+if TYPE_CHECKING:  # it imports torch
+    from core.schedule import Executor, Group, Result, ShouldStop
 
 HELP = "train experiments (the default)"
 
@@ -129,7 +134,7 @@ def train(args: argparse.Namespace, runs: list[Run], tally: Tally, stop: Stop) -
     """Train, and say how it ended; returns the exit status."""
     with stop.quick_imports():
         from core import schedule
-    status, listeners = 0, [stop.listen]
+    status, listeners = 0, list[Listener]([stop.listen])
     if args.tensorboard:
         with stop.quick_imports():
             from core.listeners.tensorboard import TensorBoard
@@ -156,26 +161,25 @@ def train(args: argparse.Namespace, runs: list[Run], tally: Tally, stop: Stop) -
     return status
 
 
-def executor(args: argparse.Namespace, stop: Stop) -> Any:
+def executor(args: argparse.Namespace, stop: Stop) -> "Executor":
     """Who trains: this process, or a Ray cluster. The data is loaded when the first run starts."""
 
-    def here(groups: Any, listener: Any, should_stop: Any) -> Iterator[Any]:
+    def here(groups: "Sequence[Group]", listener: Listener, should_stop: "ShouldStop") -> "Iterator[Result]":
         with stop.quick_imports():
             from core import schedule, session
         data, device = session.prepare(args.device, lambda: options.load_data(args))
-        settings = {
-            "compiled": not args.no_compile,
-            "checkpoint_every": args.checkpoint_every,
-            "force": args.force,
-            "exact": not args.resume_anyway,
-        }
+        train = functools.partial(
+            session.run_cohort,
+            data=data,
+            device=device,
+            compiled=not args.no_compile,
+            checkpoint_every=args.checkpoint_every,
+            force=args.force,
+            exact=not args.resume_anyway,
+        )
+        return schedule.one_after_another(train)(groups, listener, should_stop)
 
-        def run_cohort(group: Any, listener: Any, should_stop: Any) -> Any:
-            return session.run_cohort(group, data, device, [listener], should_stop, **settings)
-
-        return schedule.one_after_another(run_cohort)(groups, listener, should_stop)
-
-    def on_cluster(groups: Any, listener: Any, should_stop: Any) -> Iterator[Any]:
+    def on_cluster(groups: "Sequence[Group]", listener: Listener, should_stop: "ShouldStop") -> "Iterator[Result]":
         with stop.quick_imports():
             from core import remote
         data = options.load_data(args)

@@ -1,17 +1,21 @@
 """verify: finished runs trained again in a folder of their own, to compare the bits of the weights."""
 
 import argparse
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from core import terminal
 from core.commands import options
+from core.events import Listener, Stopped
 from core.listeners.progress import Display
 from core.plan import Project
 from core.runs.record import Finished
 from core.signals import Stop
 from core.tally import Tally
 from core.terminal import say
+
+if TYPE_CHECKING:  # it imports torch
+    from core.verify import Verification
 
 HELP = "train again elsewhere, compare the bits"
 
@@ -28,16 +32,18 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     with stop.quick_imports():
         from core import schedule, session
         from core.data.cifar10 import DIRECTORY_HASH
-        from core.verify import Verification, check_finished, verify
+        from core.verify import check_finished, verify
     runs = options.chosen(args, project)
     for run in runs:
         check_finished(run, DIRECTORY_HASH)
 
-    def executor(groups: Any, listener: Any, should_stop: Any) -> Iterator[Any]:
+    def executor(
+        groups: Sequence[schedule.Group], listener: Listener, should_stop: schedule.ShouldStop
+    ) -> Iterator[schedule.Result]:
         data, device = session.prepare(args.device, lambda: options.load_data(args))
 
-        def again(group: Any, listener: Any, should_stop: Any) -> list[Any]:
-            return [verify(group[0], data, device, [listener], should_stop, compiled=not args.no_compile)]
+        def again(group: schedule.Group, **how: Any) -> list["Verification | Stopped"]:
+            return [verify(group[0], data, device, compiled=not args.no_compile, **how)]
 
         return schedule.one_after_another(again)(groups, listener, should_stop)
 
@@ -47,13 +53,13 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
             if isinstance(result, schedule.Interrupted):
                 terminal.interrupted(result._replace(runs=()), tally, "a verification keeps nothing")
                 return 130
-            assert isinstance(result, Verification)
-            status = max(status, 0 if result.same else 1)
-            show(result)
+            verification = cast("Verification", result)
+            status = max(status, 0 if verification.same else 1)
+            show(verification)
     return status
 
 
-def show(verification: Any) -> None:
+def show(verification: "Verification") -> None:
     label, again, recorded = verification.run.label, verification.again, verification.recorded
     if isinstance(again, Finished):
         verdict = "the same bits" if verification.same else "DIFFERENT bits"

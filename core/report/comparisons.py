@@ -1,6 +1,7 @@
 """The sections of results.md that compare experiments: the choice of the learning rate, what helped, the baseline."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import NamedTuple
 
 from core.report import stats, text
@@ -11,64 +12,60 @@ from core.spec import FIELDS, canonical
 MAX_CHOICES = 5
 BASELINE = "baseline"  # the experiment that the networks with batch norm are compared with
 
-# How to read the tables of this file.
-LEGEND = (
-    "A comparison is a difference of accuracies, in points, with its 95% interval. It is paired over the seeds that "
-    "both experiments have.",
-    "The verdict is by validation. A difference is significant if its interval does not contain 0. Unpaired: the two "
-    "have fewer than two seeds in common. Then the interval is the sampling error of two accuracies on different "
-    "images, and it ignores the seeds. `--seeds 5` tells more.",
-    f"Seeds needed: with so many seeds, a paired t-test finds a difference of {100 * stats.DIFFERENCE:g} points in "
-    f"{100 * stats.POWER:g}% of all cases.",
-    "Images: how many test images only the first network gets right, and how many only the second, with the p value of "
-    "the exact McNemar test. The networks are those of the first seed that both experiments have.",
-)
-HEADINGS = ("validation", "test", "seeds", "verdict", "seeds needed", "images")
-
 
 class Comparison(NamedTuple):
-    """The accuracy of `a` minus that of `b`; `name` is what the table calls it."""
+    """The accuracy of `a` minus that of `b`."""
 
     name: str
     a: Group
     b: Group
+    better: str = "better"  # the verdict, if `a` is significantly better
+    worse: str = "worse"
+
+    def difference(self, split: str) -> Difference:
+        return stats.compare(self.a, self.b, split)
 
     @property
-    def validation(self) -> Difference:
-        return stats.compare(self.a, self.b, "validation")
-
-    def verdict(self, better: str = "better", worse: str = "worse") -> str:
-        if not self.validation.significant:
+    def verdict(self) -> str:
+        difference = self.difference("validation")
+        if not difference.significant:
             return "not significant"
-        verdict = better if self.validation.mean > 0 else worse
-        return verdict if self.validation.paired else f"{verdict} (unpaired)"
+        verdict = self.better if difference.mean > 0 else self.worse
+        return verdict if difference.paired else f"{verdict} (unpaired)"
 
-    def row(self, verdict: str) -> list[str]:
-        validation = self.validation
-        needed = f"{stats.needed(validation.deviation):,}" if validation.paired else ""
-        test = stats.compare(self.a, self.b, "test")
-        images = _images(self.a, self.b)
-        return [self.name, _points(validation), _points(test), f"{validation.seeds:,}", verdict, needed, images]
+    def needed(self) -> str:
+        difference = self.difference("validation")
+        return f"{stats.needed(difference.deviation):,}" if difference.paired else ""
+
+    def points(self, split: str) -> str:
+        """'+2.39 ± 1.18'."""
+        difference = self.difference(split)
+        return f"{100 * difference.mean:+.2f} ± {100 * difference.half:.2f}"
+
+    def images(self) -> str:
+        """'700 : 749, p = 0.21'; empty if the records do not say which images were right."""
+        found = stats.image_by_image(self.a, self.b)
+        if found is None:
+            return ""
+        only_a, only_b, p = found
+        return f"{only_a:,} : {only_b:,}, {'p < 0.0001' if p < 1e-4 else f'p = {p:.2g}'}"
 
 
-def _points(difference: Difference) -> str:
-    return f"{100 * difference.mean:+.2f} ± {100 * difference.half:.2f}"
-
-
-def _images(a: Group, b: Group) -> str:
-    """'700 : 749, p = 0.21'; empty if the records do not say which images were right."""
-    found = stats.image_by_image(a, b)
-    if found is None:
-        return ""
-    only_a, only_b, p = found
-    return f"{only_a:,} : {only_b:,}, {'p < 0.0001' if p < 1e-4 else f'p = {p:.2g}'}"
+COLUMNS: dict[str, Callable[[Comparison], str]] = {
+    "comparison": lambda c: c.name,
+    "validation": lambda c: c.points("validation"),
+    "test": lambda c: c.points("test"),
+    "seeds": lambda c: f"{c.difference('validation').seeds:,}",
+    "verdict": lambda c: c.verdict,
+    "seeds needed": Comparison.needed,
+    "images": Comparison.images,
+}
 
 
 def _against(best: Group, others: list[Group]) -> str:
     """A table of the best experiment against each other one."""
-    pairs = [Comparison(f"{best.label} minus {other.label}", best, other) for other in others[: text.LINES]]
-    rest = f"\n{len(others) - text.LINES:,} more are further behind.\n" if len(others) > text.LINES else ""
-    return text.grid(("comparison", *HEADINGS), (pair.row(pair.verdict()) for pair in pairs)) + rest
+    rows = [Comparison(f"{best.label} minus {other.label}", best, other) for other in others]
+    return text.table(COLUMNS, rows)
 
 
 def choice(groups: list[Group]) -> str:
@@ -91,13 +88,13 @@ def choice(groups: list[Group]) -> str:
 def _choice(ranking: list[Group]) -> str:
     best, *others = ranking
     names = [group.label for group in sorted(ranking, key=lambda group: stats.order(group[0]))]
-    differences = {other.label: stats.compare(best, other, "validation") for other in others[: text.LINES]}
+    differences = {other.label: stats.compare(best, other, "validation") for other in others}
     close = [label for label, d in differences.items() if not (d.significant and d.mean > 0)]
     lead = f"not significantly better than {text.listed(close)}" if close else "significantly better than the others"
     return (
         f"The experiments {text.listed(names)} differ in the learning rate alone. Validation chooses **{best.label}** "
-        f"({stats.shown(best[0].spec['lr'])}): {stats.percent(stats.accuracy(best, 'validation'))} over "
-        f"{text.seeds(len(best))}. It is {lead}. On test, which has no part in the choice, it reaches "
+        f"({stats.shown(best[0].spec['lr'])}): {stats.percent(stats.accuracy(best, 'validation'))} "
+        f"(n = {len(best)}). It is {lead}. On test, which has no part in the choice, it reaches "
         f"{stats.percent(stats.accuracy(best, 'test'))}.\n\n{_against(best, others)}"
     )
 
@@ -115,9 +112,10 @@ def _changes(groups: list[Group], catalog: Catalog) -> list[Comparison]:
                 keys = [key for key in FIELDS if key != "seed" and old[key] != new[key]]
                 if len(keys) == 1:
                     values = f"{stats.shown(old[keys[0]])} → {stats.shown(new[keys[0]])}"
-                    comparison = Comparison(f"`{keys[0]}` {values} in {reference.label}", after, before)
-                    changes.append((list(FIELDS).index(keys[0]), not plain, comparison))
-    return [comparison for *_, comparison in sorted(changes, key=lambda change: change[:2])]
+                    name = f"`{keys[0]}` {values} in {reference.label}"
+                    change = Comparison(name, after, before, "helped", "hurt")
+                    changes.append((list(FIELDS).index(keys[0]), not plain, change))
+    return [change for *_, change in sorted(changes, key=lambda each: each[:2])]
 
 
 def what_helped(groups: list[Group], catalog: Catalog) -> str:
@@ -125,16 +123,15 @@ def what_helped(groups: list[Group], catalog: Catalog) -> str:
     changes = _changes(groups, catalog)
     if not changes:
         return ""
-    verdicts = [change.verdict("helped", "hurt") for change in changes]
     names: dict[str, list[str]] = defaultdict(list)
-    for change, verdict in zip(changes, verdicts, strict=True):
-        names[verdict].append(f"{change.name} ({_points(change.validation)})")
+    for change in changes:
+        names[change.verdict].append(f"{change.name} ({change.points('validation')})")
     summary = "".join(f"- {verdict.capitalize()}: {text.listed(names[verdict])}.\n" for verdict in sorted(names))
-    rows = [change.row(verdict) for change, verdict in zip(changes, verdicts, strict=True)]
     return (
         "## What helped\n\nA row compares two networks that differ in one key of the spec. `dropout` 0 → 0.2 in "
         "lr-1e-3 is the accuracy with dropout 0.2 minus the accuracy with dropout 0, where all other values are those "
-        f"of lr-1e-3.\n\n{summary}\n{text.grid(('change', *HEADINGS), rows[: text.ROWS])}"
+        "of lr-1e-3. The name of a variant has a minus before what is left out and a plus before what is added: "
+        f"`full-dropout` has no dropout, `minute+dropout` has dropout.\n\n{summary}\n{text.table(COLUMNS, changes)}"
     )
 
 

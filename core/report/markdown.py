@@ -17,6 +17,25 @@ from core.spec import SpecError, resolve
 
 HEADER = "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit."
 OTHER = "Runs of other code or other data"
+LEGEND = f"""## How to read the tables
+
+- A row of a suite is an experiment, the best by validation first. Its n runs differ in the seed alone.
+- 57.12 ± 0.31% (56.74–57.50): the mean over the seeds, the standard deviation of one seed, and the 95% confidence
+  interval of the mean (Student's t). Where n is 1, it is the interval of one accuracy measured on so many images
+  (Wilson); it says nothing about other seeds.
+- The gap is train minus test accuracy, in points. The time is that of all steps of a run, without compilation.
+- A comparison is a difference of accuracies, in points, with its 95% interval. It is paired over the seeds that both
+  experiments have.
+- The verdict is by validation. A difference is significant if its interval does not contain 0. Unpaired: the two have
+  fewer than two seeds in common. Then the interval is the sampling error of two accuracies on different images, and it
+  ignores the seeds. `--seeds 5` tells more.
+- Seeds needed: with so many seeds, a paired t-test finds a difference of {100 * stats.DIFFERENCE:g} points in
+  {100 * stats.POWER:g}% of all cases.
+- Images: how many test images only the first network gets right, and how many only the second, with the p value of the
+  exact McNemar test. The networks are those of the first seed that both experiments have.
+- Each interval holds for itself: by chance alone, about one in twenty is wrong.
+- Every run, with its whole spec, is a row of [results.csv]({tables.RESULTS_CSV}).
+"""
 
 Columns = dict[str, Callable[[Group], str]]
 
@@ -51,15 +70,11 @@ COLUMNS: Columns = {
 
 
 def markdown(
-    records: list[Record],
-    catalog: Catalog,
-    pictures: Mapping[str, Picture] = {},
-    group_by: str | None = None,
+    records: list[Record], catalog: Catalog, pictures: Mapping[str, Picture] = {}, group_by: str | None = None
 ) -> str:
-    """The text of results.md.
+    """The text of results.md, from sorted records.
 
     Args:
-        records: sorted by core.report.stats.order.
         pictures: those that are on disk, by path.
         group_by: a key of the spec, for one more table.
     """
@@ -67,18 +82,16 @@ def markdown(
     groups = stats.ranked(results.compared)
     trained_on_all = sorted(results.trained_on_all, key=lambda group: published.work(group[0]))
     first_suite, *other_suites = suites(groups, catalog, pictures) or [""]
-    choice, gain = comparisons.choice(groups), comparisons.gain(groups)
-    what_helped = comparisons.what_helped(groups, catalog)
     sections = [
         introduction(results),
         problems(records, results),
         first_suite,
-        choice,
-        gain,
+        comparisons.choice(groups),
+        comparisons.gain(groups),
         *other_suites,
-        what_helped,
+        comparisons.what_helped(groups, catalog),
         by_key(groups, group_by),
-        legend(groups, catalog, compared=bool(choice or gain or what_helped)),
+        LEGEND if groups else "",
         best_by_time(trained_on_all, pictures),
         best_experiment(groups, pictures),
         learning_curves(groups + trained_on_all, pictures),
@@ -113,8 +126,8 @@ def problems(records: list[Record], results: Results) -> str:
                 f"{r.name}, seed {r.seed}, is not exact: it went on from a resume point where its bits are not those "
                 "of an uninterrupted run (--resume-anyway, or in another cohort).\n"
             )
-    lines = text.first(failures, "{} more runs failed.\n")
-    lines += text.first(inexact, "{} more runs were resumed in this way.\n")
+    lines = text.limited(failures, "{} more runs failed.\n")
+    lines += text.limited(inexact, "{} more runs were resumed in this way.\n")
     if count := sum(map(len, results.other)):
         runs = "1 finished run is" if count == 1 else f"{count:,} finished runs are"
         anchor = OTHER.lower().replace(" ", "-")
@@ -155,41 +168,12 @@ def by_key(groups: list[Group], key: str | None) -> str:
     )
 
 
-def legend(groups: list[Group], catalog: Catalog, compared: bool) -> str:
-    """How are the tables read?"""
-    if not groups:
-        return ""
-    lines = ["A row of a suite is an experiment, the best by validation first. Its n runs differ in the seed alone."]
-    if catalog.ablations:
-        lines.append(
-            "The name of a variant has a minus before what is left out and a plus before what is added: "
-            "`full-dropout` has no dropout, `minute+dropout` has dropout."
-        )
-    if any(len(group) > 1 for group in groups):
-        lines.append(
-            "57.12 ± 0.31% (56.74–57.50): the mean over the seeds, the standard deviation of one seed, and the 95% "
-            "confidence interval of the mean (Student's t)."
-        )
-    if any(len(group) == 1 for group in groups):
-        lines.append(
-            "Where n is 1, the interval is that of one accuracy measured on so many images (Wilson). It says nothing "
-            "about other seeds."
-        )
-    lines += [
-        "The gap is train minus test accuracy, in points. The time is that of all steps of a run, without compilation.",
-        *(comparisons.LEGEND if compared else ()),
-        "Each interval holds for itself: by chance alone, about one in twenty is wrong.",
-        f"Every run, with its whole spec, is a row of [results.csv]({tables.RESULTS_CSV}).",
-    ]
-    return "## How to read the tables\n\n" + "".join(f"- {line}\n" for line in lines)
-
-
 def best_by_time(groups: list[Group], pictures: Mapping[str, Picture]) -> str:
     """How good are the runs that were trained on all images, beside what is published?"""
     if not groups:
         return ""
     return (
-        "## Records\n\nThese runs were trained on all 50,000 images, as the published networks were. They have no "
+        "## Best by time\n\nThese runs were trained on all 50,000 images, as the published networks were. They have no "
         "validation accuracy and take part in no choice. The numbers are means over n seeds ± the standard deviation "
         "of one. Training is the time of all steps. With compilation, the longest time to a first step is added; it "
         "includes whitening and, unless the step was compiled before, compilation. PetaFLOP are 6 operations for each "
@@ -291,7 +275,7 @@ def _commands(groups: list[Group], catalog: Catalog, end: str = "") -> list[str]
         changed = [_override(key, spec[key]) for key in spec if key != "seed" and spec[key] != now[key]]
         names[" ".join(["", *changed, *_seeds([record.seed for record in group], now["seed"])])].append(name)
     commands = [f"uv run main.py run {' '.join(those)}{options}{end}" for options, those in names.items()]
-    return text.first(commands + unknown, "# and {} more", text.ROWS - 1)
+    return text.limited(commands + unknown, "# and {} more", text.ROWS - 1)
 
 
 def _override(key: str, value: Any) -> str:

@@ -46,26 +46,16 @@ SETTINGS = ("MPLBACKEND", "MATPLOTLIBRC", "MPLCONFIGDIR")
 
 
 class Picture(NamedTuple):
-    """A picture that can be drawn.
+    """A picture that can be drawn. Equal titles and contents give equal pictures."""
 
-    Attributes:
-        path: under the folder of the report; the suffix is the format.
-        title: with the content, it decides what is drawn.
-        paint: paint(figure, content, pixels) draws on an empty figure.
-        height: in inches.
-        alt: what it shows, in words.
-        load: reads the pixels, which `content` only names; None if they are not available.
-        table: the numbers of the content, as Markdown.
-    """
-
-    path: str
+    path: str  # under the folder of the report; the suffix is the format
     title: str
     content: Any
-    paint: Callable[["Figure", Any, Any], None]
-    height: float
-    alt: str
-    load: Callable[[], Any] = lambda: ()
-    table: str = ""
+    paint: Callable[["Figure", Any, Any], None]  # paint(figure, content, pixels) draws on an empty figure
+    height: float  # in inches
+    alt: str  # what it shows, in words
+    load: Callable[[], Any] = lambda: ()  # reads the pixels, which the content only names; None: not available
+    table: str = ""  # the numbers of the content, as Markdown
 
 
 def identifier(picture: Picture) -> bytes:
@@ -79,7 +69,7 @@ def is_picture(data: bytes) -> bool:
 
 
 def draw(picture: Picture) -> bytes | None:
-    """The picture as SVG or PNG, equal bytes for equal contents; None if its pixels or matplotlib are not available."""
+    """The picture as SVG or PNG; None if its pixels or matplotlib are not available."""
     pixels = picture.load()
     if pixels is None or not _import_matplotlib():
         return None
@@ -99,29 +89,26 @@ def draw(picture: Picture) -> bytes | None:
 
 @cache
 def _import_matplotlib() -> bool:
-    """Import matplotlib, if need be without the settings of the environment, which no picture uses. Warns once if it
-    cannot be imported."""
+    """Import matplotlib, without the settings of the environment if it refuses them. Warns if it cannot be imported."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns if it cannot write to HOME
-    try:
-        import matplotlib
-    except Exception:  # a wrong setting can raise anything
-        for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-            del sys.modules[name]  # half imported
-        settings = {name: os.environ.pop(name) for name in SETTINGS if name in os.environ}
+    reason = ""
+    for names in ((), SETTINGS):
+        removed = {name: os.environ.pop(name) for name in names if name in os.environ}
         try:
             import matplotlib  # noqa: F401
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            log.warning(
-                "no picture can be drawn, since matplotlib cannot be imported (%s: %s); mend its installation or its "
-                "settings (a file matplotlibrc), then `uv run main.py report` draws them",
-                type(error).__name__,
-                reason,
-            )
-            return False
+
+            return True
+        except Exception as error:  # a wrong setting can raise anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+                del sys.modules[name]  # half imported
         finally:
-            os.environ.update(settings)
-    return True
+            os.environ.update(removed)
+    log.warning(
+        f"no picture can be drawn, since matplotlib cannot be imported ({reason}). Repair its installation or its "
+        "settings (a file matplotlibrc), then `uv run main.py report` draws them"
+    )
+    return False
 
 
 def short(label: str) -> str:
@@ -152,11 +139,9 @@ LINES: dict[str, tuple[Callable[[list[float]], float], str]] = {
 
 
 class Curve(NamedTuple):
-    """The learning curve of an experiment; NaN where a run has no number."""
-
     label: str
     epochs: list[int]
-    lines: dict[str, list[float]]
+    lines: dict[str, list[float]]  # NaN where a run has no number
 
 
 def curves(groups: list[Group], default: Collection[str] = ()) -> Picture:
@@ -177,7 +162,6 @@ def curve(group: Group, points: int) -> Curve:
     histories = [record.history for record in group]
     last = len(histories[0]) - 1
     indices = sorted({round(i * last / (points - 1)) for i in range(points)})
-
     lines = {}
     for name, (statistic, key) in LINES.items():
         by_epoch = [[getattr(history[i], key) for history in histories] for i in indices]
@@ -190,10 +174,9 @@ def _paint_curves(figure: "Figure", curves: list[Curve], _: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.subplots(2, 1)
-    for ax, quantity, unit, factor in (
-        (axes[0], "accuracy", "accuracy (%)", 100),
-        (axes[1], "loss", "cross-entropy", 1),
-    ):
+    labels = {"accuracy": "accuracy (%)", "loss": "cross-entropy"}
+    for ax, (quantity, label) in zip(axes, labels.items(), strict=True):
+        factor = 100 if quantity == "accuracy" else 1
         for i, curve in enumerate(curves):
             names = ("validation", "low", "high", "train")
             validation, low, high, train = (factor * np.array(curve.lines[f"{quantity}_{name}"]) for name in names)
@@ -201,7 +184,7 @@ def _paint_curves(figure: "Figure", curves: list[Curve], _: Any) -> None:
             ax.plot(curve.epochs, validation, color=color, label=short(curve.label), marker=marker, linewidth=2)
             ax.plot(curve.epochs, train, color=color, linestyle=":", alpha=0.8)
             ax.fill_between(curve.epochs, low, high, color=color, alpha=0.15, linewidth=0)
-        ax.set(xlabel="epoch", ylabel=unit)
+        ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
         ax.grid(alpha=0.3)
     if curves:
@@ -209,14 +192,6 @@ def _paint_curves(figure: "Figure", curves: list[Curve], _: Any) -> None:
 
 
 # Intervals
-
-
-class Bar(NamedTuple):
-    """An experiment: on both splits the mean and both ends of its interval, in percent."""
-
-    label: str
-    validation: list[float]
-    test: list[float]
 
 
 def suite_path(suite: str) -> str:
@@ -229,25 +204,27 @@ def intervals(suite: str, groups: list[Group]) -> Picture:
     title = f"{short(suite)}: accuracy with 95% intervals"
     if len(shown) < len(groups):
         title += f"\nthe best {MAX_BARS} of {len(groups):,} experiments by validation"
+    labels = [group.label for group in shown]
+    numbers = {
+        split: [(stats.accuracy(group, split), *stats.mean_interval(group, split)) for group in shown]
+        for split in ("validation", "test")
+    }
+    alt = f"Accuracy on validation and test with 95% intervals, from the best, {labels[0]}, to {labels[-1]}"
+    height = 1.5 + 0.45 * len(labels)
+    return Picture(suite_path(suite), title, (labels, numbers), _paint_intervals, height, alt)
 
-    def numbers(group: Group, split: str) -> list[float]:
-        return [100 * value for value in (stats.accuracy(group, split), *stats.mean_interval(group, split))]
 
-    bars = [Bar(group.label, numbers(group, "validation"), numbers(group, "test")) for group in shown]
-    alt = f"Accuracy on validation and test with 95% intervals, from the best, {bars[0].label}, to {bars[-1].label}"
-    return Picture(suite_path(suite), title, bars, _paint_intervals, 1.5 + 0.45 * len(bars), alt)
-
-
-def _paint_intervals(figure: "Figure", bars: list[Bar], _: Any) -> None:
+def _paint_intervals(figure: "Figure", content: tuple[list[str], dict[str, list]], _: Any) -> None:
     import numpy as np
 
+    labels, numbers = content
     ax = figure.subplots()
     for split, marker, color, shift in (("validation", "o", "C0", -0.14), ("test", "D", "C1", 0.14)):
-        means, lows, highs = np.array([getattr(bar, split) for bar in bars]).T
-        heights, errors = np.arange(len(bars)) + shift, [means - lows, highs - means]
+        means, lows, highs = 100 * np.array(numbers[split]).T
+        heights, errors = np.arange(len(labels)) + shift, [means - lows, highs - means]
         ax.errorbar(means, heights, xerr=errors, fmt=marker, color=color, label=split, markersize=6, linewidth=2)
-    ax.set_yticks(range(len(bars)), [short(bar.label) for bar in bars])
-    ax.set_ylim(len(bars) - 0.5, -0.5)  # the first is on top
+    ax.set_yticks(range(len(labels)), [short(label) for label in labels])
+    ax.set_ylim(len(labels) - 0.5, -0.5)  # the first is on top
     ax.grid(alpha=0.3, axis="x")
     ax.set_xlabel("accuracy (%)")
     legend(figure, ax)

@@ -11,7 +11,7 @@ from core.runs.record import Finished
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PICTURE = "checkpoints/records.svg"
+PICTURE = "checkpoints/best-by-time.svg"
 
 
 class Published(NamedTuple):

@@ -19,7 +19,6 @@ from core.spec import FIELDS, SpecError, nearest
 
 MAX_BYTES = 64 << 20  # of a file of a report on disk; a larger file is not ours
 MAX_WEIGHTS = 256 << 20  # bytes of a file of weights to draw
-MAX_SUITES = 20  # with a picture
 
 # How the files of a report begin. A file that begins otherwise is not ours; a picture has an identifier.
 BEGINNINGS = {
@@ -65,24 +64,17 @@ def _target(path: Path) -> Path:
 
 
 def rebuild(
-    out: str | Path,
-    catalog: Catalog,
-    data: Path | None = None,
-    redraw: bool = False,
-    group_by: str | None = None,
+    out: str | Path, catalog: Catalog, data: Path | None = None, redraw: bool = False, group_by: str | None = None
 ) -> list[Record]:
-    """Bring the files of the report under `out` up to date; a file that is right is not touched.
+    """Bring the files of the report under `out` up to date, and return all records that can be read, sorted.
 
-    A picture of test images or of weights is drawn if these are available. Otherwise the one on disk stays, and
-    results.md shows it if it is still the right one.
+    A file that is right is not touched. A picture of test images or of weights is drawn if these are available. If
+    not, the one on disk stays, and results.md shows it if it is still the right one.
 
     Args:
         data: the folder of CIFAR-10.
         redraw: draw also the pictures that are up to date.
         group_by: a key of the spec; adds a table by its values to results.md.
-
-    Returns:
-        All records that can be read, sorted.
 
     Raises:
         core.spec.SpecError: there is no such key.
@@ -116,12 +108,11 @@ def _draw(picture: Picture, path: Path, redraw: bool) -> bool:
 
 def _pictures(out: Path, results: stats.Results, catalog: Catalog, data: Path | None) -> Iterator[Picture]:
     """The pictures of a report."""
-    groups = results.compared
     if results.trained_on_all:
         yield published.picture(results.trained_on_all)
-    if not groups:
+    if not (groups := stats.ranked(results.compared)):
         return
-    best = stats.ranked(groups)[0]
+    best = groups[0]
     run = max(best, key=lambda record: stats.accuracies([record], "validation"))
     # Early, as it takes the most memory: it is given back before matplotlib is loaded.
     if mistakes := best_run.mistakes(run, cifar10.CLASSES, lambda indices: _test_images(data, indices)):
@@ -131,7 +122,7 @@ def _pictures(out: Path, results: stats.Results, catalog: Catalog, data: Path | 
     )
     if confusion := best_run.confusion(best, cifar10.CLASSES):
         yield confusion
-    for suite, names in list(catalog.suites.items())[:MAX_SUITES]:
+    for suite, names in catalog.suites.items():
         members = [group for group in groups if group[0].name in names]
         if len({group[0].name for group in members}) > 1:
             yield plots.intervals(suite, members)

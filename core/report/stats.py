@@ -22,10 +22,8 @@ MAX_SEEDS = 100_000
 
 
 class Group(list[Finished]):
-    """An experiment: runs with one name whose specs differ in the seed alone, of the same code and data.
-
-    `label` is the name, with the keys that tell the group from others of its name.
-    """
+    """An experiment: runs with one name whose specs differ in the seed alone, of the same code and data. The label is
+    the name, with the keys that differ from other groups with this name."""
 
     def __init__(self, runs: Iterable[Finished], label: str) -> None:
         super().__init__(runs)
@@ -51,19 +49,12 @@ def groups(finished: Iterable[Finished]) -> list[Group]:
 
 
 class Results(NamedTuple):
-    """The finished runs as experiments, in the order of the records.
+    """The finished runs as experiments, in the order of the records."""
 
-    Attributes:
-        compared: runs with a validation split; every choice is made among them.
-        trained_on_all: runs without a validation split.
-        other: runs of other code or on other data. Their numbers may differ for that alone, so they are not compared.
-        data: the data of `compared` and `trained_on_all`.
-    """
-
-    compared: list[Group]
-    trained_on_all: list[Group]
-    other: list[Group]
-    data: str
+    compared: list[Group]  # with a validation split; every choice is made among them
+    trained_on_all: list[Group]  # without one
+    other: list[Group]  # of other code or on other data: their numbers may differ for that alone
+    data: str  # of all but `other`
 
     def has(self, record: Record) -> bool:
         """Whether a run is of this code and on this data."""
@@ -78,12 +69,9 @@ def results(records: Iterable[Record]) -> Results:
     data = max(counts, key=lambda name: (name == cifar, counts[name], name), default=cifar)
     found = Results([], [], [], data)
     current = [record for record in finished if found.has(record)]
-    return Results(
-        groups(record for record in current if record.metrics.validation),
-        groups(record for record in current if not record.metrics.validation),
-        groups(record for record in finished if not found.has(record)),
-        data,
-    )
+    compared = groups(record for record in current if record.metrics.validation)
+    trained_on_all = groups(record for record in current if not record.metrics.validation)
+    return Results(compared, trained_on_all, groups(record for record in finished if not found.has(record)), data)
 
 
 def grouped_by(finished: Iterable[Finished], key: str) -> list[Group]:

@@ -74,17 +74,15 @@ def curve_points(groups: int) -> int:
 
 
 def metrics_json(results: Results) -> str:
-    """The mean accuracies of each experiment that has a row in results.md.
+    """The mean accuracies of the best experiments, apart from those of runs that were trained on all images.
 
-    DVC joins the keys with dots, to `test.lr-1e-3`. The name comes last, since it may have dots of its own. Runs that
-    were trained on all images had more images than the others, so their test accuracies stand apart.
+    DVC joins the keys with dots, to `test.lr-1e-3`. The name comes last, since it may have dots of its own.
     """
     best, on_all = stats.ranked(results.compared)[: text.ROWS], results.trained_on_all[: text.ROWS]
     parts = {"test": (best, "test"), "validation": (best, "validation"), TRAINED_ON_ALL: (on_all, "test")}
-    means = {
-        name: {group.label: round(stats.accuracy(group, split), 6) for group in groups}
-        for name, (groups, split) in parts.items()
-    }
+    means: dict[str, dict[str, float]] = {}
+    for name, (groups, split) in parts.items():
+        means[name] = {group.label: round(stats.accuracy(group, split), 6) for group in groups}
     return json.dumps(means, indent=1, sort_keys=True) + "\n"
 
 

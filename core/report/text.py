@@ -27,17 +27,12 @@ def folded(summary: str, table: str) -> str:
     return f"\n<details><summary>{summary}</summary>\n\n{table}\n</details>\n"
 
 
-def first(lines: list[str], rest: str, most: int = LINES) -> list[str]:
+def limited(lines: list[str], rest: str, most: int = LINES) -> list[str]:
     """At most `most` lines; if there are more, the last one says how many are left out."""
     return lines if len(lines) <= most else [*lines[: most - 1], rest.format(f"{len(lines) - most + 1:,}")]
 
 
 def listed(names: list[str]) -> str:
     """'a, b and c'; of many the first, and how many others."""
-    names = first(names, "{} others")
+    names = limited(names, "{} others")
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def seeds(n: int) -> str:
-    """'1 seed', '5 seeds'."""
-    return "1 seed" if n == 1 else f"{n:,} seeds"

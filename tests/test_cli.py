@@ -486,7 +486,7 @@ def test_a_record_that_cannot_be_read_costs_one_line_and_stops_nothing_else(call
         assert done.returncode == 0, done.stderr
         lines = done.stderr.splitlines()
         assert len(lines) == (1 if command[0] in ("report", "list") else 0), "it says so once"
-        assert all(str(path) in line and line.endswith("it is left out, and stays as it is") for line in lines)
+        assert all(str(path) in line and line.endswith("it is skipped and stays as it is") for line in lines)
     done = call("run", "smoke", "--seeds", 2, "--no-compile", "--force", "--epochs", 2, out=out)
     assert done.returncode == 2
     refused, _ = done.stderr.splitlines()
@@ -586,10 +586,10 @@ def test_a_hostile_record_is_named_at_once(call, out, kind):
         path.write_text(json.dumps({**found, "name": "\x1b[31mred"}))
     else:
         STRANGE[kind][0](path)
-    assert_refused(call("evaluate", out=out), path, "is no record that this version of the program can read")
+    assert_refused(call("evaluate", out=out), path, "is not a record that this version of the program can read")
     done = call("report", out=out)
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"{path} is no record that this version of the program can read")
+    assert line.startswith(f"{path} is not a record that this version of the program can read")
     assert done.returncode == 0
     assert "results.md rebuilt from 0 records" in done.stdout
 

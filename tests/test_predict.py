@@ -243,7 +243,7 @@ def test_a_checkpoint_that_is_not_as_recorded(saved, invented):
 def test_a_damaged_record_beside_a_checkpoint_is_named(saved, invented):
     path, *_ = saved
     path.with_suffix(".json").write_text("{")
-    with pytest.raises(StoreError, match=r"\.json is no record that this version of the program can read"):
+    with pytest.raises(StoreError, match=r"\.json is not a record that this version of the program can read"):
         evaluate(path, invented)
 
 

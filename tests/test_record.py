@@ -28,7 +28,7 @@ FINISHED, FAILED, ANSWERED = (
     json.loads(encode(record)) for record in (make("x", epochs=2), failed("x"), answered(make("x")))
 )
 ID = FINISHED["spec_id"]
-OF_ANOTHER_RUN = "it is of "
+OF_ANOTHER_RUN = "it is the record of "
 
 
 def leaves(value, where=()):
@@ -76,7 +76,7 @@ def refusal(path):
     with pytest.raises(RecordError) as refused:
         read_record(path)
     said = str(refused.value)
-    assert said.startswith(f"{path} is no record that this version of the program can read: ")
+    assert said.startswith(f"{path} is not a record that this version of the program can read: ")
     assert said.isprintable(), f"{said!r} is more than a sentence"
     return said
 
@@ -165,7 +165,7 @@ def test_what_is_no_record_is_named_and_left_alone(put, tmp_path, data, caplog):
     good.folder.mkdir()
     write_record(good.record, make("y"))
     assert list(read_records(tmp_path)) == [make("y")]
-    assert caplog.messages == [f"{said}; it is left out, and stays as it is"]
+    assert caplog.messages == [f"{said}; it is skipped and stays as it is"]
     run, aside = Run("x", FINISHED["spec"], tmp_path), re.escape(f"mv {path} {path}.old")
     for in_progress in (None, {("x", ID)}):
         with pytest.raises(RecordError, match=rf"{re.escape(said)}; to train it anew, move that file away: {aside}$"):
@@ -271,20 +271,20 @@ def counts(key, i, value):
     [
         ([(("schema_version",), "2")], "it was written by a later version of this program (schema 2)"),
         ([(("spec", "learning_rate"), "1")], "unknown key 'learning_rate'; did you mean 'lr'?"),
-        ([(("spec", "lr"), "0.5")], "it is of x, spec "),
-        ([(("spec", "seed"), "7"), (("seed",), "7")], "it is of x, spec "),
+        ([(("spec", "lr"), "0.5")], "it is the record of x, spec "),
+        ([(("spec", "seed"), "7"), (("seed",), "7")], "it is the record of x, spec "),
         ([(("spec", "seed"), "7")], "the seed is 0, but 7 in the spec"),
         ([(("spec", "seed"), None), (("seed",), "7")], "the seed is 7, but 0 in the spec"),
-        ([(("spec_id",), '"0123456789ab"')], "it is of x, spec "),
-        ([(("name",), '"y"')], "it is of y, spec "),
+        ([(("spec_id",), '"0123456789ab"')], "it is the record of x, spec "),
+        ([(("name",), '"y"')], "it is the record of y, spec "),
         ([(("metrics", "test", "accuracy"), "0.9")], "the accuracy is 0.9, but 5700 of 10000 are correct"),
         ([(("metrics", "test", "accuracy"), "1.1")], "Expected `float` <= 1.0"),
         ([(("metrics", "test", "n"), "10001")], "the classes do not add up to n"),
         ([(("metrics", "test", "n"), "0")], "Expected `int` >= 1"),
-        ([counts("correct", 0, "1001"), counts("correct", 1, "139")], "more are correct than there are"),
+        ([counts("correct", 0, "1001"), counts("correct", 1, "139")], "a class has more correct images than images"),
         ([(("metrics", "test", "count", 9), None)], "length >= 10"),
         ([(("history", "val_accuracy", 1), "5")], "Expected `float` <= 1.0"),
-        ([(("history", "epoch", 1), "1")], "the history is not that of 2 epochs"),
+        ([(("history", "epoch", 1), "1")], "the history does not have the epochs 1 to 2"),
         ([(("history", "epoch", 1), None)], "the columns of the history are not lists of one length"),
         ([(("history", "seconds"), "7")], "the columns of the history are not lists of one length"),
         ([(("history", "seconds"), None)], "missing required field `seconds`"),
@@ -316,24 +316,24 @@ RIGHT, CONFUSION, MISTAKES = (("answers", key) for key in ("right", "confusion",
     [
         ([(RIGHT, '"*"')], "Invalid base64"),
         ([(RIGHT, '"a"')], "Invalid base64"),
-        ([(RIGHT, '""')], "0 bytes say which of 10000 images are right"),
-        ([(RIGHT, json.dumps("/" * 1664))], "1248 bytes say which of 10000 images are right"),
-        ([(RIGHT, json.dumps("A" * 1668))], "1251 bytes say which"),
+        ([(RIGHT, '""')], "the bits of 10000 images are 0 bytes"),
+        ([(RIGHT, json.dumps("/" * 1664))], "the bits of 10000 images are 1248 bytes"),
+        ([(RIGHT, json.dumps("A" * 1668))], "are 1251 bytes"),
         ([(RIGHT, json.dumps("/" * 200_000))], "length <= 65536"),
-        ([(RIGHT, json.dumps("/" * 1666 + "8="))], "other than 5700 of 10000 images are marked as right"),
+        ([(RIGHT, json.dumps("/" * 1666 + "8="))], "the bits do not mark 5700 of 10000 images as right"),
         ([(RIGHT, "[1, 2]")], "Expected `bytes`"),
         ([(RIGHT, None)], "missing required field `right`"),
-        ([((*CONFUSION, 0, 0), "1")], "the confusion matrix is that of another evaluation"),
-        ([((*CONFUSION, 0, 1), "431"), ((*CONFUSION, 1, 2), "429")], "the confusion matrix is that of another"),
-        ([((*CONFUSION, 0, 0), "571"), ((*CONFUSION, 0, 1), "429")], "the confusion matrix is that of another"),
+        ([((*CONFUSION, 0, 0), "1")], "the confusion matrix does not fit the test metrics"),
+        ([((*CONFUSION, 0, 1), "431"), ((*CONFUSION, 1, 2), "429")], "the confusion matrix does not fit"),
+        ([((*CONFUSION, 0, 0), "571"), ((*CONFUSION, 0, 1), "429")], "the confusion matrix does not fit"),
         ([((*CONFUSION, 0, 0), "-1")], "Expected `int` >= 0"),
         ([((*CONFUSION, 3, 9), None)], "length >= 10"),
         ([((*CONFUSION, 9), None)], "length >= 10"),
-        ([((*MISTAKES, 0, "index"), "0")], "image 0 is no mistake"),
-        ([((*MISTAKES, 0, "index"), "10000")], "image 10000 is no mistake"),
+        ([((*MISTAKES, 0, "index"), "0")], "image 0 is not a mistake"),
+        ([((*MISTAKES, 0, "index"), "10000")], "image 10000 is not a mistake"),
         ([((*MISTAKES, 0, "index"), "-1")], "Expected `int` >= 0"),
         ([((*MISTAKES, 0, "predicted"), "10")], "Expected `int` <= 9"),
-        ([((*MISTAKES, 0, "label"), "1")], "is no mistake"),
+        ([((*MISTAKES, 0, "label"), "1")], "is not a mistake"),
         ([((*MISTAKES, 0, "probability"), "1.5")], "Expected `float` <= 1.0"),
         ([(MISTAKES, json.dumps([ANSWERED["answers"]["mistakes"][0]] * 101))], "length <= 100"),
         ([(("answers",), "null")], "Expected `object`"),
@@ -358,7 +358,7 @@ def test_bits_beyond_the_last_image_are_refused(put):
     matrix = [[1, 1] + [0] * 8] + [[1] + [0] * 9 for _ in range(9)]
     record["answers"] = {"right": "gAA=", "confusion": matrix, "mistakes": []}
     read_record(put(edited(record)))
-    assert "are marked as right" in refusal(put(edited(record, (RIGHT, '"ABA="'))))
+    assert "images as right" in refusal(put(edited(record, (RIGHT, '"ABA="'))))
 
 
 def test_the_record_of_another_run_is_refused(put, tmp_path):

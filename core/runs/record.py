@@ -1,9 +1,8 @@
-"""What a run says of itself: the schema of a record and of the metadata of its files, and how they are read.
+"""The schema of a record and of the metadata of weights and resume points; reads and writes records.
 
-A file may be damaged, edited or hostile. Types and ranges are checked here, once, so that whoever gets a record can use
-every value in it without asking.
+A file may be damaged, edited or hostile. All types and ranges are checked here, so other code can use every value.
 
-A key that a later version adds gets a default, so older records stay valid; SCHEMA_VERSION grows only when a key
+A key that a later version adds gets a default, so older records stay valid. SCHEMA_VERSION grows only when a key
 changes its meaning.
 """
 
@@ -11,7 +10,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -23,7 +22,7 @@ from core.spec import Spec, resolve, spec_id
 from core.store import StoreError, atomic_write, local, read_file
 
 SCHEMA_VERSION = 1
-MAX_BYTES = 64 << 20  # of a record; 100,000 epochs, the most that a spec may ask for, take 25 MB
+MAX_BYTES = 64 << 20  # of a record; that of the longest run, 100,000 epochs, has 25 MB
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +43,11 @@ TenCounts = Annotated[list[Count], Meta(min_length=10, max_length=10)]
 
 
 class RecordError(StoreError):
-    """A file is no record that this version can read; the message names it. It may be the only copy of a result."""
+    """A file is not a record that this version can read. The message names it; it may be the only copy of a result."""
 
 
 class Metrics(Struct, frozen=True, gc=False):
-    """The evaluation of one split: `correct` and `count` are a number for each of the ten classes."""
+    """The evaluation of one split. `correct` and `count` have a number for each class."""
 
     accuracy: Share
     loss: Loss
@@ -58,26 +57,25 @@ class Metrics(Struct, frozen=True, gc=False):
 
     def __post_init__(self) -> None:
         if any(hit > of for hit, of in zip(self.correct, self.count, strict=True)) or sum(self.count) != self.n:
-            raise ValueError("more are correct than there are, or the classes do not add up to n")
+            raise ValueError("a class has more correct images than images, or the classes do not add up to n")
         if abs(sum(self.correct) / self.n - self.accuracy) > 1e-6:
             raise ValueError(f"the accuracy is {self.accuracy}, but {sum(self.correct)} of {self.n} are correct")
 
 
 class Epoch(Struct, frozen=True, gc=False):
-    """One epoch: means of loss and accuracy over its examples while training, then over the validation split, where
-    the run has one."""
+    """One epoch: mean loss and accuracy in training, then on validation, which a run on all images does not have."""
 
     epoch: Annotated[int, Meta(ge=1, le=100_000)]
     train_loss: Loss
     train_accuracy: Share
     val_loss: Loss | None
     val_accuracy: Share | None
-    seconds: Seconds  # of the steps, without the one that compiles and those in which the process stood still
+    seconds: Seconds  # of the steps, without the step that compiles and those in which the process was suspended
     samples_per_second: Count
 
 
 class Splits(Struct, frozen=True, gc=False):
-    """Evaluation on each split, in evaluation mode. A run that trains on all images has no validation."""
+    """Evaluation on each split, in evaluation mode. A run on all images has no validation."""
 
     train: Metrics
     validation: Metrics | None
@@ -85,14 +83,14 @@ class Splits(Struct, frozen=True, gc=False):
 
 
 class Flipped(Struct, frozen=True, gc=False):
-    """Evaluation with the probabilities of each image and its mirror image averaged."""
+    """Evaluation with flip TTA: the probabilities of each image and its mirror image are averaged."""
 
     validation: Metrics | None
     test: Metrics
 
 
 class Mistake(Struct, frozen=True, gc=False):
-    """A wrong answer: the image `index` of the test split, what it shows, and what it was taken for."""
+    """A wrong prediction for the image `index` of the test split."""
 
     index: Count
     label: Class
@@ -101,9 +99,9 @@ class Mistake(Struct, frozen=True, gc=False):
 
 
 class Answers(Struct, frozen=True):
-    """What the network answered on the test split; see core.functional.step.details.
+    """The predictions on the test split; see core.functional.step.details.
 
-    `right` is a bit for each image, in the order of the split; in JSON it is base64.
+    `right` has a bit for each image, in the order of the split. In JSON it is base64.
     """
 
     right: Annotated[bytes, Meta(max_length=1 << 16)]
@@ -114,18 +112,18 @@ class Answers(Struct, frozen=True):
         return bool(self.right[index // 8] & 128 >> index % 8)
 
     def check(self, test: Metrics) -> None:
-        """Raise ValueError unless these can be the answers that have such metrics."""
+        """Raise ValueError unless these predictions fit the test metrics."""
         if len(self.right) != (test.n + 7) // 8:
-            raise ValueError(f"{len(self.right)} bytes say which of {test.n} images are right")
+            raise ValueError(f"the bits of {test.n} images are {len(self.right)} bytes")
         bits = int.from_bytes(self.right)
         if bits.bit_count() != sum(test.correct) or bits % (1 << -test.n % 8):
-            raise ValueError(f"other than {sum(test.correct)} of {test.n} images are marked as right")
+            raise ValueError(f"the bits do not mark {sum(test.correct)} of {test.n} images as right")
         diagonal = [row[i] for i, row in enumerate(self.confusion)]
         if [sum(row) for row in self.confusion] != test.count or diagonal != test.correct:
-            raise ValueError("the confusion matrix is that of another evaluation")
+            raise ValueError("the confusion matrix does not fit the test metrics")
         for mistake in self.mistakes:
             if mistake.index >= test.n or mistake.label == mistake.predicted or self.is_right(mistake.index):
-                raise ValueError(f"image {mistake.index} is no mistake")
+                raise ValueError(f"image {mistake.index} is not a mistake")
 
 
 class Environment(Struct, frozen=True, gc=False):
@@ -150,7 +148,7 @@ class Environment(Struct, frozen=True, gc=False):
 class About(Struct, kw_only=True):
     """What the record, the weights and the resume points of a run have in common.
 
-    `spec` is resolved when it is read: a key that is younger than the record has its default.
+    `spec` is resolved: a key that the file lacks has its default.
     """
 
     name: Name
@@ -170,7 +168,7 @@ class About(Struct, kw_only=True):
 
 
 class Failed(About, tag_field="status", tag="failed"):
-    """The record of a run that ended without a result: it claims no number."""
+    """The record of a run that ended without a result."""
 
     error: Text
 
@@ -182,9 +180,8 @@ class Finished(About, tag_field="status", tag="finished"):
         digest: sha256 of the weights; see core.runs.checkpoint.digest.
         exact: whether the bits are those of an uninterrupted run. The key in the file is `bitwise`.
         first_step_seconds: from the start of the run to the end of its first step, which compiles.
-        answers: on the test split; older records have none.
-        flipped: older records have none.
-        whitening: sha256 of the whitening, with spec["whiten"].
+        answers, flipped: older records have none.
+        whitening: sha256 of the whitening, if the spec has one.
     """
 
     parameters: Count
@@ -201,24 +198,22 @@ class Finished(About, tag_field="status", tag="finished"):
         super().__post_init__()
         if self.answers is not UNSET:
             self.answers.check(self.metrics.test)
-        check_validation(self.spec, [self.metrics.validation, *validation(self.history)])
-        if [entry.epoch for entry in self.history] != list(range(1, self.spec["epochs"] + 1)):
-            raise ValueError(f"the history is not that of {self.spec['epochs']} epochs")
+        check_history(self.history, self.spec["epochs"], self.spec)
+        if (self.metrics.validation is None) != (self.spec["train_on"] == "all"):
+            raise ValueError(f"the validation metrics do not fit train_on = {self.spec['train_on']}")
 
 
-def validation(history: list[Epoch]) -> list[float | None]:
-    """What the epochs say of the validation split."""
-    return [value for entry in history for value in (entry.val_loss, entry.val_accuracy)]
-
-
-def check_validation(spec: Spec, found: list[Any]) -> None:
-    """Raise ValueError unless what is said of the validation split is None where it was trained on, and only there."""
-    if any((each is None) != (spec["train_on"] == "all") for each in found):
-        raise ValueError(f"numbers of the validation split are there or not, but train_on is {spec['train_on']}")
+def check_history(history: list[Epoch], epochs: int, spec: Spec) -> None:
+    """Raise ValueError unless these are the epochs 1, 2, ..., and have validation metrics if the run has the split."""
+    if [entry.epoch for entry in history] != list(range(1, epochs + 1)):
+        raise ValueError(f"the history does not have the epochs 1 to {epochs}")
+    absent = [value is None for entry in history for value in (entry.val_loss, entry.val_accuracy)]
+    if absent != [spec["train_on"] == "all"] * len(absent):
+        raise ValueError(f"the validation metrics of the history do not fit train_on = {spec['train_on']}")
 
 
 class Weights(About):
-    """The metadata of a file of weights: the digest and the test metrics that the run recorded."""
+    """The metadata of a file of weights, with the digest and the test metrics of the run."""
 
     digest: Digest
     test: Metrics
@@ -228,7 +223,7 @@ class Progress(Struct):
     """How far a run has come, apart from its state and its history.
 
     Attributes:
-        seconds, timed: the time of the steps of the epoch under way so far, and how many steps that are.
+        seconds, timed: time and number of the measured steps of the present epoch.
         first_step_seconds, exact: as in `Finished`.
     """
 
@@ -246,18 +241,16 @@ class ResumePoint(About):
 
 Record = Finished | Failed
 
-# msgspec builds what it needs for a type when the type is first used. Two threads that do so at once crash the process,
-# so all types are built here.
+# msgspec prepares a type when it is first used. Two threads that do so at once crash the process, so it is done here.
 for _each in (Finished, Failed, Weights, ResumePoint):
     msgspec.json.Decoder(_each)
 
-
-# How names of other things in checkpoints/ end, beside the folders of the experiments.
+# Endings of other names in checkpoints/, beside the folders of experiments.
 ENDINGS = (".csv", ".json", ".lock", ".owner", ".png", ".svg", ".tmp")
 
 
 def check_name(name: str, what: str = "an experiment") -> None:
-    """Raise UserError unless `name` can name an experiment, and so a folder in checkpoints/; or a suite."""
+    """Raise UserError unless `name` can name an experiment, and so a folder in checkpoints/, or a suite."""
     try:
         msgspec.convert(name, Name)
     except msgspec.ValidationError:
@@ -271,10 +264,10 @@ def check_name(name: str, what: str = "an experiment") -> None:
 
 
 def decode(data: bytes) -> Record:
-    """A record from its JSON. Its history may be columns or, as in older records, a list of epochs.
+    """A record from its JSON. The history may be columns or, in older records, a list of epochs.
 
     Raises:
-        ValueError: No run can have written it.
+        ValueError: this is not a record.
     """
     content = msgspec.json.decode(data)
     if isinstance(content, dict) and isinstance(columns := content.get("history"), dict):
@@ -286,7 +279,7 @@ def decode(data: bytes) -> Record:
 
 
 def encode(record: About) -> bytes:
-    """A record, or metadata, as JSON that is readable and the same for equal records; the history as columns."""
+    """A record or metadata as JSON: readable, the history as columns, equal text for equal records."""
     content = msgspec.json.decode(msgspec.json.encode(record))  # NaN becomes null, which `decode` refuses
     if rows := content.get("history"):
         content["history"] = {key: [row[key] for row in rows] for key in rows[0]}
@@ -294,13 +287,13 @@ def encode(record: About) -> bytes:
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Write a record, whole or not at all.
+    """Write a record atomically.
 
     Raises:
-        core.store.StoreError: it cannot be written. ValueError: a value is out of its range.
+        core.store.StoreError: the file cannot be written. ValueError: a value is out of its range.
     """
     data = encode(record)
-    decode(data)  # what is written can be read
+    decode(data)  # checks the values
     atomic_write(path, data)
 
 
@@ -308,17 +301,17 @@ def read_record(path: Path) -> Record:
     """The record in a file NAME/ID.json.
 
     Raises:
-        RecordError: it cannot be read: it is damaged, the record of another run, or that of another version.
+        RecordError: the file cannot be read, is damaged, or holds the record of another run or a later version.
     """
     try:
         record = decode(read_file(path, MAX_BYTES))
         found = record.name, record.spec_id, spec_id(record.spec)
         if found != (path.parent.name, path.stem, path.stem):
-            raise ValueError(f"it is of {record.name}, spec {spec_id(record.spec)}")
+            raise ValueError(f"it is the record of {record.name}, spec {spec_id(record.spec)}")
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error.strerror if isinstance(error, OSError) else error)
-        reason = "".join(filter(str.isprintable, reason))[:200]  # msgspec quotes a wrong status as it is
-        raise RecordError(f"{path} is no record that this version of the program can read: {reason}") from None
+        reason = "".join(filter(str.isprintable, reason))[:200]  # msgspec may quote the file
+        raise RecordError(f"{path} is not a record that this version of the program can read: {reason}") from None
     return record
 
 
@@ -326,8 +319,8 @@ def read_records(out: str | Path, former: Mapping[str, str] = {}) -> Iterator[Re
     """Every record under `out`, in the order of their paths; see `read_each`.
 
     Args:
-        former: old names of experiments, with the new names. The record of an old name gets the new name; it is skipped
-            where the run also has a record of the new name.
+        former: old names of experiments, with the new names. A record with an old name gets the new name. It is skipped
+            if the run also has a record with the new name.
     """
     folder = local(out) / "checkpoints"
     paths = (path for path in sorted(folder.glob("*/*.json")) if re.fullmatch(r"[0-9a-f]{12}\.json", path.name))
@@ -340,9 +333,9 @@ def read_records(out: str | Path, former: Mapping[str, str] = {}) -> Iterator[Re
 
 
 def read_each(paths: Iterable[Path]) -> Iterator[Record]:
-    """The records in these files. A file that is no record is left out, with a warning in the log."""
+    """The records in these files. Skips a file that is not a record, with a warning in the log."""
     for path in paths:
         try:
             yield read_record(path)
         except RecordError as error:
-            log.warning("%s; it is left out, and stays as it is", error)
+            log.warning("%s; it is skipped and stays as it is", error)

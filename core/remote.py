@@ -456,6 +456,7 @@ def keep(run: Run, record: Record, weights: bytes, started: InProgress = frozens
     had = run.result()  # refuses to replace a record that cannot be read
     if isinstance(record, Failed) and had:  # the result that the run had another time stays
         return record
+    run = run.target
     if isinstance(record, Finished):
         if run.record.exists():  # of other weights: between the two writes there must be none
             reserve(run.weights, len(weights), 1)

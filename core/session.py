@@ -379,7 +379,7 @@ class Session:
         splits = Splits(metrics["train"], metrics.get("validation"), metrics["test"])
         weights = training.weights
         digest = checkpoint.digest(weights)
-        checkpoint.save(self.run.weights, weights, Weights(**self.about(), digest=digest, test=splits.test))
+        checkpoint.save(self.run.target.weights, weights, Weights(**self.about(), digest=digest, test=splits.test))
         record = Finished(
             **self.about(),
             parameters=sum(p.numel() for p in training.state["params"].values()),
@@ -405,7 +405,7 @@ class Session:
 
     def write(self, record: Record) -> None:
         keep_diff(self.run, record.environment)
-        write_record(self.run.record, record)
+        write_record(self.run.target.record, record)
 
     def end(self, record: Record) -> None:
         self.result = record

@@ -5,9 +5,11 @@ import re
 import pytest
 
 from core.errors import UserError
+from core.remote import keep as keep_from_worker
 from core.runs.files import find_weights
 from core.runs.record import read_records, write_record
 from core.runs.run import Run, former_of
+from core.session import run_cohort
 from core.verify import check_finished
 from tests.test_report import failed, make
 
@@ -101,3 +103,26 @@ def test_weights_may_be_in_the_old_folder_and_the_record_in_the_new_one(keep, tm
     weights.with_suffix(".json").unlink()
     assert Run("new", record.spec, tmp_path, OLD).finished(record.data) == record
     assert find_weights(tmp_path, "new", former=OLD) == weights
+
+
+def test_a_new_result_never_replaces_files_under_a_former_name(tmp_path, invented):
+    """Else the old folder would have a record of another name, which is refused."""
+    spec = {"widths": [8], "epochs": 1, "batch_size": 500}
+
+    def train(run, **options):
+        [record] = run_cohort([run], invented, "cpu", compiled=False, **options)
+        return record
+
+    old, run = Run("old", spec, tmp_path), Run("new", spec, tmp_path, ["old"])
+    first = train(old)
+    before = {path: path.read_bytes() for path in (old.weights, old.record)}
+    first.name = "new"
+    assert train(run) == first, "it is finished"
+    assert not run.folder.exists() or not list(run.folder.glob("*.json"))
+    for replace in (lambda: train(run, force=True), lambda: keep_from_worker(run, first, before[old.weights])):
+        record = replace()
+        assert run.read() == record
+        assert run.weights.parent == run.record.parent == run.folder
+        assert {path: path.read_bytes() for path in before} == before
+        run.weights.unlink()
+        run.record.unlink()

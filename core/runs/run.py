@@ -93,6 +93,11 @@ class Run:
         return self.folder / file
 
     @property
+    def target(self) -> "Run":
+        """The run without its former names: what is written never replaces a file under one of these."""
+        return dataclasses.replace(self, former=())
+
+    @property
     def diff(self) -> Path:
         return self.folder / f"{self.id}.diff.gz"
 

@@ -16,10 +16,9 @@ from core.compile.device import synchronize, to_device
 from core.data import loader
 from core.data.archive import ROOT
 from core.data.tensors import Data
-from core.functional import augment
 from core.functional import step as steps
 from core.predict import as_module
-from core.spec import Spec, resolve
+from core.spec import CIFAR10, Spec, resolve
 
 
 class Work:
@@ -92,7 +91,7 @@ class LossOfExamples(nn.Module):
         # Buffers, so that a CUDA graph reads them where they are, and does not copy 150 MB of images a step.
         self.register_buffer("images", work.images)
         self.register_buffer("labels", work.labels)
-        for name, values in (("mean", augment.MEAN), ("std", augment.STD)):
+        for name, values in (("mean", CIFAR10.mean), ("std", CIFAR10.std)):
             self.register_buffer(name, torch.tensor(values, device=work.device).repeat_interleave(1024) * 255)
 
     def forward(self, examples: Tensor) -> Tensor:
@@ -149,7 +148,7 @@ class Naive(Eager):
 
         self.model, self.device = sequential(work), work.device
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
-        transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(augment.MEAN, augment.STD)])
+        transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(CIFAR10.mean, CIFAR10.std)])
         images = datasets.CIFAR10(str(work.folder), train=True, transform=transform)
         loader = torch.utils.data.DataLoader(images, batch_size=work.batch, shuffle=True, drop_last=True)
         # Not itertools.cycle, which would keep the batches of the first epoch.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.peers import Contestant, Work
-from core.functional import augment
+from core.spec import CIFAR10
 
 Train = Callable[[Any, Any, Any, Any], tuple[Any, Any]]  # what is learnt, x, labels, step -> what is learnt, loss
 
@@ -29,7 +29,7 @@ class Scan(Contestant):
             jax.config.update("jax_default_matmul_precision", matmul)
         learnt, train = self.make(work)
         images, labels, order = (jnp.asarray(t.cpu().numpy()) for t in (work.images, work.labels, work.order))
-        mean, std = (jnp.repeat(jnp.asarray(values), 1024) * 255 for values in (augment.MEAN, augment.STD))
+        mean, std = (jnp.repeat(jnp.asarray(values), 1024) * 255 for values in (CIFAR10.mean, CIFAR10.std))
 
         @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
         def many(steps, state, images, labels, order):

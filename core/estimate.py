@@ -4,10 +4,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from core.data import datasets
 from core.mode import COMPILED, Mode
 from core.report import stats
 from core.runs.record import Finished, Record
-from core.spec import Spec, static_key
+from core.spec import CIFAR10, Spec, static_key
 
 ENOUGH = 5  # steps of a run that an estimate can be based on
 RESUME_POINTS = 3  # of a run that is under way: two are kept while the next one is written
@@ -21,7 +22,8 @@ def work(spec: Spec) -> int:
 def _parameters(spec: Spec) -> int:
     from core.functional import model  # torch takes a second to import
 
-    return model.parameter_count(spec)
+    known = datasets.REGISTRY.get(spec["dataset"])  # the number of classes of another folder is not known here
+    return model.parameter_count(spec, known.info if known else CIFAR10)
 
 
 class Estimate(NamedTuple):

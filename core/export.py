@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from core import predict
 from core.compile.isolation import isolated
-from core.data import cifar10
+from core.data import datasets
 from core.errors import UserError
 from core.predict import Network
 from core.store import atomic_write, local, reserve
@@ -23,7 +23,7 @@ COUNT = 100  # images to check a file with
 # than six digits, and another program adds in another order.
 TOLERANCE = 1e-5
 
-Model = Callable[[Tensor], Tensor]  # images, uint8 [n, 3, 32, 32] -> logits, float32 [n, 10]
+Model = Callable[[Tensor], Tensor]  # images, uint8 [n, *shape] -> logits, float32 [n, classes]
 
 
 class ExportError(UserError):
@@ -35,7 +35,7 @@ class Classifier(nn.Sequential):
 
     def __init__(self, network: Network) -> None:
         with torch.random.fork_rng(devices=[]):  # the weights that torch draws for the modules are replaced below
-            super().__init__(*predict.as_module(network.spec))
+            super().__init__(*predict.as_module(network.spec, network.info))
         self.load_state_dict(network.params | network.stats)
         self.network = network
         self.eval().requires_grad_(False)
@@ -114,15 +114,17 @@ FORMATS = {
 }
 
 
-def check_images(folder: Path) -> tuple[Tensor, str]:
-    """Images to check a file with, uint8 [COUNT, 3, 32, 32], and what they are: the first of the test split where that
-    is in `folder`, else random ones."""
-    if "test_batch" in cifar10.ARCHIVE.missing(folder):
+def check_images(network: Network, folder: Path) -> tuple[Tensor, str]:
+    """Images to check a file with, uint8 [COUNT, *shape], and what they are: the first of the test split where that is
+    in `folder`, else random ones."""
+    name, shape = network.about.spec["dataset"], network.info.shape
+    known = datasets.REGISTRY.get(name)  # a folder of images is not in it
+    if known is None or known.missing(where := datasets.home(name, folder)):
         generator = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (COUNT, 3, 32, 32), generator=generator, dtype=torch.uint8, device="cpu")
+        images = torch.randint(0, 256, (COUNT, *shape), generator=generator, dtype=torch.uint8, device="cpu")
         return images, f"{COUNT} random images"
-    images = torch.from_numpy(cifar10.ARCHIVE.read(folder, "test_batch")[b"data"][:COUNT])
-    return images.view(COUNT, 3, 32, 32), f"{COUNT} test images"
+    images = torch.from_numpy(known.test_images(where)[:COUNT])
+    return images.view(-1, *shape), f"{COUNT} test images"
 
 
 @isolated()
@@ -134,7 +136,7 @@ def export(network: Network, kind: str, path: str | Path, images: Tensor) -> Exp
 
     Args:
         kind: one of FORMATS.
-        images: to check it with, uint8 [n, 3, 32, 32].
+        images: to check it with, uint8 [n, *shape].
 
     Raises:
         ExportError: a package is missing, or the file would not be right.
@@ -166,7 +168,7 @@ def export(network: Network, kind: str, path: str | Path, images: Tensor) -> Exp
                 f"expected at most {allowed:.1e}"
             )
 
-    example, shapes = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), ({0: torch.export.Dim("n")},)
+    example, shapes = torch.zeros(2, *network.info.shape, dtype=torch.uint8), ({0: torch.export.Dim("n")},)
     program = torch.export.export(Classifier(network), (example,), dynamic_shapes=shapes)
     atomic_write(path, form.encode(program), check=check)
     return Exported(network.spec["precision"], largest)

@@ -1,4 +1,4 @@
-"""Image files as a network takes them: uint8 [3, 32, 32]."""
+"""Image files as a network takes them: uint8 [channels, height, width]."""
 
 import contextlib
 import os
@@ -76,14 +76,16 @@ def scale_transparent_colour(image: ImageFile.ImageFile) -> None:
         image.info["transparency"] = tuple(channel >> 8 for channel in colour)
 
 
-def read(path: str | Path) -> Tensor:
-    """The image in a file: upright as its EXIF orientation says, its central square, made 32x32 by Pillow's Lanczos
-    filter (which antialiases), in RGB. What is transparent becomes white; of an animation, this is the first picture.
+def read(path: str | Path, shape: tuple[int, int, int] = (3, 32, 32)) -> Tensor:
+    """The image in a file: upright as its EXIF orientation says, its central square, scaled by Pillow's Lanczos filter
+    (which antialiases), in RGB, or in grey where `shape` has one channel. What is transparent becomes white. Of an
+    animation, this is the first picture.
 
     Raises:
         ImageError: it cannot be read, or its header promises too many pixels; then none of them is decoded.
     """
-    path = local(path)
+    path, (channels, height, width) = local(path), shape
+    mode = "L" if channels == 1 else "RGB"
     if os.path.isdir(path):
         raise ImageError(f"there is no file to read in the folder {path}, expected images")
     try:
@@ -100,8 +102,8 @@ def read(path: str | Path) -> Tensor:
             side = min(source.size)
             left, top = ((length - side) // 2 for length in source.size)
             image = eight_bits(source.crop((left, top, left + side, top + side)), source).convert("RGBA")
-            image = image.resize((32, 32), Image.Resampling.LANCZOS)
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
     except UnidentifiedImageError:
         reason = f"it is damaged, or none of {', '.join(FORMATS)}"
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -109,5 +111,6 @@ def read(path: str | Path) -> Tensor:
     except Exception as error:  # a decoder raises whatever it comes upon in a damaged file
         reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
     else:
-        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        return pixels.view(height, width, channels).permute(2, 0, 1)
     raise ImageError(f"cannot read {path} as an image: {reason}")

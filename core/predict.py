@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from core.compile.isolation import is_traced, isolated
-from core.data import identity
+from core.data import datasets, identity
 from core.data.tensors import Data
 from core.errors import UserError
 from core.functional import augment, model, step
 from core.runs import checkpoint
 from core.runs.checkpoint import Shapes
 from core.runs.record import Finished, Metrics, Record, Weights, read_record
-from core.spec import Spec
+from core.spec import CIFAR10, DataInfo, Spec
 from core.store import local
 
 
@@ -36,6 +36,11 @@ class Network(NamedTuple):
         """Of the network in the checkpoint, into which a whitening is folded."""
         return model.folded(self.about.spec)
 
+    @property
+    def info(self) -> DataInfo:
+        """Of the data set that the network was trained on."""
+        return self.about.data_info
+
     def to(self, device: str | torch.device) -> "Network":
         """The same network on a device."""
         params, stats = ({name: t.to(device) for name, t in part.items()} for part in (self.params, self.stats))
@@ -46,10 +51,10 @@ class Network(NamedTuple):
         return next(iter(self.params.values())).device
 
     def __call__(self, images: Tensor | np.ndarray) -> Tensor:
-        """Logits, float32 [n, 10], on the device of the network.
+        """Logits, float32 [n, classes], on the device of the network.
 
         Args:
-            images: uint8 [n, 3, 32, 32] or [n, 3072], the red plane first; a tensor on any device, or an array.
+            images: uint8 [n, *shape] or [n, inputs], the red plane first; a tensor on any device, or an array.
 
         Raises:
             InputError: they are something else.
@@ -57,11 +62,11 @@ class Network(NamedTuple):
         if is_traced():  # only the arithmetic can be
             return self.logits(images)  # type: ignore[arg-type]  # an array becomes a tensor there
         with isolated(self.spec["precision"]):
-            return self.logits(as_images(images).to(self.device))
+            return self.logits(as_images(images, self.info).to(self.device))
 
     def logits(self, images: Tensor) -> Tensor:
         """The same for a tensor on the device of the network, unchecked and under the caller's settings of torch."""
-        return model.forward(self.params, self.stats, augment.normalise(images.flatten(1)), self.spec)[0]
+        return model.forward(self.params, self.stats, augment.normalise(images.flatten(1), self.info), self.spec)[0]
 
     def digest(self) -> str:
         """The sha256 of the weights; see core.runs.checkpoint.digest."""
@@ -71,36 +76,39 @@ class Network(NamedTuple):
         """Loss and accuracy over all the images; see core.functional.step.answers.
 
         Args:
-            images: as in a call. labels: int64 [n], from 0 to 9; a tensor on any device, or an array.
+            images: as in a call. labels: int64 [n], a class each; a tensor on any device, or an array.
 
         Raises:
             InputError: they are something else, or there are none.
         """
         with isolated(self.spec["precision"]):
-            pixels, classes = as_images(images).flatten(1).to(self.device), as_labels(labels, len(images))
-            return step.evaluate(self.params, self.stats, pixels, classes.to(self.device), self.spec, flip=flip)
+            pixels = as_images(images, self.info).flatten(1).to(self.device)
+            classes = as_labels(labels, len(images), self.info).to(self.device)
+            return step.evaluate(self.params, self.stats, pixels, classes, self.spec, flip=flip, info=self.info)
 
 
-def as_images(images: Tensor | np.ndarray) -> Tensor:
+def as_images(images: Tensor | np.ndarray, info: DataInfo = CIFAR10) -> Tensor:
     """Images as a tensor, if they are such that a network can be called with them; else raises InputError."""
     pixels = _as_tensor(images, "images")
-    if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) not in ((3, 32, 32), (3072,)):
+    if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) not in (info.shape, (info.inputs,)):
+        shape = ", ".join(map(str, info.shape))
         raise InputError(
-            f"the images are {pixels.dtype} {list(pixels.shape)}, expected uint8 [n, 3, 32, 32] or [n, 3072]: the red, "
-            "green and blue planes of each, with values from 0 to 255"
+            f"the images are {pixels.dtype} {list(pixels.shape)}, expected uint8 [n, {shape}] or [n, {info.inputs}]: "
+            "the red, green and blue planes of each, with values from 0 to 255"
         )
     return pixels
 
 
-def as_labels(labels: Tensor | np.ndarray, n: int) -> Tensor:
+def as_labels(labels: Tensor | np.ndarray, n: int, info: DataInfo = CIFAR10) -> Tensor:
     """Labels of so many images as a tensor; raises InputError where they are none."""
     classes = _as_tensor(labels, "labels")
     if not n:
         raise InputError("there are no images, expected at least one")
     if classes.dtype != torch.int64 or tuple(classes.shape) != (n,):
         raise InputError(f"the labels are {classes.dtype} {list(classes.shape)}, expected int64 [{n}]")
-    if classes.min() < 0 or classes.max() >= model.CLASSES:
-        raise InputError(f"the labels are from {classes.min()} to {classes.max()}, expected 0 to {model.CLASSES - 1}")
+    low, high, last = int(classes.min()), int(classes.max()), len(info.classes) - 1
+    if low < 0 or high > last:
+        raise InputError(f"the labels are from {low} to {high}, expected 0 to {last}")
     return classes
 
 
@@ -117,7 +125,7 @@ def _as_tensor(values: Tensor | np.ndarray, name: str) -> Tensor:
 
 def template(about: Weights) -> Shapes:
     """Names, shapes and dtypes of the tensors in a file of weights, from the spec in its metadata."""
-    params, stats = model.template(model.folded(about.spec))
+    params, stats = model.template(model.folded(about.spec), about.data_info)
     return checkpoint.shapes_of(params | stats)
 
 
@@ -129,19 +137,19 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
         core.runs.checkpoint.CheckpointError: the file is missing, damaged or does not hold such a network.
     """
     tensors, about = checkpoint.load(local(path), Weights, template)
-    named = model.template(model.folded(about.spec))
+    named = model.template(model.folded(about.spec), about.data_info)
     params, stats = ({name: tensors[name] for name in names} for names in named)
     return Network(params, stats, about).to(device)
 
 
 @isolated()
 def likeliest(network: Network, image: Tensor | np.ndarray, count: int = 3) -> list[tuple[int, float]]:
-    """The most likely classes of one image, uint8 [3, 32, 32], and their probabilities, the most likely first.
+    """The most likely classes of one image, uint8 `shape`, and their probabilities, the most likely first.
 
     Raises:
         InputError: it is something else.
     """
-    found = network(_as_tensor(image, "images")[None]).softmax(1)[0].topk(count)
+    found = network(_as_tensor(image, "images")[None]).softmax(1)[0].topk(min(count, len(network.info.classes)))
     return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
 
 
@@ -181,9 +189,10 @@ def evaluate(path: str | Path, network: Network, data: Data, flip: bool = False)
 
     Raises:
         core.runs.record.RecordError: there is a record, but it cannot be read.
-        core.data.tensors.DataError: it is no such data.
+        core.data.tensors.DataError: it is no such data, or another data set than that of the network.
     """
     identity.check(data)
+    datasets.check(data, network.about.spec["dataset"])
     record = recorded(path)
     test, digest, trained_with = None if flip else network.about.test, network.about.digest, network.about.data
     if isinstance(record, Finished):
@@ -203,7 +212,7 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-def as_module(spec: Spec) -> nn.Sequential:
+def as_module(spec: Spec, info: DataInfo = CIFAR10) -> nn.Sequential:
     """The network of a resolved spec in torch.nn, with the same names: a checkpoint's tensors are its state dict, if
     it is the spec of a `Network`.
 
@@ -217,4 +226,4 @@ def as_module(spec: Spec) -> nn.Sequential:
             else:
                 yield Residual(*modules(layer))
 
-    return nn.Sequential(*modules(model.layers(spec)))
+    return nn.Sequential(*modules(model.layers(spec, info)))

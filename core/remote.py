@@ -37,7 +37,7 @@ from core.runs.record import Failed, Finished, Record
 from core.runs.run import InProgress, Run
 from core.schedule import Group, Skipped
 from core.session import TooLarge, run_cohort
-from core.spec import Spec
+from core.spec import DataInfo, Spec
 from core.store import Held, atomic_write, delete, reserve
 
 AHEAD = 2  # tasks handed over for each one that the cluster runs at once: enough to keep it busy
@@ -114,14 +114,14 @@ def work(group: list[tuple[str, Spec]], stored: list[Any], device: str, compiled
 
     Args:
         group: the names and specs of runs that are trained together.
-        stored: one reference to the tensors of core.data.tensors.Data, as NumPy arrays in Ray's object store; in a
-            list, so that Ray hands over the reference itself.
+        stored: a reference to the four tensors of the data, as NumPy arrays in Ray's object store, and its `info`. In a
+            list, Ray hands over the reference itself.
 
     Raises:
         core.session.TooLarge: as `run_cohort`.
     """
     torch.set_num_threads(1)
-    data = _mapped(stored[0], device)
+    data = _mapped(*stored, device)
     with tempfile.TemporaryDirectory() as out:
         runs = [Run(name, spec, Path(out)) for name, spec in group]
         run_cohort(runs, data, device, compiled=compiled, checkpoint_every=10**9)
@@ -131,13 +131,13 @@ def work(group: list[tuple[str, Spec]], stored: list[Any], device: str, compiled
 
 
 @functools.lru_cache(maxsize=1)  # the runs of a worker share the images, and with them what core.data.whitening keeps
-def _mapped(stored: Any, device: str) -> Data:
+def _mapped(stored: Any, info: DataInfo, device: str) -> Data:
     """The data in the object store, mapped into this process, or a copy on its GPU."""
     import ray
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes into the images
-        return loader.place(Data(*map(torch.from_numpy, ray.get(stored))), torch.device(device))
+        return loader.place(Data.of(map(torch.from_numpy, ray.get(stored)), info), torch.device(device))
 
 
 @contextlib.contextmanager
@@ -304,7 +304,7 @@ def train(
     with connected(address) as ray, contextlib.ExitStack() as held:
         chosen = _device(device, ray.cluster_resources())
         task = ray.remote(num_cpus=1, num_gpus=int(chosen == "cuda"), max_retries=0)(by_value())
-        stored = [ray.put([t.numpy() for t in data])]
+        stored = [ray.put([t.numpy() for t in data.tensors.values()]), data.info]
         watch = Watch(ray, chosen, on_notice)
         while waiting or tasks:
             at_once = watch.at_once()
@@ -395,7 +395,7 @@ def _device(asked: str, resources: dict[str, float]) -> str:
 
 def split_sizes(data: Data, train_on: str) -> list[int | None]:
     """How many images a run trains on, validates with (None: with none), and is tested on."""
-    examples, validation = loader.to_train_on(data.train_labels, train_on)
+    examples, validation = loader.to_train_on(data.train_labels, train_on, data.info)
     return [len(examples), None if validation is None else len(validation), len(data.test_labels)]
 
 

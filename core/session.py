@@ -164,7 +164,7 @@ def run_cohort(
     tell = Listeners(listeners)
     sessions = []
     for run in runs:
-        loader.check(data.train_labels, run.spec)
+        loader.check(data, run.spec)
         sessions.append(Session(run, data, data_name, device, tell, mode))
     shapes = {(static_key(run.spec), run.spec["epochs"]) for run in runs}
     if len(shapes) > 1 or len({run.record for run in runs}) < len(runs):
@@ -279,6 +279,7 @@ class Session:
             "seed": self.run.seed,
             "data": self.data_name,
             "environment": self.environment,
+            "info": UNSET if self.spec["dataset"] == "cifar10" else self.data.info,
         }
 
     def begin(self, exact: bool, last: int | None, count: int) -> int:

@@ -1,8 +1,10 @@
 """Experiment specs: each key with its default, range and meaning; the resolved spec and its id. Knows no tensor."""
 
+import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -16,6 +18,57 @@ LARGEST = sys.float_info.max
 
 class SpecError(UserError, ValueError):
     """A spec that cannot be run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataInfo:
+    """What a network must know of a data set. The defaults are those of CIFAR-10.
+
+    Attributes:
+        classes: The names of the classes, in the order of their labels.
+        shape: Channels, height and width of an image.
+        mean, std: Of each channel of the training images, in 0..1.
+        held_out: How many training images of each class are for validation.
+    """
+
+    classes: tuple[str, ...] = (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    )
+    shape: tuple[int, int, int] = (3, 32, 32)
+    mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
+    std: tuple[float, ...] = (0.2470, 0.2435, 0.2616)
+    held_out: int = 500
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where no data set can be like this: it may come from a damaged file."""
+        names = self.classes
+        if not 2 <= len(names) == len(set(names)) <= 1_000:
+            raise ValueError(f"{len(names):,} classes, expected from 2 to 1,000 with different names")
+        if not all(name.isprintable() and 0 < len(name) <= 100 for name in names):
+            raise ValueError("a name of a class has no letter, more than 100, or one that cannot be printed")
+        if len(self.shape) != 3 or not all(1 <= size <= 256 for size in self.shape) or self.held_out < 1:
+            raise ValueError(f"images of the shape {self.shape}, of which {self.held_out} are held out")
+        if not len(self.mean) == len(self.std) == self.shape[0] or not all(
+            0 <= mean <= 1 and 0 < std <= 1 for mean, std in zip(self.mean, self.std, strict=True)
+        ):
+            raise ValueError(f"mean {self.mean} and standard deviation {self.std} of {self.shape[0]} channels")
+
+    @property
+    def inputs(self) -> int:
+        """The number of values of an image."""
+        return math.prod(self.shape)
+
+
+CIFAR10 = DataInfo()
 
 
 def plain(value: Any, depth: int = 2) -> Any:
@@ -87,6 +140,23 @@ class Choice(NamedTuple):
         return text
 
 
+class Word(NamedTuple):
+    """A word whose letters `pattern` describes."""
+
+    pattern: str
+    meaning: str
+
+    def __str__(self) -> str:
+        return self.meaning
+
+    def accepts(self, value: Any) -> bool:
+        return isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
+
+    def parse(self, text: str) -> Any:
+        """As Integer.parse."""
+        return text
+
+
 class Integers(NamedTuple):
     """Lists of at most `length` integers."""
 
@@ -118,7 +188,7 @@ class Field(NamedTuple):
     """
 
     default: Any
-    values: Integer | Number | Choice | Integers
+    values: Integer | Number | Choice | Word | Integers
     meaning: str
     dynamic: str = ""
     switch: bool = False
@@ -142,10 +212,15 @@ FIELDS: dict[str, Field] = {
         0.2, Number(0, 1), "Probability that dropout sets a hidden unit to zero.", dynamic="float32", switch=True
     ),
     # The data
+    "dataset": Field(
+        "cifar10",
+        Word("[a-z][a-z0-9-]{0,39}", "the name of a data set"),
+        "Data set: cifar10, cifar100, synthetic, or the name that --data-folder gives to a folder of your own images.",
+    ),
     "train_on": Field(
         "train",
         Choice(("train", "all")),
-        "train: 5,000 images are held out for validation. all: the run trains on them, too.",
+        "train: some images (5,000 of CIFAR-10) are held out for validation. all: the run trains on them, too.",
     ),
     "whiten": Field(
         0, Integer(0, 3072), "Number of principal components that the images are projected on. 0: no projection."

@@ -15,7 +15,6 @@ from rich.filesize import decimal
 from rich.progress import Progress
 from rich.table import Table
 
-from core.data.cifar10 import CLASSES
 from core.errors import UserError
 from core.estimate import Estimate
 from core.report import stats
@@ -24,6 +23,7 @@ from core.tally import Tally
 
 NARROW = 60  # columns
 ROWS = 30  # of a table, at most
+LISTED = 20  # classes in a sentence, at most
 
 console = Console(highlight=False, markup=False, emoji=False)
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -118,7 +118,7 @@ def estimate(found: Estimate, while_trained: bool = False) -> str:
 
 @contextlib.contextmanager
 def fetching() -> Iterator[Callable[[str, int, int], None]]:
-    """What core.data.cifar10.load is to call while it fetches: a bar for each source."""
+    """What core.data.datasets.load is to call while it fetches: a bar for each source."""
     tasks: dict[str, Any] = {}
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bars:
 
@@ -185,19 +185,23 @@ def evaluation(path: Path, about: Any, evaluated: Any) -> None:
         f"{about.name} ({path}): {stats.percent(found['accuracy'])} of {found['n']:,} test images{mirrored} "
         f"(95% interval {100 * low:.2f}-{100 * high:.2f}%), loss {found['loss']:.4f}; {verdict}"
     )
-    classes = zip(CLASSES, found["correct"], found["count"], strict=True)
-    say("  " + ", ".join(f"{label} {100 * hit / count:.1f}%" for label, hit, count in classes))
+    classes = list(zip(about.data_info.classes, found["correct"], found["count"], strict=True))
+    least = ""
+    if len(classes) > LISTED:
+        classes = sorted(classes, key=lambda each: each[1] / each[2])[:LISTED]
+        least = f"the {LISTED} classes with the lowest accuracy: "
+    say(f"  {least}" + ", ".join(f"{label} {100 * hit / count:.1f}%" for label, hit, count in classes))
 
 
-def prediction(path: Path, likeliest: Sequence[tuple[int, float]]) -> None:
+def prediction(path: Path, classes: Sequence[str], likeliest: Sequence[tuple[int, float]]) -> None:
     """Print classes of an image with their probabilities, as core.predict.likeliest returns them."""
-    say(f"{path}: " + ", ".join(f"{CLASSES[i]} {stats.percent(probability)}" for i, probability in likeliest))
+    say(f"{path}: " + ", ".join(f"{classes[i]} {stats.percent(probability)}" for i, probability in likeliest))
 
 
-def prediction_as_json(path: Path, likeliest: Sequence[tuple[int, float]]) -> None:
+def prediction_as_json(path: Path, classes: Sequence[str], likeliest: Sequence[tuple[int, float]]) -> None:
     """Print the same as one line of JSON."""
-    classes = [{"class": CLASSES[i], "probability": probability} for i, probability in likeliest]
-    print(json.dumps({"image": str(path), "classes": classes}))
+    found = [{"class": classes[i], "probability": probability} for i, probability in likeliest]
+    print(json.dumps({"image": str(path), "classes": found}))
 
 
 def evaluation_as_json(path: Path, about: Any, evaluated: Any) -> None:

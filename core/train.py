@@ -17,7 +17,7 @@ from core.functional import model, optim
 from core.functional import step as steps
 from core.functional.tree import flatten, tree_map
 from core.mode import COMPILED, Mode
-from core.spec import Spec
+from core.spec import DataInfo, Spec
 
 
 class NotFinite(Exception):
@@ -67,8 +67,8 @@ class Training:
 
     def __init__(self, spec: Spec, data: Data, device: torch.device, mode: Mode = COMPILED) -> None:
         """Prepare the first step of a resolved spec, over data that is on `device`."""
-        self.spec, self.device, self.mode = spec, device, mode
-        self.examples, validation = loader.to_train_on(data.train_labels.cpu(), spec["train_on"])
+        self.spec, self.device, self.mode, self.info = spec, device, mode, data.info
+        self.examples, validation = loader.to_train_on(data.train_labels.cpu(), spec["train_on"], data.info)
         self.steps_per_epoch = len(self.examples) // spec["batch_size"]
         self.total = spec["epochs"] * self.steps_per_epoch
         self.step, self.seconds, self.timed = 0, 0.0, 0
@@ -80,10 +80,10 @@ class Training:
             self.splits["validation"] = data.train_images, data.train_labels, validation.to(device)
         self.whitening: Whitening = {}
         if spec["whiten"]:
-            found = whitening(data.train_images, self.examples, spec["whiten"], spec["whiten_eps"])
+            found = whitening(data.train_images, self.examples, spec["whiten"], spec["whiten_eps"], data.info)
             self.whitening = to_device(found, device)
         self.state, self.data, self.hyper = step_inputs(
-            spec, data.train_images, data.train_labels, self.whitening, self.steps_per_epoch
+            spec, data.train_images, data.train_labels, self.whitening, self.steps_per_epoch, data.info
         )
 
     @property
@@ -106,7 +106,9 @@ class Training:
     def answers(self, split: str, flip: bool = False) -> steps.Answers:
         """What the network answers to every image of train, validation or test; see core.functional.step.answers."""
         images, labels, examples = self.splits[split]
-        return steps.answers(*self.network, images, labels, model.folded(self.spec), examples, flip=flip)
+        return steps.answers(
+            *self.network, images, labels, model.folded(self.spec), examples, flip=flip, info=self.info
+        )
 
     def check_finite(self, tensors: dict[str, Tensor] | None = None) -> None:
         """Raise NotFinite where the state, or other tensors, are NaN or infinite. The flag of the step itself sees the
@@ -123,12 +125,12 @@ class Training:
 
 
 def step_inputs(
-    spec: Spec, images: Tensor, labels: Tensor, whitening: Whitening, steps_per_epoch: int
+    spec: Spec, images: Tensor, labels: Tensor, whitening: Whitening, steps_per_epoch: int, info: DataInfo
 ) -> tuple[steps.State, dict[str, Any], dict[str, Any]]:
     """State, data and hyper-parameters as they are before the first step, on the device of the images."""
     device = images.device
     order = torch.zeros(steps_per_epoch, spec["batch_size"], dtype=torch.int64, device=device)
-    state = to_device(steps.init_state(spec), device)
+    state = to_device(steps.init_state(spec, info), device)
     data: dict[str, Any] = {"images": images, "labels": labels, "order": order}
     if whitening:
         data["whitening"] = {**whitening, "weight": model.cast(whitening["weight"], spec["precision"])}
@@ -221,14 +223,14 @@ def stack(trainings: Sequence[Training]) -> tuple[steps.State, dict[str, Any], d
 def _make_step(lead: Training, trees: tuple[dict, dict, dict], may_change_mode: bool) -> tuple[fused.Step, str]:
     """The train step, and why its mode is another than asked for, if it is."""
     try:
-        made = fused.fuse(lead.spec, *trees, compiled=lead.mode.kind != "eager")
+        made = fused.fuse(lead.spec, *trees, compiled=lead.mode.kind != "eager", info=lead.info)
         reason = f"compiled without the patches of core/compile/inductor.py, until .cache is deleted: {made.problem}"
         if made.mode != lead.mode and not may_change_mode:
             raise fused.CompileError(f"the step would be {made.mode}, and was {lead.mode}")
     except fused.CompileError as error:
         if not may_change_mode:
             raise
-        made = fused.fuse(lead.spec, *trees, compiled=False)
+        made = fused.fuse(lead.spec, *trees, compiled=False, info=lead.info)
         reason = f"{error}: the train step runs eager, which is slower"
     return made, reason
 

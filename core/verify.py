@@ -63,8 +63,8 @@ def verify(
     return Verification(run, recorded, again, recorded.digest == again.digest, reason)
 
 
-def check_finished(run: Run, data: str) -> Finished:
-    """The record of a run, if it is finished, can be trained again alone, and had data of this identity.
+def check_finished(run: Run, data: str | None) -> Finished:
+    """The record of a run that is finished, can be trained again alone, and had data of this identity (None: any).
 
     Raises:
         core.errors.UserError: it is not, cannot, or had not.
@@ -73,7 +73,7 @@ def check_finished(run: Run, data: str) -> Finished:
     if not isinstance(record, Finished):
         train = f"`uv run main.py run {run.name}`, with the same options, trains it"
         raise UserError(f"{run.name} has no finished run under {run.out}; {train}")
-    if record.data != data:
+    if data is not None and record.data != data:
         raise OtherData(f"{run.name} was trained with other data ({record.data}, now {data}): it cannot be verified")
     if Mode.parse(record.environment.mode).cohort > 1:
         raise UserError(f"{run.name} was trained in a cohort, whose bits no run alone has: it cannot be verified")

@@ -14,7 +14,7 @@ experiments of the suite with these two, and says for each that differs in one k
 
 from typing import Any
 
-from experiments import ablation, baseline, best_by_time, learning_rate
+from experiments import ablation, baseline, best_by_time, demo, learning_rate
 
 DEFAULT = "learning-rate"
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
@@ -22,6 +22,7 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
     **baseline.SUITES,
     "ablation": ablation.SUITE,
     **best_by_time.SUITES,
+    "demo": demo.SUITE,
 }
 ABLATIONS: dict[str, dict[str, str]] = {"ablation": ablation.ENDS, **best_by_time.ABLATIONS}
 FORMER_NAMES = {

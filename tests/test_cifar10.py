@@ -168,8 +168,8 @@ def test_data_dvc_tracks_the_directory_of_these_files():
 @whole
 def test_read_puts_every_image_and_label_in_its_place(filled):
     data = cifar10.read(filled)
-    assert [tuple(t.shape) for t in data] == [(50_000, 3072), (50_000,), (10_000, 3072), (10_000,)]
-    assert [t.dtype for t in data] == [torch.uint8, torch.int64] * 2
+    assert [tuple(t.shape) for t in data.tensors.values()] == [(50_000, 3072), (50_000,), (10_000, 3072), (10_000,)]
+    assert [t.dtype for t in data.tensors.values()] == [torch.uint8, torch.int64] * 2
     assert data.train_images[:, 0].tolist() == [i // 10_000 for i in range(50_000)]
     assert (data.test_images[:, 0] == 5).all()
     assert data.train_images[20_300, 1] == 300 % 251

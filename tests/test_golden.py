@@ -9,6 +9,7 @@ uv run python tests/test_golden.py      makes tests/golden.json anew; where a nu
 
 import ast
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -30,7 +31,7 @@ from core.events import EpochDone  # noqa: E402
 from core.functional import augment, model, step  # noqa: E402
 from core.functional.tree import leaves, tree_map  # noqa: E402
 from core.mode import Mode  # noqa: E402
-from core.spec import FIELDS, Choice, resolve, static  # noqa: E402
+from core.spec import CIFAR10, FIELDS, Choice, resolve, static  # noqa: E402
 from core.train import Training, fit  # noqa: E402
 from tests.conftest import inputs_of_default  # noqa: E402
 
@@ -165,7 +166,7 @@ def steps_in_float64(data):
     state = tree_map(in_float64, state)
     normalise = augment.normalise
     states, losses = [], []
-    with mock.patch.object(augment, "normalise", lambda images: normalise(images).double()):
+    with mock.patch.object(augment, "normalise", lambda *images: normalise(*images).double()):
         train_step = step.make_train_step(static(spec))
         for _ in range(STEPS):
             states.append(state)
@@ -245,11 +246,12 @@ def make_anew():
 
 TO_BASE = {"widths": [12], "batch_size": 40, "epochs": 1}  # a default would take long
 BY_DEVICE = {"precision": {"tf32"}}  # a mode of GPUs
+KEYS = {key: field for key, field in FIELDS.items() if key != "dataset"}  # the data is an argument; see DATA_INFO
 
 
 def test_every_key_and_every_choice_is_in_a_case():
     specs = [resolve({**BASE, **spec}) for spec in CASES.values()]
-    for key, field in FIELDS.items():
+    for key, field in KEYS.items():
         assert any(spec[key] != field.default for spec in specs), f"no case has another {key} than by default"
         if isinstance(field.values, Choice):
             missing = set(field.values.options) - {spec[key] for spec in specs}
@@ -262,7 +264,7 @@ def is_noticed(data, spec, golden):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", FIELDS)
+@pytest.mark.parametrize("key", KEYS)
 def test_every_key_is_noticed(invented_pictures, golden, key):
     """A case that has another value than by default has other numbers with the default."""
     name = next(name for name, spec in CASES.items() if key in {**TO_BASE, **spec})
@@ -272,10 +274,6 @@ def test_every_key_is_noticed(invented_pictures, golden, key):
 
 # Of each constant that decides a number, a case that notices another value.
 NOTICED = {
-    "functional.augment.MEAN": "default",
-    "functional.augment.STD": "default",
-    "functional.model.INPUTS": "default",
-    "functional.model.CLASSES": "default",
     "functional.model.EPS": "default",
     "functional.model.MOMENTUM": "default",
     "functional.model.NEGATIVE_SLOPE": "default",
@@ -299,7 +297,6 @@ NOTICED = {
     "functional.prng.MIXUP": "sampled",
     "functional.prng._PARITY": "default",
     "functional.prng._ROTATIONS": "default",
-    "data.loader.VALIDATION_PER_CLASS": "default",
 }
 DECIDE_NOTHING = {
     "functional.step.NEVER",  # a mark
@@ -342,6 +339,27 @@ def test_another_constant_is_noticed(invented_pictures, golden, monkeypatch, con
     monkeypatch.setattr(module, name, another(getattr(module, name)))
     with contextlib.suppress(RuntimeError, IndexError):  # shapes that do not fit are noticed, too
         assert is_noticed(invented_pictures, CASES[NOTICED[constant]], golden["cases"][NOTICED[constant]])
+
+
+DATA_INFO = {
+    "classes": (*CIFAR10.classes, "zebra"),
+    "shape": (1, 32, 96),
+    "mean": another(CIFAR10.mean),
+    "std": another(CIFAR10.std),
+    "held_out": 501,
+}
+
+
+def test_every_field_of_the_data_set_is_in_the_table():
+    assert DATA_INFO.keys() == {field.name for field in dataclasses.fields(CIFAR10)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("field", DATA_INFO)
+def test_another_value_of_the_data_set_is_noticed(invented_pictures, golden, field):
+    changes = {field: DATA_INFO[field]} | ({"mean": (0.5,), "std": (0.25,)} if field == "shape" else {})
+    data = invented_pictures._replace(info=dataclasses.replace(CIFAR10, **changes))
+    assert is_noticed(data, CASES["default"], golden["cases"]["default"])
 
 
 # The compiled step, and other precisions

@@ -326,7 +326,7 @@ def test_images_and_folders_of_them(call, weights, folder):
     order = sorted(range(10), key=lambda i: -probabilities[i])[:3]
     assert lines[0] == f"{good}: " + ", ".join(f"{CLASSES[i]} {100 * probabilities[i]:.2f}%" for i in order)
     said, wide, gone, long, nothing, half, other = done.stderr.splitlines()
-    assert said.startswith("there are only ten classes, and every image gets one of them: airplane, ")
+    assert said.startswith("there are only 10 classes, and every image gets one of them: airplane, ")
     assert wide.startswith(f"error: cannot read {folder / 'b.png'} as an image: it has more than")
     assert gone == f"error: cannot read {folder / 'gone.png'} as an image: No such file or directory"
     assert long.endswith("as an image: File name too long")

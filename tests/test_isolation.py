@@ -206,7 +206,7 @@ def test_no_switch_changes_an_export(network, invented, tmp_path):
 def test_no_switch_changes_the_data_that_is_read(data_dir, cifar10):
     with several():
         again = dataset.read(Path(data_dir))
-    assert all(t.device.type == "cpu" for t in again)
+    assert all(t.device.type == "cpu" for t in again.tensors.values())
     assert torch.equal(again.test_images, cifar10.test_images)
     assert torch.equal(again.train_labels, cifar10.train_labels)
 

@@ -48,7 +48,7 @@ def test_a_new_file_counts_from_its_first_day(core, folder):
     ("name", "old", "new"),
     [
         ("functional/optim.py", "MOMENTUM = 0.9", "MOMENTUM = 0.8"),
-        ("data/loader.py", "VALIDATION_PER_CLASS = 500", "VALIDATION_PER_CLASS = 501"),
+        ("spec.py", "held_out: int = 500", "held_out: int = 501"),
         ("compile/fused.py", "fullgraph=True", "fullgraph=False"),
         ("train.py", "+= 1", "-= 1"),
         ("__init__.py", "AUTO,STRICT", "AUTO"),

@@ -400,7 +400,7 @@ def test_what_a_worker_shares_is_every_byte_of_core():
 def returned(invented, small_spec):
     """What a worker returns for a run, once for all tests that alter it."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(remote, "_mapped", lambda stored, device: invented)
+        monkeypatch.setattr(remote, "_mapped", lambda *stored: invented)
         monkeypatch.setattr(remote.torch, "set_num_threads", lambda count: None)
         run = Run("x", small_spec(epochs=1), "nowhere")
         [trained] = remote.work([(run.name, run.spec)], [None], "cpu", compiled=False)
@@ -472,7 +472,7 @@ def test_a_result_that_is_none_is_refused(returned, invented):
 def cluster_of(ray, monkeypatch, returned, invented):
     """Makes the stand-in for Ray a cluster that trains in this process. `fate` is called with the label of each task,
     "x 0" or, of a cohort, "x 0 1", and how often it was tried, and may raise; `look` gives its resources."""
-    monkeypatch.setattr(remote, "_mapped", lambda stored, device: invented)
+    monkeypatch.setattr(remote, "_mapped", lambda *stored: invented)
     monkeypatch.setattr(remote.torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(remote, "_silent", lambda address, timeout: None)
     monkeypatch.setattr(remote, "QUIET", 0.1)

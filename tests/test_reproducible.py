@@ -317,10 +317,10 @@ def nothing_compiles(monkeypatch):
     """Only the eager step is to be had."""
     fuse = fused.fuse
 
-    def refuse(spec, state, data, hyper, compiled=True):
+    def refuse(*inputs, compiled=True, **options):
         if compiled:
             raise fused.CompileError("the linker is missing")
-        return fuse(spec, state, data, hyper, compiled=False)
+        return fuse(*inputs, compiled=False, **options)
 
     monkeypatch.setattr(fused, "fuse", refuse)
 
@@ -340,8 +340,8 @@ def test_a_compilation_that_fails_becomes_eager(train, nothing_compiles):
 def test_a_step_without_patches_is_recorded_and_goes_on_as_such(train, monkeypatch):
     fuse, mode = fused.fuse, Mode("unpatched")
 
-    def another(spec, state, data, hyper, compiled=True):
-        return fuse(spec, state, data, hyper, compiled=False)._replace(mode=mode, problem="no such name")
+    def another(*inputs, compiled=True, **options):
+        return fuse(*inputs, compiled=False, **options)._replace(mode=mode, problem="no such name")
 
     monkeypatch.setattr(fused, "fuse", another)
     events = Events()

@@ -20,6 +20,7 @@ from core.spec import (
     Integers,
     Number,
     SpecError,
+    Word,
     canonical,
     nearest,
     resolve,
@@ -41,6 +42,8 @@ def strategy(values):
         ).filter(values.accepts)
     if isinstance(values, Choice):
         return st.sampled_from(values.options)
+    if isinstance(values, Word):
+        return st.from_regex(values.pattern, fullmatch=True)
     return st.lists(strategy(values.each), max_size=values.length) | st.tuples(strategy(values.each))
 
 
@@ -60,6 +63,8 @@ def another(field):
     values, default = field.values, field.default
     if isinstance(values, Integers):
         return default[:-1]
+    if isinstance(values, Word):
+        return f"{default}0"
     if isinstance(values, Choice):
         return next(option for option in values.options if option != default)
     return default + 1 if values.accepts(default + 1) else (default + min(values.high, default + 1)) / 2

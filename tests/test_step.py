@@ -65,7 +65,7 @@ def test_three_steps_against_a_module_in_float64(small_spec, step_inputs, sequen
     """In float64, so that Adam does not turn the rounding error of a zero gradient (a bias before batch norm has one)
     into a step of its own."""
     normalise = augment.normalise
-    monkeypatch.setattr(augment, "normalise", lambda images: normalise(images).double())
+    monkeypatch.setattr(augment, "normalise", lambda *images: normalise(*images).double())
     spec = small_spec(dropout=0.0, weight_decay=0.01, **changes)
     state, data, hyper = step_inputs(spec)
     state = tree_map(lambda t: t.double() if t.dtype == torch.float32 else t, state)
@@ -89,7 +89,7 @@ def test_a_run_with_one_cycle_and_clipping_against_a_module_in_float64(
 ):
     """All eight steps of the cycle; gradients of both more and less than the largest norm."""
     normalise = augment.normalise
-    monkeypatch.setattr(augment, "normalise", lambda images: normalise(images).double())
+    monkeypatch.setattr(augment, "normalise", lambda *images: normalise(*images).double())
     # Without batch norm: what Adam makes of the rounding error of a zero gradient is not to be compared.
     spec = small_spec(
         dropout=0.0, norm="none", optimizer=name, lr=0.05, weight_decay=0.01, schedule="one-cycle", clip=1.25, epochs=1

@@ -1,9 +1,13 @@
 """evaluate: checkpoints on the test split, beside what their runs recorded."""
 
 import argparse
+import functools
+from collections import defaultdict
+from pathlib import Path
 
 from core import terminal
 from core.commands import options
+from core.data.tensors import DataError
 from core.errors import UserError
 from core.plan import Project
 from core.signals import Stop
@@ -36,23 +40,32 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
         paths = [path for path in found if ".step-" not in path.name]
     if not paths:
         raise UserError(f"no checkpoint under {args.out / 'checkpoints'}; `uv run main.py` trains some")
-    status, good = 0, []
+    status, source = 0, options.source(args)
+    good: dict[str, list[Path]] = defaultdict(list)  # by their data set
     for path in paths:  # a bad one is found before the data is read; all at once might be more than memory holds
         try:
-            predict.load(path)
+            about = predict.load(path).about
             predict.recorded(path)
-            good.append(path)
+            good[about.spec["dataset"]].append(path)
         except StoreError as error:
             warn(f"error: {error}")
             status = 2
     if not good:
         return status
-    data, device = session.prepare(args.device, lambda: options.load_data(args))
     show = terminal.evaluation_as_json if args.json else terminal.evaluation
-    for path in good:
-        network = predict.load(path, device)
-        network.about.name = project.former.get(network.about.name, network.about.name)
-        evaluation = predict.evaluate(path, network, data, args.tta == "flip")
-        status = max(status, 0 if evaluation.same else 1)
-        show(path, network.about, evaluation)
+    for name, members in good.items():
+        try:
+            data, device = session.prepare(args.device, functools.partial(source.load, name))
+        except DataError as error:
+            if len(good) == 1:
+                raise
+            terminal.fail(error)
+            status = 2
+            continue
+        for path in members:
+            network = predict.load(path, device)
+            network.about.name = project.former.get(network.about.name, network.about.name)
+            evaluation = predict.evaluate(path, network, data, args.tta == "flip")
+            status = max(status, 0 if evaluation.same else 1)
+            show(path, network.about, evaluation)
     return status

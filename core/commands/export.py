@@ -25,10 +25,11 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     source = options.weights(args, project, args.checkpoint)
     network = predict.load(source)
     path = args.output or source.with_suffix(export.FORMATS[args.format].suffix)
-    images, what = export.check_images(args.data)
+    images, what = export.check_images(network, args.data)
     precision, largest = export.export(network, args.format, path, images)
     tolerance = f"{export.TOLERANCE:g} of the largest logit" if largest > 1 else f"{export.TOLERANCE:g}"
-    say(f"{path}: uint8 images [n, 3, 32, 32] -> float32 logits [n, 10], within {tolerance} on {what}")
+    shape, classes = ", ".join(map(str, network.info.shape)), len(network.info.classes)
+    say(f"{path}: uint8 images [n, {shape}] -> float32 logits [n, {classes}], within {tolerance} on {what}")
     if precision != network.spec["precision"]:
         warn(f"its matrix products are in {precision}, those of the checkpoint in {network.spec['precision']}")
     return 0

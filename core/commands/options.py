@@ -1,14 +1,13 @@
 """Options that several commands share, and what they mean."""
 
 import argparse
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
 from core import plan, terminal
-from core.data import cifar10
-from core.data.tensors import Data
+from core.data import datasets
+from core.data.datasets import Source
 from core.errors import UserError
 from core.plan import Project
 from core.runs import files
@@ -34,7 +33,7 @@ def shared() -> Parser:
 def data(project: Project) -> Parser:
     parser = Parser(add_help=False)
     folder = project.root / "data"
-    parser.add_argument("--data", type=local, default=folder, metavar="DIR", help="where CIFAR-10 is, or goes")
+    parser.add_argument("--data", type=local, default=folder, metavar="DIR", help="where published data is, or goes")
     return parser
 
 
@@ -42,9 +41,17 @@ def machine(project: Project) -> Parser:
     parser = Parser(add_help=False, parents=[data(project)])
     parser.add_argument(
         "--data-url",
-        default=os.environ.get("CIFAR10_URL"),
         metavar="URL",
-        help="address of cifar-10-python.tar.gz to try before the mirrors (also $CIFAR10_URL)",
+        help="address of the archive, such as cifar-10-python.tar.gz, to try first (also $CIFAR10_URL, $CIFAR100_URL)",
+    )
+    parser.add_argument(
+        "--data-folder",
+        type=local,
+        metavar="DIR",
+        help="images of your own: DIR/train/CLASS/* and DIR/test/CLASS/*, or DIR/CLASS/* with --test-share",
+    )
+    parser.add_argument(
+        "--test-share", type=float, metavar="X", help="share of the images of --data-folder that are for testing"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     return parser
@@ -71,16 +78,27 @@ def which() -> Parser:
     return parser
 
 
-def chosen(args: argparse.Namespace, project: Project) -> list[Run]:
-    """The runs that a command asks for; all are checked before anything starts."""
+def chosen(args: argparse.Namespace, project: Project, source: Source) -> list[Run]:
+    """The runs that a command asks for; all are checked before anything starts. Says what is to know of their data, and
+    turns the compiler off where that is faster for all of them."""
     values = {key: getattr(args, key) for key in KEYS if getattr(args, key) is not None}
+    if source.own is not None:
+        values["dataset"] = source.own_name
     words = [new_name(word, project) for word in args.names]
-    return plan.chosen(project, words, values, args.seeds, args.out)
+    runs = plan.chosen(project, words, values, args.seeds, args.out)
+    names = dict.fromkeys(run.spec["dataset"] for run in runs)
+    published = [datasets.get(name) for name in names if source.own is None or name != source.own_name]
+    for dataset in published:
+        if dataset.note:
+            terminal.warn(dataset.note)
+    if len(published) == len(names) and not any(dataset.compiled for dataset in published):
+        args.no_compile = True
+    return runs
 
 
-def load_data(args: argparse.Namespace) -> Data:
-    with terminal.fetching() as progress:
-        return cifar10.load(args.data, args.data_url, progress)
+def source(args: argparse.Namespace) -> Source:
+    """Where the data of this call comes from."""
+    return Source(args.data, args.data_url, args.data_folder, args.test_share, terminal.fetching)
 
 
 def weights(args: argparse.Namespace, project: Project, word: str) -> Path:

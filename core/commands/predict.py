@@ -4,13 +4,12 @@ import argparse
 
 from core import terminal
 from core.commands import options
-from core.data import cifar10
 from core.plan import Project
 from core.signals import Stop
 from core.store import local
 from core.terminal import warn
 
-HELP = "classify image files: any image gets one of the ten classes"
+HELP = "classify image files: any image gets one of the classes of the data set"
 
 
 def add_parser(commands: argparse._SubParsersAction, project: Project) -> argparse.ArgumentParser:
@@ -26,14 +25,15 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     with stop.quick_imports():
         from core import images, predict
     network = predict.load(options.weights(args, project, args.checkpoint))
-    paths = images.find(args.images)
+    paths, classes = images.find(args.images), network.info.classes
     if not args.json:
-        warn(f"there are only ten classes, and every image gets one of them: {', '.join(cifar10.CLASSES)}")
+        which = f": {', '.join(classes)}" if len(classes) <= terminal.LISTED else ""
+        warn(f"there are only {len(classes)} classes, and every image gets one of them{which}")
     show = terminal.prediction_as_json if args.json else terminal.prediction
     status = 0
     for path in paths:
         try:
-            show(path, predict.likeliest(network, images.read(path)))
+            show(path, classes, predict.likeliest(network, images.read(path, network.info.shape)))
         except images.ImageError as error:
             warn(f"error: {error}")
             status = 2

@@ -2,22 +2,23 @@
 
 import argparse
 import functools
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core import estimate, plan, terminal
 from core.commands import options
-from core.data import cifar10
+from core.data.datasets import Source
 from core.errors import UserError
-from core.events import Listener
+from core.events import Listener, Stopped
 from core.listeners.progress import Display
 from core.mode import Mode
 from core.plan import Project
 from core.report import stats
 from core.report.rebuild import prepare, rebuild
 from core.runs import files
-from core.runs.record import Failed, Finished, RecordError, read_records
+from core.runs.record import Failed, Finished, Record, RecordError, read_records
 from core.runs.run import OtherCode, Run
 from core.signals import Stop
 from core.spec import spec_id
@@ -71,15 +72,17 @@ def add_parser(commands: argparse._SubParsersAction, project: Project) -> argpar
 
 
 def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
-    runs = options.chosen(args, project)
+    with stop.quick_imports():  # of torch, where images of one's own are read
+        source = options.source(args)
+        runs = options.chosen(args, project, source)
     if args.checkpoint_every < 1:
         raise UserError(f"--checkpoint-every {args.checkpoint_every}, expected at least 1")
     if args.dry_run:
-        return dry_run(args, runs, stop)
+        return dry_run(args, runs, source, stop)
     catalog = project.catalog()
     prepare(args.out, catalog)  # an --out that cannot be written is found before the training, not after it
     tally, todo = Tally(runs), []
-    for run, result in with_results(args, runs, tally):
+    for run, result in with_results(args, runs, source, tally):
         if result:
             tally.add(result)
         else:
@@ -88,7 +91,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     say_finished(tally)
     if todo:
         before = tally.done
-        status = train(args, todo, tally, stop) or status
+        status = train(args, todo, source, tally, stop) or status
         if status == 130 and tally.done == before:  # nothing to report, and whoever stopped it waits
             return status
     rebuild(args.out, catalog, args.data)
@@ -96,7 +99,9 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     return status
 
 
-def with_results(args: argparse.Namespace, runs: list[Run], tally: Tally) -> Iterator[tuple[Run, Finished | None]]:
+def with_results(
+    args: argparse.Namespace, runs: list[Run], source: Source, tally: Tally
+) -> Iterator[tuple[Run, Finished | None]]:
     """The runs, each with its result if it need not be trained.
 
     Names and skips those that may not be trained: their record cannot be read, or is of other code.
@@ -104,7 +109,8 @@ def with_results(args: argparse.Namespace, runs: list[Run], tally: Tally) -> Ite
     in_progress, other_code = files.in_progress(args.out), []
     for run in runs:
         try:
-            result = run.result() if args.force else run.finished(cifar10.DIRECTORY_HASH, in_progress)
+            data = source.identity(run.spec["dataset"])
+            result = run.result() if args.force else run.finished(data, in_progress)
         except RecordError as error:
             warn(f"error: {error}")
             tally.leave_out(run)
@@ -130,7 +136,7 @@ def say_finished(tally: Tally) -> None:
         say(f"{name} ({spec_id(tally.specs[name])}) is finished: {accuracy} test accuracy; --force trains it again")
 
 
-def train(args: argparse.Namespace, runs: list[Run], tally: Tally, stop: Stop) -> int:
+def train(args: argparse.Namespace, runs: list[Run], source: Source, tally: Tally, stop: Stop) -> int:
     """Train, and say how it ended; returns the exit status."""
     with stop.quick_imports():
         from core import schedule
@@ -141,7 +147,7 @@ def train(args: argparse.Namespace, runs: list[Run], tally: Tally, stop: Stop) -
 
             listeners.append(TensorBoard(args.out))
     with Display(tally, args.verbose, args.ray is not None) as display:
-        results = schedule.train_all(runs, executor(args, stop), [*listeners, display], stop, args.cohort)
+        results = schedule.train_all(runs, executor(args, source, stop), [*listeners, display], stop, args.cohort)
         for result in results:
             match result:
                 case Failed():
@@ -161,30 +167,37 @@ def train(args: argparse.Namespace, runs: list[Run], tally: Tally, stop: Stop) -
     return status
 
 
-def executor(args: argparse.Namespace, stop: Stop) -> "Executor":
-    """Who trains: this process, or a Ray cluster. The data is loaded when the first run starts."""
+def executor(args: argparse.Namespace, source: Source, stop: Stop) -> "Executor":
+    """Who trains: this process, or a Ray cluster. A data set is loaded when its first run starts."""
 
     def here(groups: "Sequence[Group]", listener: Listener, should_stop: "ShouldStop") -> "Iterator[Result]":
         with stop.quick_imports():
             from core import schedule, session
-        data, device = session.prepare(args.device, lambda: options.load_data(args))
-        train = functools.partial(
-            session.run_cohort,
-            data=data,
-            device=device,
-            compiled=not args.no_compile,
-            checkpoint_every=args.checkpoint_every,
-            force=args.force,
-            exact=not args.resume_anyway,
-        )
+        on_device = functools.cache(lambda name: session.prepare(args.device, lambda: source.load(name)))
+        settings = {
+            "compiled": not args.no_compile,
+            "checkpoint_every": args.checkpoint_every,
+            "force": args.force,
+            "exact": not args.resume_anyway,
+        }
+
+        def train(group: "Group", **how: Any) -> "Sequence[Record | Stopped]":
+            data, device = on_device(group[0].spec["dataset"])
+            return session.run_cohort(group, data, device, **settings, **how)
+
         return schedule.one_after_another(train)(groups, listener, should_stop)
 
     def on_cluster(groups: "Sequence[Group]", listener: Listener, should_stop: "ShouldStop") -> "Iterator[Result]":
         with stop.quick_imports():
             from core import remote
-        data = options.load_data(args)
-        compiled = not args.no_compile
-        return remote.train(groups, data, args.ray, args.device, compiled, args.force, listener, on_notice=warn)
+        by_dataset: dict[str, list[Group]] = defaultdict(list)
+        for group in groups:
+            by_dataset[group[0].spec["dataset"]].append(group)
+        for name, members in by_dataset.items():
+            data, compiled = source.load(name), not args.no_compile
+            yield from remote.train(
+                members, data, args.ray, args.device, compiled, args.force, listener, on_notice=warn
+            )
 
     return on_cluster if args.ray else here
 
@@ -200,12 +213,12 @@ def measured(stop: Stop, out: Path, device: str = "auto", threads: int | None = 
     return estimate.Measured(read_records(out), name, threads or get_num_threads())
 
 
-def dry_run(args: argparse.Namespace, runs: list[Run], stop: Stop) -> int:
+def dry_run(args: argparse.Namespace, runs: list[Run], source: Source, stop: Stop) -> int:
     """Show each run with what it will take; write nothing."""
     known = measured(stop, args.out, args.device, 1 if args.ray else None)
     mode = Mode("eager" if args.no_compile else "compiled")
     todo = []
-    for run, result in with_results(args, runs, Tally(runs)):
+    for run, result in with_results(args, runs, source, Tally(runs)):
         if result:
             say(f"{run.label}  {run.id}  finished")
         else:

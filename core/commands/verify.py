@@ -1,6 +1,7 @@
 """verify: finished runs trained again in a folder of their own, to compare the bits of the weights."""
 
 import argparse
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,18 +32,20 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     """Returns 1 where the bits are different."""
     with stop.quick_imports():
         from core import schedule, session
-        from core.data.cifar10 import DIRECTORY_HASH
         from core.verify import check_finished, verify
-    runs = options.chosen(args, project)
+
+        source = options.source(args)
+        runs = options.chosen(args, project, source)
     for run in runs:
-        check_finished(run, DIRECTORY_HASH)
+        check_finished(run, source.identity(run.spec["dataset"]))
 
     def executor(
         groups: Sequence[schedule.Group], listener: Listener, should_stop: schedule.ShouldStop
     ) -> Iterator[schedule.Result]:
-        data, device = session.prepare(args.device, lambda: options.load_data(args))
+        on_device = functools.cache(lambda name: session.prepare(args.device, lambda: source.load(name)))
 
         def again(group: schedule.Group, **how: Any) -> list["Verification | Stopped"]:
+            data, device = on_device(group[0].spec["dataset"])
             return [verify(group[0], data, device, compiled=not args.no_compile, **how)]
 
         return schedule.one_after_another(again)(groups, listener, should_stop)

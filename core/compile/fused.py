@@ -22,11 +22,11 @@ from core.functional import prng
 from core.functional.step import State, make_train_step
 from core.functional.tree import leaves
 from core.mode import Mode
-from core.spec import Spec, static, static_key
+from core.spec import CIFAR10, DataInfo, Spec, static, static_key
 
 Trees = tuple[State, dict, dict]  # state, data, hyper
 
-_compiled: dict[tuple[str, int], Callable[..., None]] = {}  # on CUDA, by static key and size of the cohort
+_compiled: dict[tuple[str, DataInfo, int], Callable[..., None]] = {}  # on CUDA: static key, data, cohort
 
 
 class Step(NamedTuple):
@@ -79,10 +79,10 @@ def _compiler_options() -> list[str]:
     return [word for word in shlex.split(_compiler() or "") if word.startswith("-")]
 
 
-def make_step(spec: Spec, state: State, data: dict) -> Callable[[State, dict, dict], None]:
+def make_step(spec: Spec, state: State, data: dict, info: DataInfo = CIFAR10) -> Callable[[State, dict, dict], None]:
     """The train step of a resolved spec, in place. A state with a leading axis is that of a cohort: its members, which
     share all data but the order, take the step independently of each other."""
-    step = make_train_step(static(spec))
+    step = make_train_step(static(spec), info)
     if state["step"].ndim:
         step = torch.func.vmap(step, in_dims=(0, {key: 0 if key == "order" else None for key in data}, 0))
     return in_place(step)
@@ -101,8 +101,8 @@ def in_place(step: Callable[[State, dict, dict], State]) -> Callable[[State, dic
     )
 
 
-def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = True) -> Step:
-    """The train step of a resolved spec, bound to standing buffers.
+def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = True, info: DataInfo = CIFAR10) -> Step:
+    """The train step of a resolved spec and a data set, bound to standing buffers.
 
     Compiled, it is one graph; specs that differ only in what reaches the step as a tensor share one compilation.
 
@@ -115,19 +115,19 @@ def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = Tru
     if not compiled:
         cache.repair_environment()
         inductor.load()
-        step = make_step(spec, state, data)
+        step = make_step(spec, state, data, info)
         return Step(lambda: step(state, data, hyper), Mode("eager", _cohort(state)))
     try:
-        return (_ahead_of_time if device.type == "cpu" else _cuda_graph)(spec, (state, data, hyper))
+        return (_ahead_of_time if device.type == "cpu" else _cuda_graph)(spec, (state, data, hyper), info)
     except (CompileError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # Dynamo, inductor, Triton and the loader each raise their own.
         raise CompileError(first_line(error)) from error
 
 
-def _ahead_of_time(spec: Spec, trees: Trees) -> Step:
+def _ahead_of_time(spec: Spec, trees: Trees, info: DataInfo) -> Step:
     """The step as a shared library, compiled by the first process that needs it."""
-    recipe = _recipe(spec, trees)
+    recipe = _recipe(spec, trees, info)
     if (problem := compiler_problem(trees[0]["step"].device)) and not cache.find(recipe):
         raise CompileError(problem)
     library = cache.get_or_build(recipe)
@@ -135,7 +135,7 @@ def _ahead_of_time(spec: Spec, trees: Trees) -> Step:
     return Step(advance, Mode("unpatched" if library.problem else "compiled", _cohort(trees[0])), library.problem)
 
 
-def _recipe(spec: Spec, trees: Trees) -> cache.Recipe:
+def _recipe(spec: Spec, trees: Trees, info: DataInfo = CIFAR10) -> cache.Recipe:
     """The library of a step: Dynamo traces one full graph, inductor turns it into C++ and that into a library."""
     tensors = [t for tree in trees for t in leaves(tree)]
     threads = torch.get_num_threads()
@@ -176,16 +176,16 @@ def _recipe(spec: Spec, trees: Trees) -> cache.Recipe:
 
         with inductor.without_collection():
             torch.compiler.allow_in_graph(prng.bits)  # 160 operations that Dynamo need not follow one by one
-            step = make_step(spec, *trees[:2])
+            step = make_step(spec, *trees[:2], info)
             torch.compile(step, fullgraph=True, dynamic=False, backend=capture)(*trees)
             library = inductor.aot_compile(graphs[0], [tensors[i] for i in order], options).read_bytes()
         return cache.Built(library, order, problem)
 
-    key = [CODE, static_key(spec), signature, machine, compiler_options]
+    key = [CODE, static_key(spec), repr(info), signature, machine, compiler_options]
     return cache.Recipe(cache.name_of(key), len(tensors), build)
 
 
-def _cuda_graph(spec: Spec, trees: Trees) -> Step:
+def _cuda_graph(spec: Spec, trees: Trees, info: DataInfo) -> Step:
     """The compiled step recorded into a CUDA graph, which is replayed without any work of the host.
 
     Before the recording come warm-up steps, of which the first compiles; the state is put back afterwards.
@@ -199,8 +199,8 @@ def _cuda_graph(spec: Spec, trees: Trees) -> Step:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with cache.one_at_a_time, cache.environment(), inductor.pinned(), torch.cuda.stream(stream):
-        step = torch.compile(make_step(spec, state, data), fullgraph=True, dynamic=False)
-        compiled = _compiled.setdefault((static_key(spec), _cohort(state)), step)
+        step = torch.compile(make_step(spec, state, data, info), fullgraph=True, dynamic=False)
+        compiled = _compiled.setdefault((static_key(spec), info, _cohort(state)), step)
         for _ in range(3):
             compiled(*trees)
     torch.cuda.current_stream().wait_stream(stream)

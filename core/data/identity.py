@@ -10,7 +10,6 @@ from torch import Tensor
 
 from core.data.cifar10 import DIRECTORY_HASH
 from core.data.tensors import Data, DataError
-from core.functional.model import CLASSES, INPUTS
 
 # The sha256 of the tensors of a data set, as `_hash` has it, and the name that records have for that data set.
 PUBLISHED = {"a60161292f99d29e8462346dd2f3a7ca9c6f009e9749bb7883422f6d8b3d91d3": DIRECTORY_HASH}
@@ -35,10 +34,11 @@ def data_identity(data: Data) -> str:
     and every sixteenth image again, and ask torch whether it has written into a tensor. They miss only a few pictures
     that NumPy has changed in place.
     """
-    key, sample = tuple(map(id, data)), _hash(data, SAMPLE)
+    tensors, sample = data.tensors.values(), _hash(data, SAMPLE)
+    key = tuple(map(id, tensors))
     with _lock:
         known = _known.get(key)
-        if known and known.sample == sample and all(ref() is t for ref, t in zip(known.tensors, data, strict=True)):
+        if known and known.sample == sample and all(ref() is t for ref, t in zip(known.tensors, tensors, strict=True)):
             return known.identity
     found = _hash(data)
     identity = PUBLISHED.get(found, f"tensors-{found[:24]}")
@@ -56,14 +56,15 @@ def _remember(data: Data, sample: str, identity: str) -> None:
     with _lock:
         for key in [key for key, known in _known.items() if any(ref() is None for ref in known.tensors)]:
             del _known[key]
-        _known[tuple(map(id, data))] = _Known([weakref.ref(t) for t in data], sample, identity)
+        tensors = data.tensors.values()
+        _known[tuple(map(id, tensors))] = _Known([weakref.ref(t) for t in tensors], sample, identity)
 
 
 def _hash(data: Data, every: int = 1) -> str:
     """sha256 of names, dtypes, shapes and bytes; with `every`, of each so many images, and of how often torch has
     written into each tensor."""
     total = hashlib.sha256()
-    for name, t in zip(Data._fields, data, strict=True):
+    for name, t in data.tensors.items():
         version = 0 if every == 1 or t.is_inference() else t._version
         total.update(repr((name, str(t.dtype), list(t.shape), version)).encode())
         part = t[::every] if name.endswith("images") else t
@@ -77,11 +78,11 @@ def check(data: Data) -> None:
     Raises:
         core.data.tensors.DataError: a tensor has another dtype or shape, a label is none, or a split is empty.
     """
-    for name, t in zip(Data._fields, data, strict=True):
-        dtype, shape = (torch.uint8, f"[n, {INPUTS}]") if name.endswith("images") else (torch.int64, "[n]")
+    for name, t in data.tensors.items():
+        dtype, shape = (torch.uint8, f"[n, {data.info.inputs}]") if name.endswith("images") else (torch.int64, "[n]")
         if not isinstance(t, Tensor):
             raise DataError(f"{name} is of the type {type(t).__name__}, expected a tensor: {dtype} {shape}")
-        fits = t.ndim == 2 and t.shape[1] == INPUTS if name.endswith("images") else t.ndim == 1
+        fits = t.ndim == 2 and t.shape[1] == data.info.inputs if name.endswith("images") else t.ndim == 1
         if not fits or t.dtype != dtype or t.layout != torch.strided:
             raise DataError(f"{name} is {t.dtype} {list(t.shape)}, expected {dtype} {shape}")
     for split in ("train", "test"):
@@ -92,5 +93,5 @@ def check(data: Data) -> None:
                 "both, and at least one"
             )
         low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= CLASSES:
-            raise DataError(f"{split}_labels are from {low} to {high}, expected from 0 to {CLASSES - 1}")
+        if low < 0 or high >= len(data.info.classes):
+            raise DataError(f"{split}_labels are from {low} to {high}, expected from 0 to {len(data.info.classes) - 1}")

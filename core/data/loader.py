@@ -5,56 +5,63 @@ import hashlib
 import torch
 from torch import Tensor
 
+from core.data import datasets
 from core.data.tensors import Data, DataError
-from core.spec import Spec
-
-VALIDATION_PER_CLASS = 500  # 5,000 of the 50,000
+from core.spec import CIFAR10, DataInfo, Spec
 
 
 def place(data: Data, device: torch.device) -> Data:
     """The images and labels on a device, where they stay, each in one piece of memory."""
-    return Data(*(t.to(device).contiguous() for t in data))
+    return data.map(lambda t: t.to(device).contiguous())
 
 
-def check(labels: Tensor, spec: Spec) -> None:
-    """Refuse too few training images for the validation split, or for one step.
+def check(data: Data, spec: Spec) -> None:
+    """Refuse data that a run of this spec cannot be trained on.
 
     Raises:
-        core.data.tensors.DataError: there are too few.
+        core.data.tensors.DataError: It is another data set, its images have a shape that an augmentation cannot take,
+            or there are too few for the validation split or for one step.
     """
-    counts = labels.bincount().tolist()
+    datasets.check(data, spec["dataset"])
+    info, counts = data.info, data.train_labels.bincount().tolist()
+    if spec["whiten"] > info.inputs:
+        raise DataError(f"whiten = {spec['whiten']}, expected at most {info.inputs}, the number of values of an image")
+    changed = [key for key in ("rotate", "zoom", "cutout") if spec[key]] + ["augment"] * (spec["augment"] != "none")
+    if info.shape != CIFAR10.shape and changed:
+        shape = "x".join(map(str, info.shape))
+        raise DataError(f"{changed[0]} takes images of 3x32x32, those of {spec['dataset']} have {shape}")
     smallest = min(filter(None, counts))
-    if spec["train_on"] != "all" and smallest <= VALIDATION_PER_CLASS:
+    if spec["train_on"] != "all" and smallest <= info.held_out:
         raise DataError(
-            f"the smallest class has {smallest:,} training images, expected more than {VALIDATION_PER_CLASS}, which "
+            f"the smallest class has {smallest:,} training images, expected more than {info.held_out}, which "
             "are for validation"
         )
-    held_out = 0 if spec["train_on"] == "all" else VALIDATION_PER_CLASS * sum(map(bool, counts))
-    if (left := len(labels) - held_out) < spec["batch_size"]:
+    held_out = 0 if spec["train_on"] == "all" else info.held_out * sum(map(bool, counts))
+    if (left := len(data.train_labels) - held_out) < spec["batch_size"]:
         raise DataError(f"there are {left:,} images to train on, expected at least batch_size = {spec['batch_size']:,}")
 
 
-def split(labels: Tensor) -> tuple[Tensor, Tensor]:
+def split(labels: Tensor, info: DataInfo = CIFAR10) -> tuple[Tensor, Tensor]:
     """Indices of the training and the validation examples: fixed, with every class equally often in the validation.
 
     Args:
-        labels: int64 [50000].
+        labels: int64 [n].
 
     Returns:
-        int64 [45000] and int64 [5000], sorted.
+        int64 [n - validation] and int64 [validation], sorted; of CIFAR-10 45,000 and 5,000.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     rank = torch.empty_like(labels)
-    for label in range(10):
+    for label in range(len(info.classes)):
         members = order[labels[order] == label]
         rank[members] = torch.arange(len(members))
-    return (rank >= VALIDATION_PER_CLASS).nonzero()[:, 0], (rank < VALIDATION_PER_CLASS).nonzero()[:, 0]
+    return (rank >= info.held_out).nonzero()[:, 0], (rank < info.held_out).nonzero()[:, 0]
 
 
-def to_train_on(labels: Tensor, which: str) -> tuple[Tensor, Tensor | None]:
+def to_train_on(labels: Tensor, which: str, info: DataInfo = CIFAR10) -> tuple[Tensor, Tensor | None]:
     """Indices of the examples to train on and of those to validate with: of the `split`, or of "all", which leaves
     none to validate with."""
-    return (torch.arange(len(labels)), None) if which == "all" else split(labels)
+    return (torch.arange(len(labels)), None) if which == "all" else split(labels, info)
 
 
 def epoch_order(examples: Tensor, batch_size: int, seed: int, epoch: int) -> Tensor:

@@ -1,8 +1,10 @@
 """A data set in memory."""
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from core.errors import UserError
+from core.spec import CIFAR10, DataInfo
 
 if TYPE_CHECKING:  # torch takes two seconds to import
     from torch import Tensor
@@ -13,9 +15,30 @@ class DataError(UserError):
 
 
 class Data(NamedTuple):
-    """Images as uint8 [n, 3072], a row the red, green and blue planes of 32x32; labels as int64 [n]."""
+    """The images and labels of a data set.
+
+    Attributes:
+        train_images, test_images: uint8 [n, inputs]. A row has the planes of an image: red, green and blue.
+        train_labels, test_labels: int64 [n].
+    """
 
     train_images: "Tensor"
     train_labels: "Tensor"
     test_images: "Tensor"
     test_labels: "Tensor"
+    info: DataInfo = CIFAR10
+
+    @classmethod
+    def of(cls, tensors: "Iterable[Tensor]", info: DataInfo) -> "Data":
+        """The data of four tensors in the order of the fields."""
+        train_images, train_labels, test_images, test_labels = tensors
+        return cls(train_images, train_labels, test_images, test_labels, info)
+
+    def map(self, function: "Callable[[Tensor], Tensor]") -> "Data":
+        """The same data set with a function of each tensor."""
+        return Data.of(map(function, self.tensors.values()), self.info)
+
+    @property
+    def tensors(self) -> "dict[str, Tensor]":
+        """The four tensors by their names."""
+        return {name: getattr(self, name) for name in self._fields if name != "info"}

@@ -5,14 +5,14 @@ import functools
 import torch
 from torch import Tensor
 
-from core.functional.augment import MEAN, STD
+from core.spec import CIFAR10, DataInfo
 
-Whitening = dict[str, Tensor]  # {"weight": float32 [components, 3072], "bias": float32 [components]}
+Whitening = dict[str, Tensor]  # {"weight": float32 [components, inputs], "bias": float32 [components]}
 
 CHUNK = 256  # images; float32 adds their products exactly
 
 
-def whitening(images: Tensor, examples: Tensor, components: int, eps: float) -> Whitening:
+def whitening(images: Tensor, examples: Tensor, components: int, eps: float, info: DataInfo = CIFAR10) -> Whitening:
     """The projection `weight @ x + bias` of a normalised image x, a function of the images alone.
 
     The principal components are those of the examples and their mirror images. Each is divided by sqrt(variance + eps);
@@ -20,13 +20,13 @@ def whitening(images: Tensor, examples: Tensor, components: int, eps: float) -> 
     Ng 2011. The bits depend on the machine, but not on the number of threads.
 
     Args:
-        images: uint8 [n, 3072], on any device. examples: int64 indices into them.
-        components: how many, from 1 to 3072. eps: above 0.
+        images: uint8 [n, inputs], on any device. examples: int64 indices into them.
+        components: how many, from 1 to `inputs`. eps: above 0.
 
     Returns:
         float32 on the CPU.
     """
-    mean, variances, vectors = _principal_components(images, _Same(examples))
+    mean, variances, vectors = _principal_components(images, _Same(examples), info)
     weight = vectors[:components] * torch.rsqrt(variances[:components, None] + eps)
     return {"weight": weight.float(), "bias": (weight @ -mean).float()}
 
@@ -45,27 +45,29 @@ class _Same:
 
 
 @functools.lru_cache(maxsize=2)  # the seeds of a sweep share it
-def _principal_components(images: Tensor, examples: _Same) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [3072], variances [3072] in descending order and vectors [3072, 3072], a row each, in float64.
+def _principal_components(images: Tensor, examples: _Same, info: DataInfo) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [inputs], variances [inputs] in descending order and vectors [inputs, inputs], a row each, in float64.
 
     An image and its mirror image together are a symmetric and an antisymmetric half, which are not correlated: two
     problems of half the size, an eighth of the time each.
     """
-    channel = torch.arange(3072) // 1024
-    std, mean = (torch.tensor(values, dtype=torch.float64)[channel] for values in (STD, MEAN))
-    scale = (1 / (255 * std)).view(96, 32)[:, :16].reshape(-1)  # of half an image
-    sums, n = torch.zeros(1536, dtype=torch.float64), len(examples.indices)
-    products = torch.zeros(2, 1536, 1536, dtype=torch.float64)
+    _, height, width = info.shape
+    rows, columns, size = info.inputs // width, width // 2, info.inputs // 2  # of half an image
+    channel = torch.arange(info.inputs) // (height * width)
+    std, mean = (torch.tensor(values, dtype=torch.float64)[channel] for values in (info.std, info.mean))
+    scale = (1 / (255 * std)).view(rows, width)[:, :columns].reshape(-1)
+    sums, n = torch.zeros(size, dtype=torch.float64), len(examples.indices)
+    products = torch.zeros(2, size, size, dtype=torch.float64)
     for chunk in examples.indices.split(CHUNK):
         # Integers of at most 8 bits and a sign: every sum below is exact, in whatever order it is added up.
-        x = (images[chunk.to(images.device)].cpu().short() - 128).view(-1, 96, 2, 16)
+        x = (images[chunk.to(images.device)].cpu().short() - 128).view(-1, rows, 2, columns)
         left, right = x[:, :, 0], x[:, :, 1].flip(2)
-        symmetric, antisymmetric = (half.reshape(-1, 1536).float() for half in (left + right, left - right))
+        symmetric, antisymmetric = (half.reshape(-1, size).float() for half in (left + right, left - right))
         products[0] += symmetric.t() @ symmetric  # one by one: faster than as a batch
         products[1] += antisymmetric.t() @ antisymmetric
         sums += symmetric.double().sum(0)
     middle = sums / (2 * n)  # of an image less 128, alike on both sides
-    center = (middle * scale).view(96, 16)
+    center = (middle * scale).view(rows, columns)
     covariance = products / (2 * n)
     covariance[0] -= 2 * torch.outer(middle, middle)
     threads = torch.get_num_threads()
@@ -74,9 +76,9 @@ def _principal_components(images: Tensor, examples: _Same) -> tuple[Tensor, Tens
         variances, vectors = torch.linalg.eigh(covariance * torch.outer(scale, scale))
     finally:
         torch.set_num_threads(threads)
-    halves = vectors.mT.reshape(2, 1536, 96, 16) / 2**0.5
+    halves = vectors.mT.reshape(2, size, rows, columns) / 2**0.5
     signs = torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None, None, None]
-    whole = torch.cat([halves, signs * halves.flip(3)], 3).view(3072, 3072)
+    whole = torch.cat([halves, signs * halves.flip(3)], 3).view(info.inputs, info.inputs)
     order = variances.view(-1).argsort(descending=True, stable=True)
     mean = torch.cat([center, center.flip(1)], 1).view(-1) + (128 / 255 - mean) / std
     return mean, variances.view(-1)[order], whole[order]

@@ -6,41 +6,41 @@ import torch
 from torch import Tensor
 
 from core.functional import model, prng
-from core.spec import Spec
-
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of each channel of the training images, in 0..1
+from core.spec import CIFAR10, DataInfo, Spec
 
 
-def normalise(images: Tensor) -> Tensor:
-    """uint8 [batch, 3072] or [batch, 3, 32, 32] to float32 of the same shape. Over the training images each channel has
+def normalise(images: Tensor, info: DataInfo = CIFAR10) -> Tensor:
+    """uint8 [batch, inputs] or [batch, *shape] to float32 of the same shape. Over the training images each channel has
     mean 0 and variance 1."""
-    channel = torch.arange(3, device=images.device)[:, None, None]
+    channels, height, width = info.shape
+    channel = torch.arange(channels, device=images.device)[:, None, None]
     if images.ndim == 2:
-        channel = torch.arange(3072, device=images.device) // 1024
-    scale, offset = _scale_and_offset(channel)
+        channel = torch.arange(info.inputs, device=images.device) // (height * width)
+    scale, offset = _scale_and_offset(channel, info)
     return torch.addcmul(offset, images.float(), scale)
 
 
-def _scale_and_offset(channel: Tensor) -> tuple[Tensor, Tensor]:
+def _scale_and_offset(channel: Tensor, info: DataInfo) -> tuple[Tensor, Tensor]:
     # Built from scalars in the graph, so the step needs no constant tensor on the device.
-    scale = torch.full(channel.shape, 1 / (255 * STD[2]), device=channel.device)
-    offset = torch.full(channel.shape, -MEAN[2] / STD[2], device=channel.device)
-    for c in (0, 1):
-        scale = torch.where(channel == c, 1 / (255 * STD[c]), scale)
-        offset = torch.where(channel == c, -MEAN[c] / STD[c], offset)
+    mean, std = info.mean, info.std
+    scale = torch.full(channel.shape, 1 / (255 * std[-1]), device=channel.device)
+    offset = torch.full(channel.shape, -mean[-1] / std[-1], device=channel.device)
+    for c in range(len(mean) - 1):
+        scale = torch.where(channel == c, 1 / (255 * std[c]), scale)
+        offset = torch.where(channel == c, -mean[c] / std[c], offset)
     return scale, offset
 
 
-def mirror(images: Tensor) -> Tensor:
-    """Images [batch, 3072] with left and right exchanged."""
-    return images.view(-1, 96, 32).flip(2).view(-1, 3072)
+def mirror(images: Tensor, info: DataInfo = CIFAR10) -> Tensor:
+    """Images [batch, inputs] with left and right exchanged."""
+    return images.view(-1, info.inputs // info.shape[2], info.shape[2]).flip(2).view(-1, info.inputs)
 
 
 def whiten(x: Tensor, whitening: dict[str, Tensor], precision: str) -> Tensor:
-    """Whitened images, float32 [batch, k], from normalised images [batch, 3072].
+    """Whitened images, float32 [batch, k], from normalised images [batch, inputs].
 
     Args:
-        whitening: `weight` [k, 3072], float32 or already in the precision of the product; `bias` float32 [k].
+        whitening: `weight` [k, inputs], float32 or already in the precision of the product; `bias` float32 [k].
     """
     product = model.matmul(whitening["weight"], model.cast(x, precision).t(), precision)
     return (product + whitening["bias"][:, None]).t()
@@ -51,8 +51,8 @@ def derived(spec: Spec) -> dict[str, list[float]]:
     return {"mixup": prng.beta_quantiles(spec["mixup"])}
 
 
-def augment(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor) -> Tensor:
-    """Normalised and augmented images.
+def augment(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor, info: DataInfo = CIFAR10) -> Tensor:
+    """Normalised and augmented images. What is random takes images of 3x32x32.
 
     `augment`: "flip" mirrors each image with probability 1/2; "flip+shift" first moves it by up to `shift` pixels
     vertically and horizontally. `rotate` turns each image about its centre by up to that many degrees. `zoom` scales it
@@ -61,23 +61,23 @@ def augment(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor) 
     pixel, so the border may cut the square (DeVries and Taylor 2017).
 
     Args:
-        images: uint8 [batch, 3072].
+        images: uint8 [batch, inputs].
         spec: what core.spec.static returns; it says which augmentations are on.
         hyper: 0-d tensors `rotate`, `zoom`, `cutout` (float32) and `seed` (int32).
         step: int32, 0-d. Random draws are a function of `seed`, `step` and the place in the batch.
 
     Returns:
-        float32 [batch, 3072].
+        float32 [batch, inputs].
     """
     if spec["rotate"] or spec["zoom"]:
-        x = _sample(images, spec, hyper, step)
+        x = _sample(images, spec, hyper, step, info)
     elif spec["augment"] == "none":
-        x = normalise(images)
+        x = normalise(images, info)
     else:
-        x = _mirror_and_move(images, spec, hyper["seed"], step)
+        x = _mirror_and_move(images, spec, hyper["seed"], step, info)
     if spec["cutout"]:
         x = _cut_out(x.view(-1, 3, 32, 32), hyper["cutout"], hyper["seed"], step)
-    return x.reshape(-1, 3072)
+    return x.reshape(-1, info.inputs)
 
 
 def _placement(spec: Spec, seed: Tensor, step: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +93,7 @@ def _placement(spec: Spec, seed: Tensor, step: Tensor, batch: int) -> tuple[Tens
     return draws[0] < 0, moves[0], moves[1]
 
 
-def _mirror_and_move(images: Tensor, spec: Spec, seed: Tensor, step: Tensor) -> Tensor:
+def _mirror_and_move(images: Tensor, spec: Spec, seed: Tensor, step: Tensor, info: DataInfo) -> Tensor:
     """Normalised images, float32 [batch, 3072] or [batch, 3, 32, 32]."""
     batch = len(images)
     keep, down, right = _placement(spec, seed, step, batch)
@@ -102,8 +102,8 @@ def _mirror_and_move(images: Tensor, spec: Spec, seed: Tensor, step: Tensor) -> 
     mirrored, first = _mirror(words), keep[:, None, None]
     words, mirrored = torch.where(first, words, mirrored), torch.where(first, mirrored, words)
     if spec["augment"] == "flip":
-        return normalise(words.view(torch.uint8).view(batch, 3072))
-    return _move(words, mirrored, down, torch.where(keep, right, -right), spec["shift_fill"] == "reflect")
+        return normalise(words.view(torch.uint8).view(batch, 3072), info)
+    return _move(words, mirrored, down, torch.where(keep, right, -right), spec["shift_fill"] == "reflect", info)
 
 
 def _mirror(words: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def _mirror(words: Tensor) -> Tensor:
     return words
 
 
-def _move(words: Tensor, mirrored: Tensor, down: Tensor, right: Tensor, reflect: bool) -> Tensor:
+def _move(words: Tensor, mirrored: Tensor, down: Tensor, right: Tensor, reflect: bool, info: DataInfo) -> Tensor:
     """Normalised images, float32 [batch, 3, 32, 32], read from `down` pixels further down and `right` further right.
 
     Args:
@@ -133,7 +133,7 @@ def _move(words: Tensor, mirrored: Tensor, down: Tensor, right: Tensor, reflect:
     planes = torch.arange(3 * batch, device=words.device).view(batch, 3, 1)
     starts = (planes * 32 + source[:, None]) * 48 + 8 + right[:, None, None]
     # A view of all windows of 32 pixels, so that reading a row is one contiguous load, wherever it starts.
-    x = normalise(pixels.unfold(0, 32, 1).index_select(0, starts.view(-1)).view(batch, 3, 32, 32))
+    x = normalise(pixels.unfold(0, 32, 1).index_select(0, starts.view(-1)).view(batch, 3, 32, 32), info)
     return x if reflect else torch.where(_within(rows - 15.5, columns - 15.5, 16), x, 0.0)
 
 
@@ -146,7 +146,7 @@ def _within(rows: Tensor, columns: Tensor, distance: float | Tensor) -> Tensor:
     return torch.maximum(rows.abs()[:, None, :, None], columns.abs()[:, None, None, :]) < distance
 
 
-def _sample(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor) -> Tensor:
+def _sample(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor, info: DataInfo) -> Tensor:
     """Normalised images, float32 [batch, 3, 32, 32], mirrored, moved, rotated and scaled by one bilinear sampling.
 
     Angle and scale mean the same as in torchvision.transforms.v2.functional.affine.
@@ -174,7 +174,7 @@ def _sample(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor) 
     words = words.gather(1, index.view(batch, 3072)).view(batch, 3, 32, 32)
     pixels = [((words >> bits) & 255).float() for bits in (0, 8, 16, 24)]
     x = upper * (first * pixels[0] + second * pixels[1]) + lower * (first * pixels[2] + second * pixels[3])
-    scale, offset = _scale_and_offset(torch.arange(3, device=device)[:, None, None])
+    scale, offset = _scale_and_offset(torch.arange(3, device=device)[:, None, None], info)
     return torch.addcmul(offset * ((upper + lower) * (first + second)), x, scale)
 
 
@@ -192,18 +192,20 @@ def _cut_out(x: Tensor, side: Tensor, seed: Tensor, step: Tensor) -> Tensor:
     return torch.where(_within(rows, columns, side / 2), 0.0, x)
 
 
-def mixup(x: Tensor, labels: Tensor, quantiles: Tensor, seed: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+def mixup(
+    x: Tensor, labels: Tensor, quantiles: Tensor, seed: Tensor, step: Tensor, classes: int = 10
+) -> tuple[Tensor, Tensor]:
     """Each example mixed with the one before it in the batch (Zhang, Cisse, Dauphin, Lopez-Paz 2018). The share of each
     example is drawn from Beta(alpha, alpha). The order of a batch is random, and so is the partner.
 
     Args:
-        x: float32 [batch, 3072]. labels: int64 [batch].
+        x: float32 [batch, inputs]. labels: int64 [batch].
         quantiles: of Beta(alpha, alpha), as core.functional.prng.beta_quantiles returns them.
 
     Returns:
-        Mixed images, float32 [batch, 3072], and the shares of the classes in them, float32 [batch, 10].
+        Mixed images, float32 [batch, inputs], and the shares of the classes in them, float32 [batch, classes].
     """
     share = prng.inverse_transform(prng.bits(seed, prng.MIXUP, step, len(x)), quantiles)[:, None]
-    classes = (labels[:, None] == torch.arange(model.CLASSES, device=x.device)).float()
-    mixed, shares = (share * t + (1 - share) * t.roll(1, 0) for t in (x, classes))
+    hot = (labels[:, None] == torch.arange(classes, device=x.device)).float()
+    mixed, shares = (share * t + (1 - share) * t.roll(1, 0) for t in (x, hot))
     return mixed, shares

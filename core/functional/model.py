@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from core.spec import Spec
+from core.spec import CIFAR10, DataInfo, Spec
 
 Tensors = dict[str, Tensor]
 
-INPUTS, CLASSES = 3 * 32 * 32, 10
 EPS, MOMENTUM, NEGATIVE_SLOPE = 1e-5, 0.1, 0.01  # the defaults of BatchNorm1d, LayerNorm and LeakyReLU
 
 
@@ -182,7 +181,7 @@ LAYERS: dict[str, Layer] = {
 }
 
 
-def layers(spec: Spec) -> Stack:
+def layers(spec: Spec, info: DataInfo = CIFAR10) -> Stack:
     """The layers of a network; the place of a layer in the tuple is its index in the Sequential.
 
     With `expansion`, each width is that of an inverted bottleneck (Bachmann, Anagnostidis and Hofmann 2023, "Scaling
@@ -191,7 +190,7 @@ def layers(spec: Spec) -> Stack:
     back. A linear layer stands before the first block and wherever the width changes. As in the paper there is no norm
     before the last layer. The paper has no dropout; here it follows the activation, as in the plain stack.
     """
-    inputs, expansion = spec["whiten"] or INPUTS, spec["expansion"]
+    inputs, expansion = spec["whiten"] or info.inputs, spec["expansion"]
     activation: Stack
     stack: list[Entry | Stack] = [Entry("flatten", inputs, inputs)]
     for i, width in enumerate(spec["widths"]):
@@ -207,7 +206,7 @@ def layers(spec: Spec) -> Stack:
         else:
             stack += [*norm, *activation]
         inputs = width
-    return (*stack, Entry("linear", inputs, CLASSES))
+    return (*stack, Entry("linear", inputs, len(info.classes)))
 
 
 def iter_layers(stack: Stack, prefix: str = "") -> Iterator[tuple[str, Entry]]:
@@ -224,9 +223,9 @@ def dropout_widths(spec: Spec) -> list[int]:
     return [layer.outputs for _, layer in iter_layers(layers(spec)) if layer.kind == "dropout"]
 
 
-def init(spec: Spec, seed: int) -> tuple[Tensors, Tensors]:
+def init(spec: Spec, seed: int, info: DataInfo = CIFAR10) -> tuple[Tensors, Tensors]:
     """Parameters and batch-norm statistics on the CPU, initialised as torch.nn does."""
-    return _init(layers(spec), torch.Generator().manual_seed(seed))
+    return _init(layers(spec, info), torch.Generator().manual_seed(seed))
 
 
 def _init(stack: Stack, generator: Generator) -> tuple[Tensors, Tensors]:
@@ -238,9 +237,9 @@ def _init(stack: Stack, generator: Generator) -> tuple[Tensors, Tensors]:
     return params, stats
 
 
-def template(spec: Spec) -> tuple[Tensors, Tensors]:
+def template(spec: Spec, info: DataInfo = CIFAR10) -> tuple[Tensors, Tensors]:
     """What `init` returns, on the meta device: names, shapes and dtypes without data."""
-    return _template(layers(spec), torch.get_default_dtype())
+    return _template(layers(spec, info), torch.get_default_dtype())
 
 
 @functools.lru_cache(maxsize=4096)  # a sweep asks for the same few shapes thousands of times
@@ -250,9 +249,9 @@ def _template(stack: Stack, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
         return _init(stack, torch.Generator())
 
 
-def parameter_count(spec: Spec) -> int:
+def parameter_count(spec: Spec, info: DataInfo = CIFAR10) -> int:
     """The number of parameters that are trained."""
-    return sum(p.numel() for p in template(spec)[0].values())
+    return sum(p.numel() for p in template(spec, info)[0].values())
 
 
 def fold(params: Tensors, whitening: Tensors) -> Tensors:
@@ -296,15 +295,15 @@ def forward(
 ) -> tuple[Tensor, Tensors]:
     """Logits, and the batch-norm statistics after this batch.
 
-    Logits are unnormalised log-probabilities: softmax(logits) are the probabilities of the ten classes.
+    Logits are unnormalised log-probabilities: softmax(logits) are the probabilities of the classes.
 
     Args:
-        x: float32 [batch, 3072] (or [batch, 3, 32, 32]), normalised; with spec["whiten"], whitened.
+        x: float32 [batch, inputs] (or [batch, *shape]), normalised; with spec["whiten"], whitened.
         masks: with `train`, a dropout mask for each width of `dropout_widths`, float32 [width, batch].
         train: normalise with the statistics of the batch and apply dropout, rather than use the running statistics.
 
     Returns:
-        float32 [batch, 10]; `stats`, updated when `train`.
+        float32 [batch, classes]; `stats`, updated when `train`.
 
     Raises:
         ValueError: In training, the number of masks is not the number of dropout layers.

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.functional import augment, model, optim, prng
-from core.spec import FIELDS, Spec
+from core.spec import CIFAR10, FIELDS, DataInfo, Spec
 
 State = dict  # {"params", "effective", "stats", "average", "opt", "step", "metrics"}: nested dicts of tensors
 NEVER = 2**31 - 1  # `bad_step` of an epoch in which all numbers were finite
 
 
-def init_state(spec: Spec) -> State:
+def init_state(spec: Spec, info: DataInfo = CIFAR10) -> State:
     """The state before the first step, on the CPU: a function of the resolved spec and its seed alone.
 
     Returns:
@@ -33,7 +33,7 @@ def init_state(spec: Spec) -> State:
         metrics: sums since the start of the epoch: the `loss` over all examples (float64), the number of `correct`
             predictions (int64), and the first `bad_step` (int32), whose loss or gradient was not finite.
     """
-    params, stats = model.init(spec, spec["seed"])
+    params, stats = model.init(spec, spec["seed"], info)
     metrics = {
         "loss": torch.tensor(0.0, dtype=torch.float64),
         "correct": torch.tensor(0),
@@ -70,10 +70,10 @@ def trained(state: State) -> tuple[dict, dict]:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
-    """Cross-entropy of each example, [batch], from logits [batch, 10]; as torch.nn.functional.cross_entropy.
+    """Cross-entropy of each example, [batch], from logits [batch, classes]; as torch.nn.functional.cross_entropy.
 
     Args:
-        labels: int64 [batch], or the shares of the classes, float32 [batch, 10].
+        labels: int64 [batch], or the shares of the classes, float32 [batch, classes].
         smoothing: share of each label that is spread evenly over the classes, 0-d.
     """
     log_probabilities = torch.log_softmax(logits, 1)
@@ -97,16 +97,17 @@ def hyper_tensors(spec: Spec, steps_per_epoch: int, device: torch.device) -> dic
     return {name: tensor(value, dtype) for name, (value, dtype) in values.items()}
 
 
-def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
+def make_train_step(spec: Spec, info: DataInfo = CIFAR10) -> Callable[[State, dict, dict], State]:
     """The train step of a spec.
 
     Args:
         spec: what core.spec.static returns. Dynamic values are not in it, so no step can use one as a constant.
+        info: of the data set.
 
     Returns:
         A pure function of
             state: as `init_state` makes it;
-            data: `images` uint8 [n, 3072], `labels` int64 [n], `order` int64 [steps, batch], the examples of this
+            data: `images` uint8 [n, inputs], `labels` int64 [n], `order` int64 [steps, batch], the examples of this
                 epoch; with spec["whiten"] also `whitening`, as core.functional.augment.whiten takes it;
             hyper: as `hyper_tensors` makes it;
         that returns the state after one step.
@@ -118,10 +119,10 @@ def make_train_step(spec: Spec) -> Callable[[State, dict, dict], State]:
         batch = order.shape[1]
         examples = order.index_select(0, (step % order.shape[0]).view(1))[0]
         labels = data["labels"].index_select(0, examples)
-        x = augment.augment(data["images"].index_select(0, examples), spec, hyper, step)
+        x = augment.augment(data["images"].index_select(0, examples), spec, hyper, step, info)
         target = labels
         if spec["mixup"]:
-            x, target = augment.mixup(x, labels, hyper["mixup"], hyper["seed"], step)
+            x, target = augment.mixup(x, labels, hyper["mixup"], hyper["seed"], step, len(info.classes))
             labels = target.argmax(1)  # the label with the larger share counts as correct
         if spec["whiten"]:
             x = augment.whiten(x, data["whitening"], spec["precision"])
@@ -173,12 +174,14 @@ class Answers(NamedTuple):
         losses: the cross-entropy of each image without label smoothing, float32 [n].
         predicted: the predicted classes, int64 [n].
         probabilities: of the predicted classes, float32 [n].
+        classes: how many classes there are.
     """
 
     labels: Tensor
     losses: Tensor
     predicted: Tensor
     probabilities: Tensor
+    classes: int = 10
 
 
 def answers(
@@ -190,11 +193,12 @@ def answers(
     examples: Tensor | None = None,
     batch: int = 1000,
     flip: bool = False,
+    info: DataInfo = CIFAR10,
 ) -> Answers:
     """The predictions of a network in evaluation mode for all examples, in their order.
 
     Args:
-        images: uint8 [n, 3072]. labels: int64 [n].
+        images: uint8 [n, inputs]. labels: int64 [n].
         examples: int64 indices of images; None for all images.
         batch: the number of images that are evaluated at once.
         flip: average the probabilities over each image and its mirror image.
@@ -205,16 +209,16 @@ def answers(
     losses, predicted, probabilities = [], [], []
     for start in range(0, len(labels), batch):
         part = slice(start, start + batch)
-        x = augment.normalise(images[part] if examples is None else images[examples[part]])
+        x = augment.normalise(images[part] if examples is None else images[examples[part]], info)
         logits, _ = model.forward(params, stats, x, spec)
         log_probabilities = torch.log_softmax(logits, 1)
         if flip:
-            other, _ = model.forward(params, stats, augment.mirror(x), spec)
+            other, _ = model.forward(params, stats, augment.mirror(x, info), spec)
             log_probabilities = torch.logaddexp(log_probabilities, torch.log_softmax(other, 1)) - math.log(2)
         losses.append(F.nll_loss(log_probabilities, labels[part], reduction="none"))
         predicted.append((log_probabilities if flip else logits).argmax(1))
         probabilities.append(log_probabilities.amax(1).exp())
-    return Answers(labels, torch.cat(losses), torch.cat(predicted), torch.cat(probabilities))
+    return Answers(labels, torch.cat(losses), torch.cat(predicted), torch.cat(probabilities), len(info.classes))
 
 
 def summary(found: Answers) -> dict:
@@ -224,8 +228,8 @@ def summary(found: Answers) -> dict:
     return {
         "loss": found.losses.cpu().double().sum().item() / n,  # MPS has no float64
         "accuracy": hit.sum().item() / n,
-        "correct": found.labels[hit].bincount(minlength=10).tolist(),
-        "count": found.labels.bincount(minlength=10).tolist(),
+        "correct": found.labels[hit].bincount(minlength=found.classes).tolist(),
+        "count": found.labels.bincount(minlength=found.classes).tolist(),
         "n": n,
     }
 
@@ -239,12 +243,12 @@ def details(found: Answers, mistakes: int = 12) -> dict:
         mistakes: the wrong predictions with the highest probabilities: index, label, predicted, probability.
     """
     labels, predicted, probabilities = found.labels.cpu(), found.predicted.cpu(), found.probabilities.cpu()
-    hit = predicted == labels
+    hit, n = predicted == labels, found.classes
     bits = F.pad(hit.long(), (0, -len(hit) % 8)).view(-1, 8)
     order = probabilities.masked_fill(hit, -1).sort(descending=True, stable=True).indices
     return {
         "right": bytes((bits << torch.arange(7, -1, -1)).sum(1).tolist()),
-        "confusion": (10 * labels + predicted).bincount(minlength=100).view(10, 10).tolist(),
+        "confusion": (n * labels + predicted).bincount(minlength=n * n).view(n, n).tolist(),
         "mistakes": [
             {
                 "index": i,

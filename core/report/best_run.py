@@ -17,6 +17,7 @@ CONFUSION = "checkpoints/best-confusion.svg"
 MISTAKES = "checkpoints/best-mistakes.png"
 FILTERS = "checkpoints/best-first-layer.png"
 MAX_MISTAKES, COLUMNS = 12, 4
+MAX_CLASSES = 20  # of a confusion matrix that can be read
 UNITS = 8  # rows and columns of the picture of the first layer
 LEVELS = 15  # of a colour there: more cannot be seen, and make a large file
 
@@ -24,7 +25,7 @@ LEVELS = 15  # of a colour there: more cannot be seen, and make a large file
 def confusion(group: Group, classes: Sequence[str]) -> Picture | None:
     """The confusion matrix of an experiment on test, over all seeds that have one, in percent of each true class."""
     matrices = [record.answers.confusion for record in group if record.answers is not UNSET]
-    if not matrices:
+    if not matrices or len(classes) > MAX_CLASSES:
         return None
     counts = [[sum(cell) for cell in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
     percent = [[100 * count / max(1, sum(row)) for count in row] for row in counts]

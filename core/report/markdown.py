@@ -7,7 +7,7 @@ from statistics import fmean, median_high
 from typing import Any
 
 from core.code_hash import same_numbers
-from core.data import cifar10
+from core.data import cifar10, datasets
 from core.report import best_run, comparisons, plots, published, stats, tables, text
 from core.report.catalog import Catalog
 from core.report.plots import Picture
@@ -92,10 +92,11 @@ def markdown(
         comparisons.what_helped(groups, catalog),
         by_key(groups, group_by),
         LEGEND if groups else "",
-        best_by_time(trained_on_all, pictures),
+        best_by_time(trained_on_all, pictures) if results.dataset == "cifar10" else on_all_images(trained_on_all),
         best_experiment(groups, pictures),
         learning_curves(groups + trained_on_all, pictures),
         other_runs(results, catalog),
+        other_data_sets(results),
         reproduce(groups, trained_on_all, catalog),
     ]
     return "\n".join(filter(None, sections))
@@ -108,6 +109,8 @@ def introduction(results: Results) -> str:
         n = [f"{split.n:,}" for split in (metrics.train, metrics.validation, metrics.test) if split]
         images = f" on all {n[0]} train, {n[1]} validation and {n[2]} test images"
     other = "" if results.data == cifar10.DIRECTORY_HASH else f" The data are not CIFAR-10: {results.data[:12]}."
+    if results.dataset != "cifar10":
+        other = f" The data set is {_title(results.dataset)}.{_note(results.dataset)}"
     return (
         f"{HEADER} Accuracies are measured in evaluation mode{images}. The test split is read once, at "
         f"the end of a run. Every choice below is made by validation.{other}\n"
@@ -223,9 +226,55 @@ def other_runs(results: Results, catalog: Catalog) -> str:
         f"## {OTHER}\n\nOther code or other data can give other numbers. These runs are therefore in no other table, "
         "mean, choice, comparison or picture of this report. A row is an experiment, with one code and one data set. "
         f"In [results.csv]({tables.RESULTS_CSV}), the column `current` of these runs is False.\n\n"
-        f"{text.table(columns, results.other)}\nThese commands train them again, with this code and on CIFAR-10:\n\n"
+        f"{text.table(columns, results.other)}\nThese commands train them again, with this code and on "
+        f"{_title(results.dataset)}:\n\n"
         f"{_shell(_commands(results.other, catalog, ' --force'))}"
     )
+
+
+def other_data_sets(results: Results) -> str:
+    """How good are the runs on other data sets?"""
+    if not results.other_datasets:
+        return ""
+    columns: Columns = {
+        "experiment": lambda g: g.label,
+        "n": lambda g: f"{len(g):,}",
+        "validation": VALIDATION,
+        "test": TEST,
+        "train": TRAIN,
+        "classes": lambda g: str(len(g[0].data_info.classes)),
+        "epochs": lambda g: str(g[0].spec["epochs"]),
+    }
+    sections = [
+        "\n\n".join(filter(None, [f"### {_title(name)}", _note(name).strip(), text.table(columns, groups)]))
+        for name, groups in results.other_datasets.items()
+    ]
+    apart = "These runs are in no other table, mean, choice, comparison or picture of this report."
+    return "\n".join([f"## Other data sets\n\n{apart}\n", *sections])
+
+
+def on_all_images(groups: list[Group]) -> str:
+    """How good are the runs that were trained on all images of another data set than CIFAR-10?"""
+    if not groups:
+        return ""
+    columns: Columns = {
+        "experiment": lambda g: g.label,
+        "n": lambda g: f"{len(g):,}",
+        "test": TEST,
+        "epochs": lambda g: str(g[0].spec["epochs"]),
+    }
+    return f"## Trained on all images\n\n{text.table(columns, groups)}"
+
+
+def _title(dataset: str) -> str:
+    """The name of a data set in a sentence."""
+    return datasets.REGISTRY[dataset].title if dataset in datasets.REGISTRY else dataset
+
+
+def _note(dataset: str) -> str:
+    """What a reader should know of results with a data set, after a space."""
+    note = datasets.REGISTRY[dataset].note if dataset in datasets.REGISTRY else ""
+    return f" {note}" if note else ""
 
 
 def reproduce(groups: list[Group], trained_on_all: list[Group], catalog: Catalog) -> str:
@@ -280,6 +329,8 @@ def _commands(groups: list[Group], catalog: Catalog, end: str = "") -> list[str]
 
 def _override(key: str, value: Any) -> str:
     """'lr=0.001', or '"widths=512,256"', as PowerShell splits a word that has a comma."""
+    if key == "dataset" and value not in datasets.REGISTRY:
+        return "--data-folder DIR"
     if isinstance(value, list):
         return f'"{key}={",".join(map(str, value)) or "none"}"'
     return f"{key}={value if isinstance(value, str) else json.dumps(value)}"

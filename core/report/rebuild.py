@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from core import store
-from core.data import cifar10
+from core.data import datasets
 from core.data.tensors import DataError
 from core.report import best_run, markdown, plots, published, stats, tables
 from core.report.catalog import Catalog
 from core.report.plots import Picture
 from core.runs import files
 from core.runs.files import lock_results
-from core.runs.record import Record, read_records
+from core.runs.record import Finished, Record, read_records
 from core.runs.run import Run, former_of
-from core.spec import FIELDS, SpecError, nearest
+from core.spec import CIFAR10, FIELDS, SpecError, nearest
 
 MAX_BYTES = 64 << 20  # of a file of a report on disk; a larger file is not ours
 MAX_WEIGHTS = 256 << 20  # bytes of a file of weights to draw
@@ -72,7 +72,7 @@ def rebuild(
     not, the one on disk stays, and results.md shows it if it is still the right one.
 
     Args:
-        data: the folder of CIFAR-10.
+        data: the folder of the published data.
         redraw: draw also the pictures that are up to date.
         group_by: a key of the spec; adds a table by its values to results.md.
 
@@ -108,19 +108,19 @@ def _draw(picture: Picture, path: Path, redraw: bool) -> bool:
 
 def _pictures(out: Path, results: stats.Results, catalog: Catalog, data: Path | None) -> Iterator[Picture]:
     """The pictures of a report."""
-    if results.trained_on_all:
+    if results.trained_on_all and results.dataset == "cifar10":
         yield published.picture(results.trained_on_all)
     if not (groups := stats.ranked(results.compared)):
         return
     best = groups[0]
     run = max(best, key=lambda record: stats.accuracies([record], "validation"))
     # Early, as it takes the most memory: it is given back before matplotlib is loaded.
-    if mistakes := best_run.mistakes(run, cifar10.CLASSES, lambda indices: _test_images(data, indices)):
+    if mistakes := best_run.mistakes(run, run.data_info.classes, lambda indices: _test_images(data, run, indices)):
         yield mistakes
     yield best_run.filters(
         run, lambda: _first_layer(Run(run.name, run.spec, out, former_of(run.name, catalog.former)).weights)
     )
-    if confusion := best_run.confusion(best, cifar10.CLASSES):
+    if confusion := best_run.confusion(best, run.data_info.classes):
         yield confusion
     for suite, names in catalog.suites.items():
         members = [group for group in groups if group[0].name in names]
@@ -129,12 +129,16 @@ def _pictures(out: Path, results: stats.Results, catalog: Catalog, data: Path | 
     yield plots.curves(groups, catalog.suites.get(catalog.default, ()))
 
 
-def _test_images(data: Path | None, indices: list[int]) -> Any:
+def _test_images(data: Path | None, run: Finished, indices: list[int]) -> Any:
     """Images of the test split, uint8 [n, 3072]; None if there are no data."""
-    if data is None or cifar10.ARCHIVE.missing(data):
+    dataset = datasets.REGISTRY.get(run.spec["dataset"])  # a folder of images is not in it
+    if data is None or dataset is None or run.data_info.shape != CIFAR10.shape:
+        return None
+    where = datasets.home(dataset.name, data)
+    if dataset.missing(where):
         return None
     try:
-        return cifar10.ARCHIVE.read(data, "test_batch")[b"data"][indices]
+        return dataset.test_images(where)[indices]
     except DataError:  # a command that needs the data reports it
         return None
 

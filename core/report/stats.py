@@ -55,6 +55,8 @@ class Results(NamedTuple):
     trained_on_all: list[Group]  # without one
     other: list[Group]  # of other code or on other data: their numbers may differ for that alone
     data: str  # of all but `other`
+    dataset: str  # that all of these runs name
+    other_datasets: dict[str, list[Group]]  # the runs of each other data set
 
     def has(self, record: Record) -> bool:
         """Whether a run is of this code and on this data."""
@@ -63,15 +65,22 @@ class Results(NamedTuple):
 
 def results(records: Iterable[Record]) -> Results:
     """The experiments. The data are CIFAR-10, or the most frequent data if no run has CIFAR-10."""
-    finished = [record for record in records if isinstance(record, Finished)]
+    by_dataset: dict[str, list[Finished]] = defaultdict(list)
+    for record in records:
+        if isinstance(record, Finished):
+            by_dataset[record.spec["dataset"]].append(record)
+    dataset = max(by_dataset, key=lambda name: (name == "cifar10", len(by_dataset[name]), name), default="cifar10")
+    finished = by_dataset.pop(dataset, [])
     counts = Counter(record.data for record in finished)
     cifar = cifar10.DIRECTORY_HASH
     data = max(counts, key=lambda name: (name == cifar, counts[name], name), default=cifar)
-    found = Results([], [], [], data)
+    found = Results([], [], [], data, dataset, {})
     current = [record for record in finished if found.has(record)]
     compared = groups(record for record in current if record.metrics.validation)
     trained_on_all = groups(record for record in current if not record.metrics.validation)
-    return Results(compared, trained_on_all, groups(record for record in finished if not found.has(record)), data)
+    other = groups(record for record in finished if not found.has(record))
+    elsewhere = {name: groups(by_dataset[name]) for name in sorted(by_dataset)}
+    return Results(compared, trained_on_all, other, data, dataset, elsewhere)
 
 
 def grouped_by(finished: Iterable[Finished], key: str) -> list[Group]:

@@ -18,7 +18,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from core.errors import UserError
 from core.mode import PATTERN
 from core.runs import layout
-from core.spec import Spec, resolve, spec_id
+from core.spec import CIFAR10, DataInfo, Spec, resolve, spec_id
 from core.store import StoreError, atomic_write, local, read_file
 
 SCHEMA_VERSION = 1
@@ -38,8 +38,7 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Loss = Annotated[float, Meta(ge=0, le=1e300)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
-Class = Annotated[int, Meta(ge=0, le=9)]
-TenCounts = Annotated[list[Count], Meta(min_length=10, max_length=10)]
+Counts = list[Count]  # one for each class
 
 
 class RecordError(StoreError):
@@ -52,10 +51,12 @@ class Metrics(Struct, frozen=True, gc=False):
     accuracy: Share
     loss: Loss
     n: Annotated[int, Meta(ge=1, le=2**53)]
-    correct: TenCounts
-    count: TenCounts
+    correct: Counts
+    count: Counts
 
     def __post_init__(self) -> None:
+        if len(self.correct) != len(self.count):
+            raise ValueError("correct and count have different lengths")
         if any(hit > of for hit, of in zip(self.correct, self.count, strict=True)) or sum(self.count) != self.n:
             raise ValueError("a class has more correct images than images, or the classes do not add up to n")
         if abs(sum(self.correct) / self.n - self.accuracy) > 1e-6:
@@ -93,8 +94,8 @@ class Mistake(Struct, frozen=True, gc=False):
     """A wrong prediction for the image `index` of the test split."""
 
     index: Count
-    label: Class
-    predicted: Class
+    label: Count
+    predicted: Count
     probability: Share
 
 
@@ -105,7 +106,7 @@ class Answers(Struct, frozen=True):
     """
 
     right: Annotated[bytes, Meta(max_length=1 << 16)]
-    confusion: Annotated[list[TenCounts], Meta(min_length=10, max_length=10)]
+    confusion: list[Counts]
     mistakes: Annotated[list[Mistake], Meta(max_length=100)]
 
     def is_right(self, index: int) -> bool:
@@ -118,12 +119,17 @@ class Answers(Struct, frozen=True):
         bits = int.from_bytes(self.right)
         if bits.bit_count() != sum(test.correct) or bits % (1 << -test.n % 8):
             raise ValueError(f"the bits do not mark {sum(test.correct)} of {test.n} images as right")
+        classes = len(test.count)
+        if {len(self.confusion), *map(len, self.confusion)} != {classes}:
+            raise ValueError(f"the confusion matrix is not one of {classes} classes")
         diagonal = [row[i] for i, row in enumerate(self.confusion)]
         if [sum(row) for row in self.confusion] != test.count or diagonal != test.correct:
             raise ValueError("the confusion matrix does not fit the test metrics")
         for mistake in self.mistakes:
             if mistake.index >= test.n or mistake.label == mistake.predicted or self.is_right(mistake.index):
                 raise ValueError(f"image {mistake.index} is not a mistake")
+            if max(mistake.label, mistake.predicted) >= classes:
+                raise ValueError(f"image {mistake.index} has a class that does not exist")
 
 
 class Environment(Struct, frozen=True, gc=False):
@@ -148,7 +154,10 @@ class Environment(Struct, frozen=True, gc=False):
 class About(Struct, kw_only=True):
     """What the record, the weights and the resume points of a run have in common.
 
-    `spec` is resolved: a key that the file lacks has its default.
+    Attributes:
+        spec: Resolved: a key that the file lacks has its default.
+        data: The identity of the data; see core.data.identity.
+        info: Of the data set. Files of CIFAR-10 do not have it; see `data_info`.
     """
 
     name: Name
@@ -158,6 +167,17 @@ class About(Struct, kw_only=True):
     environment: Environment
     seed: Count
     schema_version: Annotated[int, Meta(ge=1)] = SCHEMA_VERSION
+    info: DataInfo | UnsetType = UNSET
+
+    @property
+    def data_info(self) -> DataInfo:
+        return CIFAR10 if self.info is UNSET else self.info
+
+    def check_classes(self, *metrics: Metrics | None) -> None:
+        """Raise ValueError unless these have a number for each class."""
+        expected = len(self.data_info.classes)
+        if found := next((m for m in metrics if m and len(m.count) != expected), None):
+            raise ValueError(f"numbers for {len(found.count)} classes, expected {expected}")
 
     def __post_init__(self) -> None:
         if self.schema_version > SCHEMA_VERSION:
@@ -165,6 +185,8 @@ class About(Struct, kw_only=True):
         self.spec = resolve(self.spec)
         if self.seed != self.spec["seed"]:
             raise ValueError(f"the seed is {self.seed}, but {self.spec['seed']} in the spec")
+        if (self.info is UNSET) != (self.spec["dataset"] == "cifar10"):
+            raise ValueError(f"the classes are given or not, but the data set is {self.spec['dataset']}")
 
 
 class Failed(About, tag_field="status", tag="failed"):
@@ -196,6 +218,9 @@ class Finished(About, tag_field="status", tag="finished"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_classes(*msgspec.structs.astuple(self.metrics))
+        if self.flipped is not UNSET:
+            self.check_classes(self.flipped.validation, self.flipped.test)
         if self.answers is not UNSET:
             self.answers.check(self.metrics.test)
         check_history(self.history, self.spec["epochs"], self.spec)
@@ -217,6 +242,10 @@ class Weights(About):
 
     digest: Digest
     test: Metrics
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_classes(self.test)
 
 
 class Progress(Struct):

@@ -133,11 +133,11 @@ class Run:
             raise RecordError(f"{error}; to train it anew, move that file away: {aside}") from None
         return record if isinstance(record, Finished) and self.weights.exists() else None
 
-    def finished(self, data: str, in_progress: InProgress | None = None) -> Finished | None:
+    def finished(self, data: str | None, in_progress: InProgress | None = None) -> Finished | None:
         """The result, unless the run is being trained again.
 
         Args:
-            data: the identity of the data to train on; see core.data.identity.
+            data: the identity of the data to train on (core.data.identity); None for whatever it is.
             in_progress: runs with resume points, as `core.runs.files.in_progress` finds them; by default the folder of
                 this run is searched.
 
@@ -150,7 +150,7 @@ class Run:
             return None
         if self.resume_points() if in_progress is None else (self.name, self.id) in in_progress:
             return None
-        if result.data != data:
+        if data is not None and result.data != data:
             raise OtherData(
                 f"{self.record} is the result of other data ({result.data}, now {data}): name another folder with "
                 "--out, or replace it with --force"

@@ -431,7 +431,7 @@ def refuses(go_on, *arguments, **options):
 def test_a_resume_point_comes_back(go_on):
     found = go_on()
     assert not go_on.said
-    assert (found.step, found.mode, found.different) == (2 * STEPS, Mode("compiled"), None)
+    assert (found.step, found.mode, found.inexact) == (2 * STEPS, Mode("compiled"), None)
     assert found.history == [Epoch(n, 1.5, 0.4, 1.4, 0.5, 3.25, 9000) for n in (1, 2)]
 
 

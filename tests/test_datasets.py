@@ -66,9 +66,8 @@ def small_cifar100(monkeypatch, tmp_path):
     archive = tmp_path / "cifar-100-python.tar.gz"
     archive.write_bytes(packed.getvalue())
     files = {name: (md5(data), None) for name, data in contents.items()}
-    small = cifar100.ARCHIVE._replace(
-        files=files, md5=md5(packed.getvalue()), size=len(packed.getvalue()), addresses=()
-    )
+    data, dead = packed.getvalue(), "http://127.0.0.1:9/cifar-100-python.tar.gz"
+    small = cifar100.ARCHIVE._replace(files=files, md5=md5(data), size=len(data), addresses=(dead,))
     monkeypatch.setattr(cifar100, "ARCHIVE", small)
     monkeypatch.setitem(datasets.REGISTRY, "cifar100", datasets.REGISTRY["cifar100"]._replace(archive=small))
     return where, archive
@@ -449,6 +448,25 @@ def test_other_data_sets_are_in_no_table_of_cifar10(commands, invented, tmp_path
     assert "smoke" in before
     metrics = json.loads((tmp_path / "out" / "checkpoints" / "metrics.json").read_text())
     assert list(metrics["test"]) == ["smoke"]
+
+
+def test_one_call_trains_on_several_data_sets(commands, small_cifar100, tmp_path):
+    status, said = commands("run", "smoke", "dataset=synthetic,cifar100", *CHANGES, "--data", small_cifar100[0])
+    assert status == 0, said
+    status, said = commands("evaluate", "--data", small_cifar100[0])
+    assert (status, said.count("as recorded")) == (0, 2), said
+    report = (tmp_path / "out" / "results.md").read_text()
+    assert "The data set is" in report
+    assert report.count("## Other data sets") == 1
+    status, said = commands("evaluate", "--data", tmp_path / "nothing", "--data-url", "file:///nowhere")
+    assert (status, said.count("as recorded"), "lacks the files of CIFAR-100" in said) == (2, 1, True), said
+
+
+def test_an_option_that_means_nothing_is_refused(commands, tmp_path):
+    status, said = commands("run", "demo", "--test-share", 0.2)
+    assert (status, "--test-share is for a folder of images" in said) == (2, True), said
+    status, said = commands("run", "demo", "--data-folder", tmp_path / "nowhere")
+    assert (status, "there is no folder" in said) == (2, True), said
 
 
 def test_another_folder_than_that_of_the_network_is_named(commands, photos):

@@ -136,6 +136,8 @@ class Source:
         test_share: float | None = None,
         fetching: Callable[[], AbstractContextManager[Progress]] = lambda: nullcontext(lambda *_: None),
     ) -> None:
+        if test_share is not None and own is None:
+            raise DataError("--test-share is for a folder of images, which --data-folder names")
         self.folder, self.url, self.own, self.test_share, self.fetching = folder, url, own, test_share, fetching
         self._read: dict[str, Data] = {}
 

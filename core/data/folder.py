@@ -30,6 +30,8 @@ def load(folder: Path, test_share: float | None = None) -> Data:
     """
     import torch
 
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}, expected one with images")
     splits = {name: folder / name for name in ("train", "test") if (folder / name).is_dir()}
     if len(splits) == 1:
         raise DataError(

@@ -18,4 +18,10 @@ def parse(argv: list[str], project: Project) -> argparse.Namespace:
     for command in commands.ALL:
         command.add_parser(parsers, project).set_defaults(execute=command.execute)
     named = argv[:1] and argv[0] in (*parsers.choices, "-h", "--help")
-    return top.parse_args(argv if named else ["run", *argv])
+    args, more = top.parse_known_args(argv if named else ["run", *argv])
+    if more:  # argparse takes no names after options, as in: run baseline --epochs 3 lr=0.1
+        key = "names" if hasattr(args, "names") else "checkpoints"
+        if unknown := [word for word in more if word.startswith("-") or not hasattr(args, key)]:
+            top.error(f"unrecognized arguments: {' '.join(unknown)}")
+        vars(args)[key].extend(more)
+    return args

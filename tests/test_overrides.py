@@ -15,7 +15,8 @@ from tests.test_spec import VALID
 
 
 def chosen(*words):
-    return options.chosen(cli.parse(["run", *words], main.PROJECT), main.PROJECT)
+    args = cli.parse(["run", *words], main.PROJECT)
+    return options.chosen(args, main.PROJECT, options.source(args))
 
 
 def test_an_override_changes_the_spec_and_not_the_name():
@@ -30,6 +31,14 @@ def test_several_values_make_a_grid():
     assert found[0].name == "baseline-lr=0.001-widths=512x256-activation=relu"
     assert {tuple(run.spec["widths"]) for run in found} == {(512, 256), (1024,), ()}
     assert {run.spec["norm"] for run in found} == {"none"}  # what baseline says stays
+
+
+def test_names_and_keys_may_stand_after_options():
+    found = chosen("baseline", "--epochs", "3", "lr-1e-3", "dropout=0.1")
+    assert [run.name for run in found] == ["baseline", "lr-1e-3"]
+    assert {run.spec["dropout"] for run in found} == {0.1}
+    with pytest.raises(UserError, match="unrecognized arguments: --lr-rate; see"):
+        chosen("baseline", "--epochs", "3", "lr-1e-3", "--lr-rate")
 
 
 def test_without_a_name_the_default_suite_is_changed():

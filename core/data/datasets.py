@@ -1,4 +1,4 @@
-"""The data sets that a spec can name. Another one is a module with a reader, and an entry in `REGISTRY`."""
+"""The data sets that a spec can name. Another one is a module with a reader, and an entry in `ENTRIES`."""
 
 import functools
 import os
@@ -47,43 +47,41 @@ class Dataset(NamedTuple):
         return self.archive.missing(where) if self.archive else []
 
 
-REGISTRY = {
-    entry.name: entry
-    for entry in (
-        Dataset(
-            "cifar10",
-            "CIFAR-10",
-            CIFAR10,
-            50_000,
-            10_000,
-            cifar10.read,
-            cifar10.test_images,
-            cifar10.ARCHIVE,
-            cifar10.DIRECTORY_HASH,
-        ),
-        Dataset(
-            "cifar100",
-            "CIFAR-100",
-            cifar100.INFO,
-            50_000,
-            10_000,
-            cifar100.read,
-            cifar100.test_images,
-            cifar100.ARCHIVE,
-        ),
-        Dataset(
-            "synthetic",
-            "synthetic data",
-            synthetic.INFO,
-            synthetic.TRAIN,
-            synthetic.TEST,
-            synthetic.read,
-            synthetic.test_images,
-            note="The data is synthetic: patterns and noise from a seed. These results say nothing about real images.",
-            compiled=False,
-        ),
-    )
-}
+ENTRIES = (
+    Dataset(
+        name="cifar10",
+        title="CIFAR-10",
+        info=CIFAR10,
+        train=50_000,
+        test=10_000,
+        read=cifar10.read,
+        test_images=cifar10.test_images,
+        archive=cifar10.ARCHIVE,
+        identity=cifar10.DIRECTORY_HASH,
+    ),
+    Dataset(
+        name="cifar100",
+        title="CIFAR-100",
+        info=cifar100.INFO,
+        train=50_000,
+        test=10_000,
+        read=cifar100.read,
+        test_images=cifar100.test_images,
+        archive=cifar100.ARCHIVE,
+    ),
+    Dataset(
+        name="synthetic",
+        title="synthetic data",
+        info=synthetic.INFO,
+        train=synthetic.TRAIN,
+        test=synthetic.TEST,
+        read=synthetic.read,
+        test_images=synthetic.test_images,
+        note="The data is synthetic: patterns and noise from a seed. These results say nothing about real images.",
+        compiled=False,
+    ),
+)
+REGISTRY = {entry.name: entry for entry in ENTRIES}
 
 
 def get(name: str) -> Dataset:

@@ -33,9 +33,11 @@ def commit(folder):
 
 
 @pytest.fixture(autouse=True)
-def _no_variables_of_git(monkeypatch):
+def _no_settings_of_git(monkeypatch):
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
 
 
 @pytest.fixture

@@ -24,9 +24,19 @@ EAGER = {"compiled": False}
 CHANGES = ({"lr": 1e-3, "seed": 0}, {"lr": 5e-4, "seed": 1, "dropout": 0.5}, {"weight_decay": 0.1, "seed": 2})
 
 
+def members(small_spec, out):
+    return [Run(f"m{i}", small_spec(epochs=2, **change), out) for i, change in enumerate(CHANGES)]
+
+
 @pytest.fixture
 def runs(small_spec, tmp_path):
-    return [Run(f"m{i}", small_spec(epochs=2, **change), tmp_path) for i, change in enumerate(CHANGES)]
+    return members(small_spec, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(small_spec, tmp_path_factory, invented):
+    """The records of the cohort that nothing happens to."""
+    return run_cohort(members(small_spec, tmp_path_factory.mktemp("whole")), invented, "cpu", **EAGER)
 
 
 @pytest.fixture
@@ -62,11 +72,12 @@ def test_each_has_the_files_and_numbers_that_it_has_alone(together, runs, tmp_pa
 
 @compiles
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "clip": 0.5, "dropout": 0.0}], ids=str)
-def test_a_compiled_step_is_that_of_each_member_alone(runs, invented, changes):
+def test_a_compiled_step_is_that_of_each_member_alone(runs, invented):
     """Gradients, as the first moments hold them, statistics and losses; that draws are the same to the bit when they
-    are vmapped and compiled is tested in test_prng.py. Muon's weights are near: see test_optim.py."""
+    are vmapped and compiled is tested in test_prng.py. Muon's weights are near: see test_optim.py. Adam trains what
+    Muon does not."""
     cpu = torch.device("cpu")
+    changes = {"optimizer": "muon", "clip": 0.5, "augment": "flip+shift", "rotate": 15, "zoom": 0.2}
     specs = [resolve({**run.spec, **changes}) for run in runs]
     trainings = [Training(spec, invented, cpu) for spec in specs]
     alone = [Training(spec, invented, cpu) for spec in specs]
@@ -90,8 +101,7 @@ def test_a_compiled_step_is_that_of_each_member_alone(runs, invented, changes):
 
 
 @pytest.mark.parametrize("member", [0, 1])
-def test_a_member_that_diverges_leaves_the_others_alone(runs, together, tmp_path, invented, member):
-    whole = together("whole")
+def test_a_member_that_diverges_leaves_the_others_alone(runs, whole, tmp_path, invented, member):
     runs[member] = replace(runs[member], spec={**runs[member].spec, "lr": 1e38})
     told = []
     listener = lambda run, event: told.append((run.name, type(event)))  # noqa: E731
@@ -105,8 +115,7 @@ def test_a_member_that_diverges_leaves_the_others_alone(runs, together, tmp_path
 
 
 @pytest.mark.parametrize("after", [7, 15, 20])
-def test_it_is_stopped_and_goes_on(together, runs, tmp_path, after):
-    whole = together("whole")
+def test_it_is_stopped_and_goes_on(together, whole, runs, tmp_path, after):
     stops = together("cut", after)
     assert stops == [Stopped(stops[0].step, 30)] * 3
     again = together("cut")
@@ -115,7 +124,7 @@ def test_it_is_stopped_and_goes_on(together, runs, tmp_path, after):
 
 
 @pytest.mark.parametrize("saves", range(7))
-def test_killed_between_the_saves_of_its_members(together, monkeypatch, saves):
+def test_killed_between_the_saves_of_its_members(together, whole, monkeypatch, saves):
     """Some have a resume point more than others, or a record: they go on as if nothing had happened."""
 
     class Killed(BaseException):
@@ -126,7 +135,6 @@ def test_killed_between_the_saves_of_its_members(together, monkeypatch, saves):
             raise Killed
         really(*arguments)
 
-    whole = together("whole")
     left, really = iter(range(saves)), resume.save
     with monkeypatch.context() as patch:
         patch.setattr(resume, "save", save)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -150,24 +150,35 @@ def test_compiled_steps_repeat_bit_for_bit(compiled):
 
 @compiles
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"shift_fill": "reflect", "shift": 5, "cutout": 8, "mixup": 0.5},
-        {"rotate": 15, "zoom": 0.2, "optimizer": "nesterov", "clip": 0.5, "schedule": "one-cycle"},
-    ],
-    ids=str,
-)
-def test_another_shape_compiles(small_spec, step_inputs, changes):
-    """One graph, counted by Dynamo."""
-    spec = small_spec(**{"optimizer": "sgd", "augment": "flip+shift", "widths": [32], "dropout": 0.0} | changes)
+def test_another_shape_compiles(small_spec, step_inputs):
+    """Residual blocks, layer norm and all that augmentation has: one graph, counted by Dynamo, near the eager step. The
+    batch is no multiple of what a vector holds."""
+    spec = small_spec(
+        widths=[32],
+        expansion=4,
+        norm="layer",
+        activation="gelu",
+        batch_size=50,
+        augment="flip+shift",
+        shift=5,
+        shift_fill="reflect",
+        cutout=8,
+        mixup=0.5,
+        optimizer="nesterov",
+        clip=0.5,
+        schedule="one-cycle",
+    )
     state, data, hyper = step_inputs(spec)
     eager = step.make_train_step(static(spec))(state, data, hyper)
     is_there = cache.find(fused._recipe(spec, (state, data, hyper))) is not None  # from an earlier call of pytest
     graphs, environment = GRAPHS["unique_graphs"], dict(os.environ)
-    fused.fuse(spec, state, data, hyper).advance()
+    made = fused.fuse(spec, state, data, hyper)
+    assert made.mode == Mode("compiled")
+    made.advance()
     assert GRAPHS["unique_graphs"] == graphs + (not is_there)
     assert os.environ == environment
+    for name, gradient in state["opt"]["momentum"].items():
+        torch.testing.assert_close(gradient, eager["opt"]["momentum"][name], rtol=1e-5, atol=1e-6)
     for name, value in state["params"].items():
         torch.testing.assert_close(value, eager["params"][name], rtol=1e-5, atol=1e-5)
 
@@ -190,35 +201,10 @@ def test_dynamo_follows_any_number_of_shapes():
 
 @compiles
 @pytest.mark.slow
-def test_residual_blocks_compiled(small_spec, step_inputs):
-    """Near the eager step, and the same bits on one thread and on two: layer norm reduces along the other axis than
-    batch norm. The batch is no multiple of what a vector holds."""
-    spec = small_spec(norm="layer", activation="gelu", expansion=4, widths=[32], batch_size=50)
-    start, data, hyper = step_inputs(spec)
-    threads, after = torch.get_num_threads(), []
-    try:
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            state = clone(start)
-            made = fused.fuse(spec, state, data, hyper)
-            assert made.mode == Mode("compiled")
-            made.advance()
-            first = clone(state)
-            for _ in range(9):
-                made.advance()
-            after.append(state)
-    finally:
-        torch.set_num_threads(threads)
-    assert_close(first, step.make_train_step(static(spec))(start, data, hyper))
-    assert all(torch.equal(a, b) for a, b in zip(*map(tree.leaves, after), strict=True))
-
-
-@compiles
-@pytest.mark.slow
 def test_a_compiled_step_of_muon_in_bfloat16_is_near_the_eager_one(default_inputs):
     """In the middle of a cycle, where the rate is high. What is rounded to bfloat16 differs here and there, so tensors
     are compared as a whole; the iterations inside Muon enlarge the differences (see test_optim.py)."""
-    spec, state, data, hyper = default_inputs(**MUON, epochs=1, weight_decay=0.1)
+    spec, state, data, hyper = default_inputs(**MUON, epochs=2, weight_decay=0.1)
     state["step"].fill_(3)
     before, eager = clone(state), step.make_train_step(static(spec))(state, data, hyper)
     made = fused.fuse(spec, state, data, hyper)
@@ -228,7 +214,7 @@ def test_a_compiled_step_of_muon_in_bfloat16_is_near_the_eager_one(default_input
         old, new, other = (each["params"][name] for each in (before, state, eager))
         assert (new - other).norm() < 0.1 * (new - old).norm()
         assert (new - old).norm() > 0.05 * hyper["lr"] * old.numel() ** 0.5
-    assert list(state["opt"]["momentum"]) == ["5.weight", "9.weight"]
+    assert list(state["opt"]["momentum"]) == ["5.weight"]
     for group, tensors in state["opt"].items():
         for name, t in tensors.items():
             if t.ndim == 2:  # the gradient of a bias before batch norm is mere rounding
@@ -328,9 +314,11 @@ PATCHED = {
 
 
 @compiles
-def test_what_is_patched_is_there_with_its_signature(tmp_path):
+def test_what_is_patched_is_there_with_its_signature(tmp_path, monkeypatch):
     """At most five names, each with the parameters that its replacement was written for."""
-    replaced = []
+    replaced, nothing = [], Future()
+    nothing.set_result(None)
+    monkeypatch.setattr(inductor.worker, "start", lambda work: nothing)  # no header is compiled
 
     def watch(owner, name, new):
         place = f"{owner.__module__}.{owner.__name__}" if inspect.isclass(owner) else owner.__name__
@@ -369,14 +357,22 @@ def test_the_settings_of_torch_are_pinned(monkeypatch):
 @compiles
 @pytest.mark.slow
 def test_where_a_patch_fails_the_step_is_compiled_without(places, monkeypatch, small_spec, step_inputs):
-    def gone():
+    from torch._inductor import config
+
+    def gone(scratch):
         raise AttributeError("no such name in this torch")
 
-    monkeypatch.setattr(inductor, "no_input_checks", gone)
+    monkeypatch.setattr(inductor, "parallel_builds", gone)
     spec = small_spec(widths=[8], norm="none", dropout=0.0)
     state, data, hyper = step_inputs(spec)
     eager = step.make_train_step(static(spec))(state, data, hyper)
-    made = fused.fuse(spec, state, data, hyper)
+    quick = (
+        ("cpp.vec_isa_ok", True),
+        ("aot_inductor.compile_wrapper_opt_level", "O0"),
+        ("cpp_cache_precompile_headers", False),
+    )
+    with config.patch(dict(quick)):  # torch's own settings take 20 s more
+        made = fused.fuse(spec, state, data, hyper)
     assert (made.mode, made.problem) == (Mode("unpatched"), "no such name in this torch")
     made.advance()
     assert_close(state, eager)
@@ -812,7 +808,7 @@ def test_an_interrupted_build_ends_at_once_and_leaves_nothing(places, interrupt)
     interrupt(pids.exists)
     with pytest.raises(KeyboardInterrupt):
         cache.get_or_build(cache.Recipe("0" * 32, 3, build))
-    assert time.time() - pids.stat().st_mtime < 2
+    assert time.time() - pids.stat().st_mtime < 10  # it hangs for 1,000 s
     compiler, its_child = map(int, pids.read_text().split())
     until(lambda: not is_running(compiler), "the compiler goes on")
     os.kill(its_child, signal.SIGKILL)  # Nothing says that it compiles in the scratch folder.

@@ -14,6 +14,7 @@ import time
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 import safetensors.torch
 from msgspec.structs import replace
@@ -29,14 +30,16 @@ from main import PROJECT
 from tests.conftest import ROOT, lacking
 from tests.test_report import make
 
-# Keeps a cluster until its standard input ends. A line there is a command: "kill" takes a node away without grace.
+# Keeps a cluster until its standard input ends. Says its address, and the process of its second node. A line in its
+# input is a command: "kill" takes that node away without grace.
 CLUSTER = """
 import os, sys
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 other = cluster.add_node(num_cpus=1)
-print(cluster.address, flush=True)
+raylet = other.all_processes["raylet"][0].process.pid
+print(cluster.address, raylet, flush=True)
 for line in sys.stdin:
     cluster.remove_node(other, allow_graceful=False)
     other = cluster.add_node(num_cpus=1)
@@ -75,7 +78,8 @@ def cluster():
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    process.address = next(line.strip() for line in process.stdout if ":" in line)
+    process.address, node = next(line.split() for line in process.stdout if ":" in line)
+    process.node = int(node)
     yield process
     process.stdin.close()
     process.wait(60)
@@ -86,7 +90,7 @@ def driver(cluster, tmp_path):
     """Starts a process that trains on the cluster; its lines are JSON."""
     started = []
 
-    def start(out="out", epochs=1, count=3):
+    def start(out, epochs, count):
         command = sys.executable, "-c", DRIVER, cluster.address, str(tmp_path / out), str(epochs), str(count)
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         started.append(process)
@@ -115,12 +119,13 @@ def alone(tmp_path_factory, invented, small_spec):
     return digest
 
 
-def workers():
-    """The processes that train, on all nodes."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has ended
-            found += [int(path.parent.name)] * path.read_bytes().startswith(b"ray::task")
+def workers(cluster):
+    """The processes that train, by the process of their node."""
+    found = {}
+    for process in psutil.Process(cluster.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::task"):
+                found[process.ppid()] = process.pid
     return found
 
 
@@ -139,43 +144,32 @@ def until(condition):
 
 
 @pytest.mark.slow
-def test_the_files_are_those_of_runs_here(driver, alone, tmp_path):
-    expected = {seed: alone(1, seed) for seed in range(3)}
-    assert ended(driver()) == expected
-    records = list(read_records(tmp_path / "out"))
-    assert len(records) == 3
-    for record in records:
+def test_whoever_is_killed_costs_time_alone(cluster, driver, alone, tmp_path):
+    """A worker, the node of the other worker, and then the driver: another one goes on with what is missing. All files
+    are those of runs here."""
+    count, epochs = 5, 10
+    process = driver("out", epochs, count)
+    until(lambda: len(workers(cluster)) == 2)
+    [elsewhere] = [worker for node, worker in workers(cluster).items() if node != cluster.node]
+    os.kill(elsewhere, signal.SIGKILL)
+    cluster.stdin.write("kill\n")
+    cluster.stdin.flush()
+    until(lambda: cluster.stdout.readline().strip() == "killed")
+    assert process.stdout.readline(), "no run was trained again"
+    process.kill()
+    process.wait()
+    before = written(tmp_path / "out")
+    assert 1 <= len(before) < count
+
+    expected = {seed: alone(epochs, seed) for seed in range(count)}
+    assert ended(driver("out", epochs, count)) == expected
+    after = written(tmp_path / "out")
+    assert after.keys() == expected.keys()
+    assert before.items() <= after.items(), "what is finished was trained again"
+    for record in read_records(tmp_path / "out"):
         assert record.environment.threads == 1
         names = {path.name for path in (tmp_path / "out" / "checkpoints" / "x").glob(f"{record.spec_id}*")}
         assert names >= {f"{record.spec_id}.json", f"{record.spec_id}.safetensors"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["node", "worker"])
-def test_a_node_or_a_worker_that_is_killed_costs_time_alone(cluster, driver, alone, what):
-    process = driver(f"{what}-killed", epochs=15)
-    until(lambda: len(workers()) == 2)
-    if what == "node":
-        cluster.stdin.write("kill\n")
-        cluster.stdin.flush()
-        until(lambda: cluster.stdout.readline().strip() == "killed")
-    else:
-        os.kill(workers()[0], signal.SIGKILL)
-    assert ended(process) == {seed: alone(15, seed) for seed in range(3)}
-
-
-@pytest.mark.slow
-def test_a_driver_that_is_killed_goes_on_with_what_is_missing(driver, alone, tmp_path):
-    process = driver("driver-killed", epochs=15, count=4)
-    process.stdout.readline()
-    process.kill()
-    process.wait()
-    before = written(tmp_path / "driver-killed")
-    assert 1 <= len(before) < 4
-    assert ended(driver("driver-killed", epochs=15, count=4)) == {seed: alone(15, seed) for seed in range(4)}
-    after = written(tmp_path / "driver-killed")
-    assert after.keys() == set(range(4))
-    assert before.items() <= after.items(), "what is finished was trained again"
 
 
 @pytest.mark.slow

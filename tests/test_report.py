@@ -1,6 +1,7 @@
 """results.md, its tables and its pictures, from records made by hand."""
 
 import csv
+import functools
 import io
 import os
 import re
@@ -684,10 +685,14 @@ def cifar_folder(tmp_path_factory):
     return folder
 
 
+@functools.cache
+def invented_images():
+    return np.random.default_rng(0).integers(0, 256, (10_000, 3072), np.uint8)
+
+
 @pytest.fixture(autouse=True)
-def invented_images(monkeypatch):
-    images = np.random.default_rng(0).integers(0, 256, (10_000, 3072), np.uint8)
-    monkeypatch.setattr(Archive, "read", lambda self, folder, name: {b"data": images})
+def _invented_images(monkeypatch):
+    monkeypatch.setattr(Archive, "read", lambda self, folder, name: {b"data": invented_images()})
 
 
 def weights(out, records):

@@ -34,6 +34,19 @@ def digest(out, name, **changes):
 
 # Processes of main.py
 
+# From the second epoch on each step takes a tenth of a second, so that a signal comes before the end on a busy machine.
+SLOW = """
+import time, core.compile.fused
+fuse = core.compile.fused.fuse
+def slow(spec, state, data, *rest, **options):
+    made = fuse(spec, state, data, *rest, **options)
+    def advance():
+        time.sleep(0.1 * (int(state["step"]) >= len(data["order"])))
+        made.advance()
+    return made._replace(advance=advance)
+core.compile.fused.fuse = slow
+"""
+
 
 def test_a_project_that_cannot_be_written_trains(data_dir, tmp_path):
     """As in a container, or installed for several users; below, it compiles too."""
@@ -43,7 +56,8 @@ def test_a_project_that_cannot_be_written_trains(data_dir, tmp_path):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, project / name)
     project.chmod(0o555)
     bound = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
-    options = ["run", "smoke", "--no-compile", "--epochs", 1, "--data", data_dir, "--out", tmp_path / "out"]
+    options = ["run", "smoke", "--no-compile", "--epochs", 1, "--batch-size", 5000]
+    options += ["--data", data_dir, "--out", tmp_path / "out"]
     done = subprocess.run(
         (*bound, sys.executable, str(project / "main.py"), *map(str, options)), capture_output=True, text=True
     )
@@ -82,7 +96,7 @@ def test_the_default_network_compiled_stopped_killed_and_resumed(start, data_dir
         return digest(tmp_path / out, "lr-1e-3", **changes), process.output()
 
     def cut(out, words, number):
-        process = start(*options, out=tmp_path / out)
+        process = start(*options, out=tmp_path / out, patch=SLOW)
         process.until(words)
         process.signal(number)
         return process.wait(), process.output()
@@ -130,7 +144,7 @@ def test_muon_in_bfloat16_compiled_stopped_and_with_another_number_of_threads(st
     assert again == held
 
     whole, _ = finish("whole")
-    process = begin("cut")
+    process = begin("cut", patch=SLOW)
     process.until("epoch 1")
     process.signal(signal.SIGTERM)
     assert process.wait() == 130, process.output()
@@ -184,10 +198,17 @@ def test_the_number_of_threads_could_matter():
 # run_experiment
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, invented):
+    """The record of an eager run that nothing happens to, trained once for all tests."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    return lambda spec: run_experiment("x", spec, out, invented, "cpu", compiled=False)
+
+
 @pytest.fixture
-def train(request, tmp_path, invented, small_spec):
+def train(request, tmp_path, invented, small_spec, uninterrupted):
     """Trains three epochs of 15 steps, eager, and can be stopped after any number of steps; returns the record. `param`
-    changes the network."""
+    changes the network; `whole` returns the record of the uninterrupted run."""
     spec = small_spec(epochs=3, **getattr(request, "param", {}))
 
     def train(out, stop_after=10**9, **options):
@@ -196,6 +217,7 @@ def train(request, tmp_path, invented, small_spec):
         return run_experiment("x", spec, tmp_path / out, invented, "cpu", **{"compiled": False, **stop, **options})
 
     train.run = lambda out: Run("x", spec, tmp_path / out)
+    train.whole = lambda: uninterrupted(spec)
     return train
 
 
@@ -251,7 +273,7 @@ def test_what_is_finished_is_not_trained_again_unless_forced(train):
     ids=str,
 )
 def test_a_resumed_run_is_the_uninterrupted_one(train, after):
-    whole = train("whole")
+    whole = train.whole()
     stopped(train, "cut", after)
     events = Events()
     again = train("cut", listeners=[events])
@@ -275,7 +297,7 @@ def test_a_stop_before_the_first_step_leaves_nothing(train):
 @pytest.mark.parametrize("group", ["opt/exp_avg/", "opt/exp_avg_sq/", "stats/"])
 def test_each_part_of_the_state_matters(train, group):
     """The negative control: without it, the comparison above could not fail."""
-    whole = train("whole")
+    whole = train.whole()
     edit(stopped(train, "cut", 20), drop=[group])
     assert train("cut").digest != whole.digest
 
@@ -304,7 +326,7 @@ def test_resuming_with_another_spec_is_refused_or_marked(train):
 
 def test_what_began_eager_goes_on_eager(train):
     """As where compiling had failed: the same command must go on, bit by bit."""
-    whole = train("whole")
+    whole = train.whole()
     stopped(train, "cut", 20)
     again = train("cut", compiled=True)
     assert again.environment.mode == "eager"
@@ -334,7 +356,7 @@ def test_a_compilation_that_fails_becomes_eager(train, nothing_compiles):
     ]
     assert record.environment.mode == "eager"
     assert record.exact
-    assert record.digest == train("whole").digest
+    assert record.digest == train.whole().digest
 
 
 def test_a_step_without_patches_is_recorded_and_goes_on_as_such(train, monkeypatch):
@@ -376,7 +398,7 @@ def test_a_signal_between_the_end_of_an_epoch_and_its_save(train, moment):
 
 
 def test_the_newest_damaged_falls_back_to_the_one_before_loudly(train):
-    whole = train("whole")
+    whole = train.whole()
     newest = stopped(train, "cut", 40)
     assert len(train.run("cut").resume_points()) == KEEP
     newest.write_bytes(newest.read_bytes()[:-1])

@@ -21,23 +21,24 @@ from tests.conftest import EXPERIMENTS, ROOT
 from tests.test_reproducible import shapes
 
 pytestmark = pytest.mark.slow
-EPOCHS = 20
+EPOCHS = 10
+OPTIONS = ("--no-compile", "--device", "cpu", "--batch-size", 200)
 
 
 @pytest.fixture(scope="module")
 def smoke(data_dir):
-    """A run of 200 steps."""
-    return ("run", "smoke", "--no-compile", "--device", "cpu", "--data", data_dir, "--epochs", EPOCHS)
+    """A run of 100 steps."""
+    return ("run", "smoke", *OPTIONS, "--data", data_dir, "--epochs", EPOCHS)
 
 
 @pytest.fixture(scope="module")
 def others(data_dir):
     """Two short runs."""
-    return ("run", "smoke", "baseline", "--no-compile", "--device", "cpu", "--data", data_dir, "--epochs", 2)
+    return ("run", "smoke", "baseline", *OPTIONS, "--data", data_dir, "--epochs", 2)
 
 
 def run_of(out, name="smoke", epochs=EPOCHS):
-    return Run(name, {**EXPERIMENTS[name], "epochs": epochs}, out)
+    return Run(name, {**EXPERIMENTS[name], "batch_size": 200, "epochs": epochs}, out)
 
 
 def digest(out, name="smoke", epochs=EPOCHS):
@@ -124,10 +125,11 @@ def test_a_sweep_killed_five_times_trains_only_what_is_missing(start, data_dir, 
     assert process.wait() == 0, process.output()
     before = {}
     for kill in range(5):
-        process, end = start(*command, out=out, patch=SWEEP), time.monotonic() + 60
+        patch = SWEEP + SLOW_SAVE.format(seconds=0.4)  # else it may end before it is killed
+        process, end = start(*command, out=out, patch=patch), time.monotonic() + 120
         while len(finished(out)) < 2 * (kill + 1):
             assert time.monotonic() < end, process.output()
-            time.sleep(0.01)
+            time.sleep(0.05)
         time.sleep(draw.uniform(0, 0.1))
         process.signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, process.output()
@@ -253,7 +255,7 @@ def test_the_default_network_compiled_diverges(start, data_dir, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(start, smoke, whole, tmp_path, number):
-    process = start(*smoke, out=tmp_path, patch=SLOW_SAVE.format(seconds=0.1))  # else it may end before the signal
+    process = start(*smoke, out=tmp_path, patch=SLOW_SAVE.format(seconds=0.3))  # else it may end before the signal
     process.until("epoch 3")
     process.signal(number)
     assert process.wait() == 130
@@ -370,7 +372,7 @@ p.Display._say_result = lambda self, *rest: (ended(self, *rest), os.kill(os.getp
 def test_two_processes_share_the_experiments(start, others, smoke, tmp_path):
     epochs, out = 4, tmp_path / "both"
     both = (*others[:-1], epochs, "-v")
-    first = start(*both, out=out, patch=SLOW_SAVE.format(seconds=0.5))
+    first = start(*both, out=out, patch=SLOW_SAVE.format(seconds=0.8))
     first.until("smoke seed 0: epoch 1:")
     second = start(*both, out=out)
     second.until("taking the next one")
@@ -414,7 +416,7 @@ def test_training_again_keeps_what_is_finished_until_it_is_replaced(start, smoke
     assert process.wait() == 2
     assert (run.record.read_bytes(), run.weights.read_bytes()) == before
     assert run.result()
-    process = start(*command, "--force", out=tmp_path)
+    process = start(*command, "--force", out=tmp_path, patch=SLOW_SAVE.format(seconds=0.5))
     process.until("epoch 1")
     process.signal(signal.SIGTERM)
     assert process.wait() == 130
@@ -511,7 +513,7 @@ def test_a_run_that_needs_more_memory_than_there_is(start, others, tmp_path, com
     """An allocation that truly fails: 17 GB under a limit of 8."""
     patch = """
 import experiments, resource
-experiments.SUITES['smoke']['smoke']['widths'] = [65536, 65536]
+experiments.SUITES['smoke']['smoke']['widths'] = [64, 65536, 65536]
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 """
     if compiled:

@@ -245,7 +245,7 @@ def test_list_shows_every_suite_and_experiment(call):
 
 SWEEP = """
 import experiments
-spec = {"widths": [[64, 32], [32]], "lr": [1e-3, 5e-4], "epochs": 1, "batch_size": 500}
+spec = {"widths": [[64, 32], [32]], "lr": [1e-3, 5e-4], "epochs": 1, "batch_size": 200}
 experiments.SUITES["tiny"] = {"tiny": spec}
 """
 

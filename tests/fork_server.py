@@ -40,7 +40,8 @@ def child(argv, stdout, stderr, data, env, whole, pictures, threads, patch):
 
         for key, value in env.items():
             os.environ.pop(key, None) if value is None else os.environ.update({key: value})
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which ignores it
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which ignores it, or in the
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background of a shell, which ignores this one
         torch.set_num_threads(threads)
         load = datasets.load
         datasets.load = lambda *where: data[whole] if where[:2] == ("cifar10", FOLDER) else load(*where)

@@ -34,6 +34,7 @@ def child(argv, stdout, stderr, data, env, whole, pictures, threads, patch):
         import torch
 
         import main
+        from core.compile import worker
         from core.data import datasets, loader
         from core.report import plots
         from core.spec import CIFAR10
@@ -53,6 +54,8 @@ def child(argv, stdout, stderr, data, env, whole, pictures, threads, patch):
             plots.draw = lambda picture: b"<dc:identifier>" + 10 * plots.identifier(picture)
         exec(patch, {})
         status = main.main(argv)
+        if status == worker.STOPPED:
+            worker._leave()  # as when main.py ends: work that goes on in the background leaves nothing behind
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

@@ -89,7 +89,7 @@ def read(path: str | Path, shape: tuple[int, int, int] = (3, 32, 32)) -> Tensor:
     if os.path.isdir(path):
         raise ImageError(f"there is no file to read in the folder {path}, expected images")
     try:
-        with warnings.catch_warnings(), open(open_file(path, MAX_BYTES), "rb") as file:
+        with warnings.catch_warnings(), open_file(path, MAX_BYTES) as file:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with mock.patch.object(PngImagePlugin, "MAX_TEXT_CHUNK", PngImagePlugin.MAX_TEXT_MEMORY):

@@ -1,4 +1,4 @@
-"""Files: read with a limit, written whole or not at all, under locks that end with their process."""
+"""Files: read with a limit, written completely or not at all, under locks that end with their process."""
 
 import contextlib
 import errno
@@ -10,15 +10,18 @@ import shutil
 import signal
 import stat
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from core.errors import UserError
 
-PATIENCE = 1.0  # seconds to wait for a lock before it is said who holds it
-# What file systems answer that have no locks, or none between machines.
+PATIENCE = 1.0  # seconds to wait for a lock before a warning names its holder
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+# What file systems answer that cannot sync a folder, or reserve room.
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+NO_RESERVE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 log = logging.getLogger(__name__)
 
@@ -31,40 +34,38 @@ class Held(UserError):
     """Another process holds the lock; the message names that process."""
 
 
-def open_file(path: Path, limit: int) -> int:
-    """A file descriptor of a regular file of at most `limit` bytes, to read from; whoever calls closes it.
+@contextlib.contextmanager
+def open_file(path: Path, limit: int) -> Iterator[BufferedReader]:
+    """Open a regular file of at most `limit` bytes, to read it.
 
     Raises:
-        OSError: it cannot be opened. ValueError: it is a pipe, a device, a folder, or larger.
+        OSError: It cannot be opened. ValueError: It is no regular file, or larger.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would else wait for a writer
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+    # A pipe would wait for a writer.
+    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is not a regular file")
-        if found.st_size > limit:
-            raise ValueError(f"it has {found.st_size:,} bytes, expected at most {limit:,}")
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+        if status.st_size > limit:
+            raise ValueError(f"it has {status.st_size:,} bytes, expected at most {limit:,}")
+        yield file
 
 
 def read_file(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file; raises as `open_file` does, before anything is read."""
-    with open(open_file(path, limit), "rb") as file:
-        return file.read(min(limit, os.fstat(file.fileno()).st_size))  # a file that is growing is cut off
+    """The bytes of a regular file; raises as `open_file` does, before it reads."""
+    with open_file(path, limit) as file:
+        return file.read()
 
 
 def atomic_write(path: Path, *parts: bytes | memoryview, check: Callable[[Path], None] = lambda written: None) -> None:
-    """Make `parts` the content of a file, or leave it exactly as it was: they are written beside it, fsynced, renamed,
-    the folder fsynced.
+    """Make `parts` the content of a file, or leave the file as it was. They are written beside it and synced; then the
+    new file takes the name of the old one.
 
     Args:
-        check: called with the file under its temporary name; what it raises leaves `path` as it was.
+        check: Called with the path of the new file. What it raises leaves the old one as it was.
 
     Raises:
-        StoreError: it cannot be written (no space, no permission); nothing is left behind.
+        StoreError: It cannot be written (no space, no permission); nothing is left behind.
     """
     with _temporary(path) as temporary:
         with open(temporary, "wb") as file:
@@ -73,44 +74,35 @@ def atomic_write(path: Path, *parts: bytes | memoryview, check: Callable[[Path],
             os.fsync(file.fileno())
         check(temporary)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            with _unless(NO_SYNC):
+                os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that cannot sync a folder
-            raise
-    finally:
-        os.close(folder)
-
-
-def reserve(path: Path, size: int, copies: int) -> None:
-    """Make sure, before the work starts, that `copies` files of `size` bytes can be written at `path`.
+def reserve(path: Path, size: int, count: int) -> None:
+    """Check, before the work starts, that `count` files of `size` bytes can be written at `path`.
 
     Raises:
-        StoreError: there is no room, or no permission; nothing is left behind.
+        StoreError: There is no room, or no permission; nothing is left behind.
     """
     with _temporary(path) as temporary:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "Is a directory")
-        if _is_kept(path):
+        if _is_protected(path):
             raise PermissionError(errno.EPERM, "it belongs to another user, in a folder with the sticky bit")
         free = shutil.disk_usage(path.parent).free
-        if free < copies * size:
-            raise OSError(errno.ENOSPC, f"{copies * size:,} bytes are needed, {free:,} are free")
-        with open(temporary, "wb") as file:  # a limit on the size of files or a quota is not in the free space
-            try:
-                getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, size)
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # file systems without it
-                    raise
+        if free < count * size:
+            raise OSError(errno.ENOSPC, f"{count * size:,} bytes are needed, {free:,} are free")
+        # The free space takes no account of a quota, or of a limit on the size of files.
+        with open(temporary, "wb") as file, _unless(NO_RESERVE):
+            getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, size)
 
 
-def _is_kept(path: Path) -> bool:
-    """Whether there is a file that only its owner may replace: the folder has the sticky bit, as /tmp has."""
+def _is_protected(path: Path) -> bool:
+    """Whether only its owner may replace a file: its folder has the sticky bit, as /tmp has."""
     if not path.exists() or not hasattr(os, "geteuid"):
         return False
     folder = path.parent.stat()
@@ -118,8 +110,18 @@ def _is_kept(path: Path) -> bool:
 
 
 @contextlib.contextmanager
+def _unless(codes: tuple[int, ...]) -> Iterator[None]:
+    """Ignore an OSError with one of these codes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in codes:
+            raise
+
+
+@contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A name beside `path`, with nothing under it afterwards; an OSError becomes a StoreError that names `path`."""
+    """A path beside `path`, removed afterwards; an OSError becomes a StoreError that names `path`."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -131,16 +133,12 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def local(path: str | Path) -> Path:
-    """The path that a user means: a ~ at its start is a home folder."""
+    """The path that a user means: ~ at its start is a home folder."""
     return Path(os.path.expanduser(path))
 
 
 def delete(*paths: Path) -> None:
-    """Delete files, those that exist.
-
-    Raises:
-        StoreError: one cannot be deleted.
-    """
+    """Delete those of the files that exist; StoreError if one cannot be deleted."""
     for path in paths:
         try:
             path.unlink(missing_ok=True)
@@ -149,23 +147,22 @@ def delete(*paths: Path) -> None:
 
 
 def sweep(folder: Path, prefix: str) -> None:
-    """Delete temporary files that a killed process left; call it with the lock that guards `prefix` held."""
+    """Delete the temporary files of killed processes; the caller holds the lock that guards `prefix`."""
     delete(*folder.glob(f"{prefix}*.[0-9]*.tmp"))
 
 
 @contextlib.contextmanager
 def locked(path: Path, owner: Path | None = None, timeout: float = -1) -> Iterator[None]:
-    """Hold an operating-system lock, which the death of its process frees.
+    """Hold a lock of the operating system; the end of the process frees it.
 
     Args:
-        owner: where to say who holds it. Whoever waits for longer than PATIENCE then logs a warning that names the
-            holder.
-        timeout: seconds to wait, -1 without end.
+        owner: A file that names the holder. If the lock is not free after PATIENCE, a warning names the holder.
+        timeout: Seconds to wait; -1 waits without end.
 
     Raises:
-        Held: it was not had in time. StoreError: the lock file cannot be made, or its file system has no locks.
+        Held: The time is over. StoreError: The lock file cannot be made, or its file system has no locks.
     """
-    # Without locks of the file system FileLock would make do with a file, which two processes can hold at once.
+    # Without locks of the file system FileLock would use a plain file, which two processes can hold at once.
     lock = FileLock(path, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,8 +170,8 @@ def locked(path: Path, owner: Path | None = None, timeout: float = -1) -> Iterat
             lock.acquire(timeout=PATIENCE if timeout < 0 and owner else timeout)
         except Timeout:
             if timeout >= 0:
-                raise Held(_owner(owner)) from None
-            log.warning("%s", _waiting(path, _owner(owner)))
+                raise Held(_holder(owner)) from None
+            log.warning("%s", _waiting(path, _holder(owner)))
             lock.acquire()
     except OSError as error:
         reason = error.strerror or error
@@ -186,7 +183,7 @@ def locked(path: Path, owner: Path | None = None, timeout: float = -1) -> Iterat
         raise StoreError(f"cannot write under {path.parent}: {reason}") from None
     try:
         if owner is not None:
-            with _temporary(owner) as temporary:  # not synced: it says nothing after a power cut
+            with _temporary(owner) as temporary:  # It is not synced: after a power cut nobody holds the lock.
                 temporary.write_text(f"process {os.getpid()} on {platform.node()}\n")
                 os.replace(temporary, owner)
         yield
@@ -197,12 +194,12 @@ def locked(path: Path, owner: Path | None = None, timeout: float = -1) -> Iterat
         lock.release()
 
 
-def _owner(path: Path | None) -> str:
-    said = ""
-    if path:
-        with contextlib.suppress(OSError, ValueError):  # it let go, or has not yet said who it is
-            said = read_file(path, 1000).decode().strip()
-    return said if said and said.isprintable() else "another process"
+def _holder(owner: Path | None) -> str:
+    text = ""
+    if owner:
+        with contextlib.suppress(OSError, ValueError):  # The holder has let go, or has not yet written its name.
+            text = read_file(owner, 1000).decode().strip()
+    return text if text and text.isprintable() else "another process"
 
 
 def _waiting(path: Path, holder: str) -> str:

@@ -641,7 +641,7 @@ def test_arguments_that_do_not_parse(call, arguments):
 def test_a_device_that_is_not_there(call, tmp_path):
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     done = call("run", "smoke", "--device", "cuda", "--data", tmp_path, "--out", tmp_path, env=hidden)
-    assert_refused(done, "device cuda is not there; present:", "cpu")
+    assert_refused(done, "device cuda is not available; available:", "cpu")
     assert contents(tmp_path) == {}
 
 

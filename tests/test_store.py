@@ -397,7 +397,7 @@ def sparse(path):
 STRANGE = {
     "pipe": (os.mkfifo, "it is not a regular file"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "it is not a regular file"),
-    "folder": (os.mkdir, "it is not a regular file"),
+    "folder": (os.mkdir, "Is a directory"),
     "loop": (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
     "200 GB": (sparse, "214,748,364,800 bytes"),
 }

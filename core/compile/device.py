@@ -1,4 +1,4 @@
-"""Devices: which ones are present, copying to one, waiting for one."""
+"""Devices: choose one, copy to it, wait for it."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from core.functional.tree import Tree, tree_map
 
 
 class DeviceError(UserError):
-    """The device that was asked for is not present."""
+    """The device is not available."""
 
 
 def to_device(tree: Tree, device: torch.device) -> Tree:
@@ -24,18 +24,19 @@ def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA, then MPS, then the CPU.
 
     Raises:
-        DeviceError: it is not present.
+        DeviceError: It is not available.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [kind for kind in usable if usable[kind]]
     if name == "auto":
-        name = next(kind for kind, present in there.items() if present)
-    if not there[name]:
-        raise DeviceError(f"device {name} is not there; present: {', '.join(kind for kind in there if there[kind])}")
+        return torch.device(available[0])
+    if name not in available:
+        raise DeviceError(f"device {name} is not available; available: {', '.join(available)}")
     return torch.device(name)
 
 
 def emulates_bfloat16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are slower than in float32, as a CPU without instructions for them emulates them."""
+    """Whether products in bfloat16 are slower than in float32: a CPU without instructions for them emulates them."""
     known = torch.cpu.get_capabilities()
     return device.type == "cpu" and not any(known.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 

@@ -1,28 +1,26 @@
-"""The border between the pure step and the machine: compilation, donation, CUDA graphs.
+"""The border between the pure step and the machine: compilation, writing in place, CUDA graphs."""
 
-The step stays pure; only here is it turned into one that writes its new state over the old one.
-"""
-
+import contextlib
+import hashlib
+import itertools
 import os
 import platform
 import shlex
 import shutil
 import types
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from core.code_hash import CODE
-from core.compile import cache, inductor, worker
-from core.compile.cache import first_line
-from core.functional import prng
+from core.compile import cache, inductor
+from core.compile.cache import CompileError
 from core.functional.step import State, make_train_step
 from core.functional.tree import leaves
 from core.mode import Mode
-from core.spec import CIFAR10, DataInfo, Spec, static, static_key
+from core.spec import CIFAR10, DataInfo, Spec, canonical, static, static_key
 
 Trees = tuple[State, dict, dict]  # state, data, hyper
 
@@ -30,58 +28,39 @@ _compiled: dict[tuple[str, DataInfo, int], Callable[..., None]] = {}  # on CUDA:
 
 
 class Step(NamedTuple):
-    """A train step bound to its buffers.
+    """A train step bound to its buffers."""
 
-    Attributes:
-        advance: advances the state by one step.
-        mode: how it was made.
-        problem: why it is unpatched, in one line; otherwise empty.
-    """
-
-    advance: Callable[[], None]
+    advance: Callable[[], None]  # by one step
     mode: Mode
-    problem: str = ""
-
-
-class CompileError(Exception):
-    """The step could not be compiled; the message is one line that says why."""
+    problem: str = ""  # why it is unpatched, in one line; otherwise empty
 
 
 def compiler_problem(device: torch.device) -> str | None:
-    """Why no step can be compiled for this device, or None. A step that was compiled earlier needs no compiler."""
-    if device.type == "cpu" and _compiler() is None:
+    """Why no step can be compiled for this device, or None. A step from the cache needs no compiler."""
+    if device.type == "cpu" and not _compiler():
         return "no C++ compiler (g++ or clang++) was found"
     if device.type == "mps":
         return "the step is not compiled for MPS"
     return None
 
 
-def _compiler() -> str | None:
-    """The C++ compiler as a shell would take it: $CXX, such as "ccache g++ -O1", if there is such a program, else g++
-    or clang++."""
+def _compiler() -> list[str]:
+    """The command of the C++ compiler as words: $CXX, such as "ccache g++ -O1", if it names programs, else g++ or
+    clang++; empty without one."""
     own = os.environ.get("CXX", "")
-    candidates = (shlex.quote(own) if shutil.which(own) else own, "g++", "clang++")
-    return next((text for text in candidates if _are_programs(text)), None)
-
-
-def _are_programs(command: str) -> bool:
-    """Whether all words of a command before its first option are programs."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # a quote without its other half
-        return False
-    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    return count > 0 and all(shutil.which(word) for word in words[:count])
-
-
-def _compiler_options() -> list[str]:
-    """The options of the C++ compiler that the user has set."""
-    return [word for word in shlex.split(_compiler() or "") if word.startswith("-")]
+    commands = [[own], ["g++"], ["clang++"]]
+    with contextlib.suppress(ValueError):  # a quote without its other half
+        commands.insert(1, shlex.split(own))
+    for words in commands:
+        programs = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+        if programs and all(map(shutil.which, programs)):
+            return words
+    return []
 
 
 def make_step(spec: Spec, state: State, data: dict, info: DataInfo = CIFAR10) -> Callable[[State, dict, dict], None]:
-    """The train step of a resolved spec, in place. A state with a leading axis is that of a cohort: its members, which
-    share all data but the order, take the step independently of each other."""
+    """The train step of a resolved spec, in place. If the state has a leading axis, it is that of a cohort: its members
+    share all data but the order, and take the step independently of each other."""
     step = make_train_step(static(spec), info)
     if state["step"].ndim:
         step = torch.func.vmap(step, in_dims=(0, {key: 0 if key == "order" else None for key in data}, 0))
@@ -89,31 +68,30 @@ def make_step(spec: Spec, state: State, data: dict, info: DataInfo = CIFAR10) ->
 
 
 def in_place(step: Callable[[State, dict, dict], State]) -> Callable[[State, dict, dict], None]:
-    """The pure step as one that writes the new state into the buffers of the old one."""
+    """The pure step as one that writes the new state into the buffers of the old state."""
 
     def donated(state: State, data: dict, hyper: dict) -> None:
         for old, new in zip(leaves(state), leaves(step(state, data, hyper)), strict=True):
             old.copy_(new)
 
-    # Dynamo keeps what it has compiled with the code object, and only for so many shapes.
+    # Dynamo caches compilations by code object, and only a few for each. So every step has a code object of its own.
     return types.FunctionType(
         donated.__code__.replace(), donated.__globals__, donated.__name__, None, donated.__closure__
     )
 
 
 def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = True, info: DataInfo = CIFAR10) -> Step:
-    """The train step of a resolved spec and a data set, bound to standing buffers.
+    """The train step of a resolved spec and a data set, bound to its buffers.
 
-    Compiled, it is one graph; specs that differ only in what reaches the step as a tensor share one compilation.
+    A compiled step is one graph. Specs that differ only in values that reach the step as tensors share it.
 
     Raises:
-        CompileError: the step could not be compiled.
+        CompileError: The step cannot be compiled.
     """
     device = state["step"].device
     # "high" lets float32 products run in TF32 where the hardware has it (NVIDIA, since Ampere).
     torch.set_float32_matmul_precision("high" if spec["precision"] == "tf32" else "highest")
     if not compiled:
-        cache.repair_environment()
         inductor.load()
         step = make_step(spec, state, data, info)
         return Step(lambda: step(state, data, hyper), Mode("eager", _cohort(state)))
@@ -121,12 +99,12 @@ def fuse(spec: Spec, state: State, data: dict, hyper: dict, compiled: bool = Tru
         return (_ahead_of_time if device.type == "cpu" else _cuda_graph)(spec, (state, data, hyper), info)
     except (CompileError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # Dynamo, inductor, Triton and the loader each raise their own.
-        raise CompileError(first_line(error)) from error
+    except Exception as error:  # Dynamo, inductor, Triton and the loader raise their own types.
+        raise CompileError(cache.first_line(error)) from error
 
 
 def _ahead_of_time(spec: Spec, trees: Trees, info: DataInfo) -> Step:
-    """The step as a shared library, compiled by the first process that needs it."""
+    """The step as a shared library. The first process that needs it compiles it."""
     recipe = _recipe(spec, trees, info)
     if (problem := compiler_problem(trees[0]["step"].device)) and not cache.find(recipe):
         raise CompileError(problem)
@@ -136,65 +114,29 @@ def _ahead_of_time(spec: Spec, trees: Trees, info: DataInfo) -> Step:
 
 
 def _recipe(spec: Spec, trees: Trees, info: DataInfo = CIFAR10) -> cache.Recipe:
-    """The library of a step: Dynamo traces one full graph, inductor turns it into C++ and that into a library."""
+    """How to build the library of a step."""
     tensors = [t for tree in trees for t in leaves(tree)]
-    threads = torch.get_num_threads()
+    threads, compiler = torch.get_num_threads(), _compiler()
     signature = [(str(t.dtype), list(t.shape)) for t in tensors]
     capability = torch.backends.cpu.get_cpu_capability()  # the instructions of this CPU that torch uses
     machine = [torch.__version__, threads, platform.machine(), capability, dict(torch.cpu.get_capabilities())]
-    compiler_options = _compiler_options()
-
-    def build(scratch: Path) -> cache.Built:
-        from torch._inductor import config
-
-        check = worker.checker()
-        compiler = {"cpp.cxx": (None, _compiler())}  # Inductor itself would try only $CXX or g++.
-        with inductor.quiet():
-            try:
-                with inductor.pinned(), config.patch(compiler), inductor.patched(scratch):
-                    return compile_step(inductor.options() | {"cpp.threads": threads}, "")
-            except Exception as error:  # Another version of torch may not have what is patched, or use it otherwise.
-                check()
-                if cache.is_temporary(error):
-                    raise
-                with config.patch(compiler):
-                    return compile_step({"cpp.threads": threads}, first_line(error))
-
-    def compile_step(options: dict[str, Any], problem: str) -> cache.Built:
-        graphs: list[torch.fx.GraphModule] = []
-        order: list[int] = []
-
-        def capture(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., tuple]:
-            graphs.append(graph)
-
-            def note_order(*inputs: Tensor) -> tuple:
-                # Dynamo chooses which tensors are inputs, and their order; `is` finds each among the caller's.
-                order.extend(next(i for i, t in enumerate(tensors) if t is x) for x in inputs)
-                return ()
-
-            return note_order
-
-        with inductor.without_collection():
-            torch.compiler.allow_in_graph(prng.bits)  # 160 operations that Dynamo need not follow one by one
-            step = make_step(spec, *trees[:2], info)
-            torch.compile(step, fullgraph=True, dynamic=False, backend=capture)(*trees)
-            library = inductor.aot_compile(graphs[0], [tensors[i] for i in order], options).read_bytes()
-        return cache.Built(library, order, problem)
-
+    compiler_options = [word for word in compiler if word.startswith("-")]
     key = [CODE, static_key(spec), repr(info), signature, machine, compiler_options]
-    return cache.Recipe(cache.name_of(key), len(tensors), build)
+    # By itself inductor would try only $CXX or g++.
+    settings = {"cpp.threads": threads, "cpp.cxx": (None, shlex.join(compiler))}
+    build = partial(inductor.build, partial(make_step, spec, *trees[:2], info), trees, settings)
+    return cache.Recipe(hashlib.sha256(canonical(key).encode()).hexdigest()[:32], len(tensors), build)
 
 
 def _cuda_graph(spec: Spec, trees: Trees, info: DataInfo) -> Step:
-    """The compiled step recorded into a CUDA graph, which is replayed without any work of the host.
+    """The compiled step as a CUDA graph, which the GPU replays without work of the host.
 
-    Before the recording come warm-up steps, of which the first compiles; the state is put back afterwards.
+    The first warm-up step compiles. After the recording, the state is as before.
     https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
     state, data, _ = trees
     if problem := compiler_problem(state["step"].device):
         raise CompileError(problem)
-    cache.export_folder()
     before = [t.clone() for t in leaves(state)]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

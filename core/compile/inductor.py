@@ -1,29 +1,26 @@
 """How inductor compiles a step for a CPU: settings, patches, and the form of each matrix product.
 
-They make the compilation or the step faster, or its bits independent of the number of threads and of the caller's
-settings. What is computed is up to the graph alone.
-
-All private names of torch that this project uses are listed here; they are used in this folder alone. `patched`
-replaces four of them; without all of these a step compiles too, in thrice the time (see core.compile.fused).
+The table lists all private names of torch that the project uses, in this folder alone. `patched` replaces four of them.
+Without the patches a step compiles too, in three times the time.
 
 name                                            what it buys
 replaced by `patched`:
-  cpp_builder.CppBuilder.build                  kernels and wrapper compile at the same time: 4 s; they can be stopped
+  cpp_builder.CppBuilder.build                  kernels and wrapper compile at the same time: 4 s; a stop ends them
   codecache._precompile_header                  one precompiled header instead of two: 6 s
   CppWrapperCpu.generate_input_output_runtime_checks   3,000 lines less of C++: 2 s
   codegen.cpp.LoopNest.max_parallel_depth       the bits do not depend on the number of threads
 used:
-  _inductor.aot_compile                         the step as a library: no compiler is imported to run it
+  _inductor.aot_compile                         a step as a library, which runs without the compilers
   _C._aoti.AOTIModelContainerRunnerCpu          runs the library
-  _inductor.config, _dynamo.config              the settings in OPTIONS; what the compiler is; no collection of garbage
+  _inductor.config, _dynamo.config              OPTIONS; the C++ compiler; no collection of garbage
   utils._config_module.ConfigModule             finds all settings of torch's compilers, to pin them
   _inductor.decomposition.select_decomp_table   lowers the step to operations that inductor has code for
   _subclasses.FakeTensorMode                    traces the step without computing it
-  fx.experimental.proxy_tensor.make_fx          writes the operations down
+  fx.experimental.proxy_tensor.make_fx          records the operations
   cpp_builder.CppTorchDeviceOptions, cpu_vec_isa.pick_vec_isa   the flags of the precompiled header
-  codegen.cpp.ParallelDepth                     says that a loop is not shared between threads
+  codegen.cpp.ParallelDepth                     says that threads do not share a loop
   overrides._get_current_function_mode_stack, _pop_mode, _push_mode, utils._python_dispatch._disable_current_modes
-                                                what the caller intercepts changes no number (core.compile.isolation)
+                                                core.compile.isolation: the caller's modes change no number
   _inductor.lowering, ir.ExternKernel, ir.TensorBox, mkldnn_ir.LinearUnary   products by oneDNN: 10% of a step
 """
 
@@ -34,8 +31,7 @@ import importlib.util
 import logging
 import os
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
@@ -46,20 +42,20 @@ import torch
 from torch import Tensor
 
 from core.compile import cache, worker
+from core.functional import prng
+from core.functional.tree import leaves
 
 OPTIONS: dict[str, Any] = {
     "aot_inductor.compile_wrapper_opt_level": "O0",  # of the code that calls the kernels: saves 2 s
     "aot_inductor.enable_line_tables": False,
     "pattern_matcher": False,
     # A result of more operations than this gets a buffer of its own until loops are fused. Each round of a random draw
-    # uses the round before three times; by default inductor would write the expression out each time: saves 11 s.
+    # uses the round before three times. By default inductor writes that expression out each time: saves 11 s.
     "realize_opcount_threshold": 10,
     "cpp.vec_isa_ok": True,  # build no program to try each of the CPU's sets of vector instructions: saves 10 s
     "size_asserts": False,
     "alignment_asserts": False,
 }
-
-_loaded = False  # whether Dynamo has been imported
 
 _operators = torch.library.Library("cifar10", "FRAGMENT")
 for _name in ("mm", "flipped_mm"):
@@ -68,18 +64,83 @@ for _name in ("mm", "flipped_mm"):
 
 
 def load() -> None:
-    """Import Dynamo, which an eager step does too, so that no variable of the environment and no signal disturbs it."""
-    global _loaded
-    if not _loaded:
+    """Import Dynamo, out of reach of signals and of the environment. An eager step imports it, too."""
+    if "torch._dynamo" not in sys.modules:
         with cache.one_at_a_time, cache.environment():
             worker.wait_for(lambda: importlib.import_module("torch._dynamo"))
-        _loaded = True
+
+
+def build(
+    make_step: Callable[[], Callable[..., None]], trees: Sequence[dict], settings: dict[str, Any], scratch: Path
+) -> cache.Library:
+    """Compile a step into a shared library in inductor's cache: with patches or, if one fails, without.
+
+    Args:
+        make_step: Makes the step: a function of `trees`, which changes their tensors and nothing else.
+        settings: Of inductor.
+    """
+    from torch._inductor import config
+
+    check = worker.checker()
+    quiet = [logging.NullHandler()]  # Torch logs, for example, that it finds no CUDA.
+    with mock.patch.object(logging.getLogger("torch"), "handlers", quiet):
+        try:
+            with pinned(), config.patch(settings), patched(scratch):
+                return _compile(make_step(), trees, options(), "")
+        except Exception as error:  # Another version of torch may have other names, or use them in another way.
+            check()
+            if cache.is_temporary(error):
+                raise
+            with config.patch(settings):
+                return _compile(make_step(), trees, {}, cache.first_line(error))
+
+
+def _compile(step: Callable[..., None], trees: Sequence[dict], options: dict[str, Any], problem: str) -> cache.Library:
+    """Trace a step into one graph, lower it to ATen operations without transforms of torch.func, and compile it.
+    https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
+    """
+    import torch._inductor
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    tensors = [t for tree in trees for t in leaves(tree)]
+    graphs: list[torch.fx.GraphModule] = []
+    inputs: list[int] = []
+
+    def capture(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., tuple]:
+        graphs.append(graph)
+
+        def note_inputs(*arguments: Tensor) -> tuple:
+            # Dynamo chooses which tensors are inputs, and their order; `is` finds each among the caller's.
+            inputs.extend(next(i for i, t in enumerate(tensors) if t is x) for x in arguments)
+            return ()
+
+        return note_inputs
+
+    with without_collection():
+        torch.compiler.allow_in_graph(prng.bits)  # 160 operations that Dynamo need not follow one by one
+        torch.compile(step, fullgraph=True, dynamic=False, backend=capture)(*trees)
+        with FakeTensorMode() as fake:
+            examples = [fake.from_tensor(tensors[i], static_shapes=True) for i in inputs]
+            lowered = make_fx(graphs[0], select_decomp_table())(*examples)
+        path = torch._inductor.aot_compile(lowered, tuple(examples), options=options)
+    return cache.Library(Path(str(path)), inputs, problem)
+
+
+def options() -> dict[str, Any]:
+    """The entries of OPTIONS that this version of torch has, and the choice of the matrix products."""
+    from torch._inductor import config
+
+    known = config.get_config_copy()
+    supported = {key: value for key, value in OPTIONS.items() if key in known}
+    return {**supported, "post_grad_custom_pre_pass": choose_products}
 
 
 @contextlib.contextmanager
 def pinned() -> Iterator[None]:
-    """Compile with torch's own settings, whatever the environment or the caller has set: else one spec would get
-    different bits, and the library in the cache would keep them."""
+    """Compile with torch's own settings, whatever the environment or the caller has set. Otherwise one spec would get
+    different bits, which the cache would keep."""
     import torch._inductor.config
     from torch.utils._config_module import ConfigModule
 
@@ -92,8 +153,7 @@ def pinned() -> Iterator[None]:
 
 
 def _defaults(config: Any) -> dict[str, Any]:
-    """The settings of one of torch's configuration modules in an environment without variables, which it reads as soon
-    as it is imported."""
+    """The settings of a configuration module of torch without variables, which it reads while it is imported."""
     name = f"defaults of {config.__name__}"
     spec: Any = importlib.util.spec_from_file_location(name, config.__file__)
     module: Any = importlib.util.module_from_spec(spec)
@@ -106,74 +166,25 @@ def _defaults(config: Any) -> dict[str, Any]:
         del sys.modules[name]
 
 
-def options() -> dict[str, Any]:
-    """The entries of OPTIONS that this version of torch has, and the choice of the matrix products."""
-    from torch._inductor import config
-
-    known = config.get_config_copy()
-    found = {key: value for key, value in OPTIONS.items() if key in known}
-    return {**found, "post_grad_custom_pre_pass": choose_products}
-
-
-def aot_compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor], options: dict[str, Any]) -> Path:
-    """Compile a graph from Dynamo into a shared library in inductor's cache.
-
-    The graph writes only to its inputs, in its last operations. It is lowered to ATen operations that inductor has code
-    for; in place of torch.func's transforms come the operations that they stand for.
-    https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
-    """
-    import torch._inductor
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    with FakeTensorMode() as fake:
-        examples = [fake.from_tensor(t, static_shapes=True) for t in inputs]
-        lowered = make_fx(graph, select_decomp_table())(*examples)
-    return Path(str(torch._inductor.aot_compile(lowered, tuple(examples), options=options)))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Show nothing that torch logs in this thread, such as that it finds no CUDA."""
-    here = threading.get_ident()
-    handlers = list(logging.getLogger("torch").handlers)
-
-    def is_elsewhere(record: logging.LogRecord) -> bool:
-        return record.thread != here
-
-    for handler in handlers:
-        handler.addFilter(is_elsewhere)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(is_elsewhere)
-
-
 @contextlib.contextmanager
 def without_collection() -> Iterator[None]:
-    """Collect no garbage: saves 2 s, as the heap of a compiler is large, and little of it becomes garbage."""
+    """Collect no garbage: saves 2 s, as the heap of a compiler is large and little of it becomes garbage."""
     from torch._dynamo import config
 
-    collecting = gc.isenabled()
+    collects = gc.isenabled()
     gc.disable()
     try:
         with config.patch(run_gc_after_compile=False):
             yield
     finally:
-        if collecting:
+        if collects:
             gc.enable()
 
 
 @contextlib.contextmanager
 def patched(scratch: Path) -> Iterator[None]:
-    """Apply all patches of this module while a step is compiled, from Dynamo on; `scratch` is an empty folder.
-
-    Raises:
-        AttributeError: what a patch replaces is not in this version of torch.
-    """
-    # The first one starts to compile headers, which then goes on during the imports of the others.
+    """Apply all patches while a step is compiled. AttributeError if this version of torch lacks what one replaces."""
+    # The first one starts to compile headers, which goes on during the imports of the others.
     with parallel_builds(scratch), no_input_checks(), sums_on_one_thread():
         yield
 
@@ -189,9 +200,8 @@ def no_input_checks() -> Any:
     return mock.patch.object(CppWrapperCpu, "generate_input_output_runtime_checks", nothing)
 
 
-@contextlib.contextmanager
-def sums_on_one_thread() -> Iterator[None]:
-    """Compute each sum on one thread, different sums on different threads: the order of a sum that threads share would
+def sums_on_one_thread() -> Any:
+    """Compute each sum on one thread, different sums on different threads. If threads shared a sum, its order would
     depend on their number."""
     from torch._inductor.codegen.cpp import LoopNest, ParallelDepth
 
@@ -199,18 +209,17 @@ def sums_on_one_thread() -> Iterator[None]:
 
     def depth(nest: Any) -> Any:
         chosen = deepest(nest)
-        shared = nest.loops and nest.loops[chosen.start_depth].is_reduction
-        return ParallelDepth(parallel_depth=0, start_depth=0) if shared else chosen
+        is_shared = nest.loops and nest.loops[chosen.start_depth].is_reduction
+        return ParallelDepth(parallel_depth=0, start_depth=0) if is_shared else chosen
 
-    with mock.patch.object(LoopNest, "max_parallel_depth", depth):
-        yield
+    return mock.patch.object(LoopNest, "max_parallel_depth", depth)
 
 
 @contextlib.contextmanager
 def parallel_builds(scratch: Path) -> Iterator[None]:
     """Compile the kernels and their wrapper, the code that calls them, at the same time: saves 4 s. The wrapper takes
-    longer; compile its headers while Dynamo and inductor are still at work: saves 1 s."""
-    from torch._inductor import config, cpp_builder, cpu_vec_isa
+    longer, so its headers are compiled while Dynamo and inductor are still at work: saves 1 s."""
+    from torch._inductor import codecache, config, cpp_builder, cpu_vec_isa
     from torch._inductor.cpp_builder import CppBuilder
 
     build_now, check = CppBuilder.build, worker.checker()
@@ -234,23 +243,19 @@ def parallel_builds(scratch: Path) -> Iterator[None]:
     def precompiled(name: str, *_: Any, **__: Any) -> str | None:
         return str(header) if "aoti_include" in name else None
 
-    def concurrent(builder: Any) -> None:
+    def build_or_start(builder: Any) -> None:
         target = builder.get_target_file_path()
-        if target.endswith(".wrapper.o"):
-            jobs.append(worker.start(partial(build, builder, headers)))
-        elif target.endswith(".kernel.o"):
-            jobs.append(worker.start(partial(build, builder)))
-        else:
-            if target.endswith(".so"):  # links the objects
-                for done in jobs:
-                    done.result()
-            build(builder)
+        if target.endswith((".wrapper.o", ".kernel.o")):
+            jobs.append(worker.start(partial(build, builder, headers if target.endswith(".wrapper.o") else None)))
+            return
+        if target.endswith(".so"):  # links the objects
+            for job in jobs:
+                job.result()
+        build(builder)
 
     try:
-        from torch._inductor import codecache
-
         with (
-            mock.patch.object(CppBuilder, "build", concurrent),
+            mock.patch.object(CppBuilder, "build", build_or_start),
             mock.patch.object(codecache, "_precompile_header", precompiled),
         ):
             yield
@@ -259,14 +264,13 @@ def parallel_builds(scratch: Path) -> Iterator[None]:
 
 
 def prefers_onednn() -> bool:
-    """Whether to compute float32 products with oneDNN rather than MKL, which is behind `aten.mm`: on CPUs with AVX-512
-    oneDNN is faster, with AVX2 alone it is slower (figures: benchmarks/README.md). The CPU decides, never a timing, so
-    that a run repeats bit for bit."""
+    """Whether to compute float32 products with oneDNN instead of MKL, which `aten.mm` uses. With AVX-512 oneDNN is
+    faster, with AVX2 alone it is slower. The CPU decides, never a timing, so that a run repeats bit for bit."""
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def choose_products(graph: torch.fx.Graph) -> None:
-    """Give each matrix product of an inductor graph its fastest form (figures: benchmarks/README.md)."""
+    """Give each matrix product of a graph its fastest form (figures: benchmarks/README.md)."""
     _register_lowerings()
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
         left, right = (argument.meta["val"] for argument in node.args)

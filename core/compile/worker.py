@@ -1,7 +1,7 @@
-"""Work in a thread of its own, while its caller waits.
+"""Work in a thread, while its caller waits.
 
-A signal can raise an exception anywhere in the main thread. Inside an import, or inside torch, it may be swallowed, or
-leave things half done. Here it arrives in the wait: it ends the wait at once, and the work never sees it.
+A signal can raise an exception anywhere in the main thread. An import or torch may swallow it, or stop halfway. If the
+main thread only waits, the exception ends the wait at once, and the work never sees it.
 """
 
 import atexit
@@ -17,82 +17,73 @@ T = TypeVar("T")
 USUAL_INTERVAL = sys.getswitchinterval()
 STOPPED = 130  # the exit status of a process that was interrupted
 
+_this = threading.local()  # its `work` is the work of this thread
+_abandoned: dict[Future, Callable[[], None]] = {}  # work that nobody waits for any more, and how to stop it
+
 
 class Abandoned(BaseException):
     """Nobody waits for this work any more."""
 
 
-class _Thread(threading.Thread):
-    def __init__(self, work: Callable[[], object], on_stop: Callable[[], None]) -> None:
-        super().__init__(daemon=True)
-        self.work, self.on_stop, self.abandoned = work, on_stop, False
-        self.outcome: Future = Future()
+def start(call: Callable[[], T], work: Future[T] | None = None) -> Future[T]:
+    """Start a call in a thread, which the end of the process does not wait for; `work` is the future to use."""
+    future: Future[T] = work or Future()
 
-    def run(self) -> None:
+    def run() -> None:
+        _this.work = future
         try:
-            self.outcome.set_result(self.work())
+            future.set_result(call())
         except BaseException as error:
-            self.outcome.set_exception(error)
+            future.set_exception(error)
         finally:
-            if self.abandoned:
+            if _abandoned.pop(future, None):
                 sys.setswitchinterval(USUAL_INTERVAL)
 
+    before = threading.stack_size(1 << 26)  # macOS would give half a megabyte, too little for a compiler
+    try:
+        threading.Thread(target=run, daemon=True).start()
+    finally:
+        threading.stack_size(before)
+    return future
 
-def wait_for(work: Callable[[], T], on_stop: Callable[[], None] = lambda: None) -> T:
-    """Return what `work` returns, or raise what it raises.
+
+def wait_for(call: Callable[[], T], on_stop: Callable[[], None] = lambda: None) -> T:
+    """Return what `call` returns, or raise what it raises.
 
     Args:
-        work: runs in a thread of its own.
-        on_stop: called when an exception, such as KeyboardInterrupt, ends the wait. The work goes on in the background
-            until it next asks a `checker`, or until the process ends; then it is called again.
+        on_stop: Called when an exception, such as KeyboardInterrupt, ends the wait, and when the process ends. Until
+            then the work goes on, unless it asks a `checker`.
     """
-    thread = _Thread(work, on_stop)
+    work: Future[T] = Future()
     try:
-        _start(thread)
-        return thread.outcome.result()
+        return start(call, work).result()
     except BaseException:
-        if not thread.outcome.done():
-            thread.abandoned = True
-            sys.setswitchinterval(1e-4)  # At each system call of this thread, the other takes over for so long.
+        if not work.done():
+            _abandoned[work] = on_stop
+            sys.setswitchinterval(1e-4)  # Otherwise each system call of `on_stop` gives the other thread 5 ms.
             on_stop()
         raise
 
 
-def start(work: Callable[[], T]) -> Future[T]:
-    """Start some work in a thread of its own, which the end of the process does not wait for."""
-    thread = _Thread(work, lambda: None)
-    _start(thread)
-    return thread.outcome
-
-
-def _start(thread: threading.Thread) -> None:
-    """Start a thread with a large stack: on macOS it would have half a megabyte, too little for a compiler."""
-    before = threading.stack_size(1 << 26)
-    try:
-        thread.start()
-    finally:
-        threading.stack_size(before)
-
-
 def checker() -> Callable[[], None]:
-    """A function that raises Abandoned once nobody waits for the work of this thread. Any thread may call it."""
-    thread = threading.current_thread()
+    """A function, for any thread, that raises Abandoned once nobody waits for the work of this thread."""
+    work = getattr(_this, "work", None)
 
     def check() -> None:
-        if getattr(thread, "abandoned", False):
+        if work in _abandoned:
             raise Abandoned
 
     return check
 
 
 @atexit.register
-def _leave() -> None:
-    """End the process where abandoned work still goes on: Python would end its thread in the middle of C++ code, and
-    that aborts the process."""
-    at_work = [thread for thread in threading.enumerate() if isinstance(thread, _Thread) and thread.abandoned]
-    for thread in at_work:
-        thread.on_stop()
-    if at_work:
+def _end_process() -> None:
+    """End the process at once if abandoned work goes on. Python would end its thread in the middle of C++ code, which
+    aborts the process."""
+    unfinished = [on_stop for work, on_stop in list(_abandoned.items()) if not work.done()]
+    for on_stop in unfinished:
+        on_stop()
+    if unfinished:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(STOPPED)

@@ -1,5 +1,6 @@
-"""What Git says of this code: its commit, and how it differs from that commit."""
+"""The commit of this code in Git, and its uncommitted changes."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -16,7 +17,7 @@ from core.store import atomic_write, delete
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("core", "experiments", "main.py", "pyproject.toml")
-NEW = ("core/*.py", "experiments/*.py")  # new files that belong to the code before Git knows them
+NEW = ("core/*.py", "experiments/*.py")  # files that belong to the code even before they are added to Git
 LARGEST = 1 << 20  # bytes of a compressed diff that is kept
 
 
@@ -24,9 +25,8 @@ class Checkout(NamedTuple):
     """The code of this process in Git.
 
     Attributes:
-        commit: Twelve digits, with a plus where the code differs from that commit; "unknown" where Git does not have
-            this code.
-        diff: What `git apply` turns that commit into this code with; empty where they agree.
+        commit: Twelve digits, with a plus if the code differs from that commit; "unknown" if Git does not have it.
+        diff: The input of `git apply` that turns that commit into this code; empty if they agree.
     """
 
     commit: str
@@ -40,43 +40,37 @@ class Checkout(NamedTuple):
 
 @functools.cache
 def checkout() -> Checkout:
-    """The code of this process, as it is when this is first asked: later changes are not in this process."""
+    """The code of this process, read once: later changes are not in this process."""
     return read(ROOT)
 
 
 def read(root: Path) -> Checkout:
     """The code in a folder."""
-    try:
-        if not _git(root, "ls-files", "main.py"):  # a copy inside the repository of something else
-            return Checkout("unknown", b"")
-        commit = _git(root, "rev-parse", "--short=12", "HEAD").decode().strip()
-        changed = _git(root, "status", "--porcelain", "--", *CODE)
-    except (OSError, subprocess.SubprocessError):
-        return Checkout("unknown", b"")
-    if not changed:
-        return Checkout(commit, b"")
-    try:
-        return Checkout(f"{commit}+", _diff(root))
-    except (OSError, subprocess.SubprocessError):
-        return Checkout(f"{commit}+", b"")
+    commit = "unknown"
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if _git(root, "ls-files", "main.py"):  # else it is a copy inside the repository of something else
+            head = _git(root, "rev-parse", "--short=12", "HEAD").decode().strip()
+            is_changed = _git(root, "status", "--porcelain", "--", *CODE)
+            commit = f"{head}+" if is_changed else head
+            return Checkout(commit, _diff(root) if is_changed else b"")
+    return Checkout(commit, b"")
 
 
 def _diff(root: Path) -> bytes:
-    """The difference of tracked files and new Python files to the last commit."""
+    """The changes of tracked files, and the new Python files, since the last commit."""
     with tempfile.TemporaryDirectory() as folder:
-        # In a copy of Git's index: there new files may become known to it.
-        index = Path(folder) / "index"
+        index = Path(folder) / "index"  # a copy, to which the new files are added
         shutil.copy(root / os.fsdecode(_git(root, "rev-parse", "--git-path", "index").rstrip(b"\n")), index)
         if new := _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *NEW):
             names = [f":(literal){os.fsdecode(name)}" for name in new.rstrip(b"\0").split(b"\0")]
             _git(root, "add", "--intent-to-add", "--", *names, index=index)
-        # Whatever the settings of the user say about how a diff looks.
+        # Independent of the user's settings.
         plain = ("--no-color", "--no-ext-diff", "--no-textconv", "--no-renames", "--src-prefix=a/", "--dst-prefix=b/")
         return _git(root, "diff", *plain, "--binary", "--full-index", "HEAD", "--", *CODE, index=index)
 
 
 def _git(root: Path, *arguments: str, index: Path | None = None) -> bytes:
-    """What Git answers about the repository of a folder; variables such as GIT_DIR may name another one."""
+    """The output of Git for the repository of a folder, whatever variables such as GIT_DIR say."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     environment |= {"GIT_OPTIONAL_LOCKS": "0"} | ({} if index is None else {"GIT_INDEX_FILE": str(index)})
     command = ("git", "-C", str(root), *arguments)
@@ -84,14 +78,14 @@ def _git(root: Path, *arguments: str, index: Path | None = None) -> bytes:
 
 
 def keep_diff(run: Run, made: Environment) -> None:
-    """Keep the uncommitted changes of this code beside the record of a run, if they are those that it names and are
-    not too large; else delete what an earlier run of the same id has left.
+    """Keep the uncommitted changes of this code beside the record of a run, if the record names them and they are not
+    too large. Otherwise delete the changes that an earlier run of the same id has left.
 
     Raises:
-        core.store.StoreError: It cannot be written.
+        core.store.StoreError: The file cannot be written.
     """
-    found = checkout()
-    packed = gzip.compress(found.diff, mtime=0) if found.diff and found.digest == made.diff else b""
+    code = checkout()
+    packed = gzip.compress(code.diff, mtime=0) if code.diff and code.digest == made.diff else b""
     if packed and len(packed) <= LARGEST:
         atomic_write(run.diff, packed)
     else:

@@ -90,7 +90,7 @@ def load(path: Path, schema: type[Schema], template: Callable[[Schema], Shapes])
         OtherVersion: it is whole, but its metadata is not `schema`.
     """
     try:
-        with open(open_file(path, MAX_BYTES), "rb") as file:
+        with open_file(path, MAX_BYTES) as file:
             data, meta = _read(file)
         try:
             about = msgspec.convert(meta, schema)

@@ -1,4 +1,4 @@
-"""Where a run was made: the versions, settings and hardware that decide its bits, and those that explain its speed."""
+"""Where a run was made: versions, settings and hardware that decide its bits or its speed."""
 
 import contextlib
 import os
@@ -27,8 +27,8 @@ SETTINGS = (
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
 
-# A run repeats bit for bit where these agree. The number of threads is not among them (tests/test_reproducible.py), but
-# for two exceptions: see `environment` and `difference`.
+# A run repeats bit for bit if these agree. The number of threads matters only in two cases: see `environment` and
+# `difference`.
 DECIDE_BITS = ("code", "torch", "device", "hardware", "mode", "settings")
 
 
@@ -39,19 +39,17 @@ def device_name(device: torch.device) -> str:
 
 
 def environment(device: torch.device, mode: Mode, bfloat16: bool = False) -> Environment:
-    """The provenance of a run that starts now on `device`.
+    """The environment of a run that starts now on `device`.
 
     Args:
-        mode: of the step.
-        bfloat16: whether it multiplies matrices in bfloat16; see core.spec.reads_bfloat16.
+        bfloat16: Whether it multiplies matrices in bfloat16; see core.spec.reads_bfloat16.
     """
     name = device_name(device)
     if device.type == "cuda":
         hardware = f"{name}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
     else:
         hardware = _instructions()
-        if bfloat16 and "amx" in hardware:
-            # On AMX, oneDNN shares the terms of a sum between threads.
+        if bfloat16 and "amx" in hardware:  # There oneDNN shares the terms of a sum between threads.
             hardware += f", {torch.get_num_threads()} threads"
     return Environment(
         code=CODE,
@@ -69,7 +67,7 @@ def environment(device: torch.device, mode: Mode, bfloat16: bool = False) -> Env
 
 
 def difference(then: Environment, now: Environment) -> str | None:
-    """What decides the bits and has changed, in words; None where a run would repeat."""
+    """The changes that decide bits, in words; None if a run would repeat bit for bit."""
     # Unpatched, inductor shares the terms of a sum between threads.
     keys = (*DECIDE_BITS, "threads") if Mode.parse(then.mode).kind == "unpatched" else DECIDE_BITS
     pairs = [(key, getattr(then, key), getattr(now, key)) for key in keys]
@@ -86,14 +84,14 @@ def _settings() -> str:
 
 
 def _instructions() -> str:
-    """What a CPU multiplies with. MKL takes other paths on another maker's CPU, even with the same instructions."""
+    """The instructions that a CPU multiplies with, and its maker: MKL treats another maker's CPU differently."""
     bfloat16 = [name for name in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(name)]
     maker, capability = _cpuinfo("vendor_id"), torch.backends.cpu.get_cpu_capability()
     return " ".join((platform.machine(), maker, capability, *bfloat16[:1]))
 
 
 def _cpuinfo(key: str) -> str:
-    """What Linux says of the first processor."""
+    """A property of the first processor, as Linux names it; elsewhere the name of the processor."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith(key))

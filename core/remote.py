@@ -26,7 +26,7 @@ from core.data import loader
 from core.data.identity import data_identity
 from core.data.tensors import Data
 from core.errors import UserError
-from core.events import Ended, Listener
+from core.events import Ended, Listener, Started
 from core.mode import Mode
 from core.runs import checkpoint
 from core.runs import record as records
@@ -283,7 +283,7 @@ def train(
     Args:
         data: on the CPU. It goes into the object store once, from where each node maps it.
         force: train even what is finished.
-        listener: told of each record; nothing else of a run comes from a worker.
+        listener: called when a run is handed to the cluster, and with its record. No other event comes from a worker.
         on_notice: called with a sentence when the runs wait for the cluster.
 
     Raises:
@@ -321,6 +321,8 @@ def train(
                         yield end(run, result)
                     else:
                         group.append(run)
+                for run in group:
+                    listener(run, Started(len(group)))
                 if group:
                     named = [(run.name, run.spec) for run in group]
                     tasks[task.remote(tuple(SOFTWARE), named, stored, chosen, compiled)] = group, locks

@@ -310,6 +310,36 @@ def test_a_resumed_run_counts_with_the_time_of_all_its_steps(capsys):
         assert f"{run.seed + 1} of 3 done, about {left} left" in capsys.readouterr().out
 
 
+def test_a_run_that_ends_twice_counts_once(capsys):
+    """Its cohort was too large for those that had still to train, so all begin again one by one."""
+    runs = plan.runs({"a": {}}, {"epochs": 3}, range(2))
+    display = progress.Display(Tally(runs), verbose=False)
+    for run in runs:
+        display(run, Started(2))
+    for _ in range(2):
+        display(runs[0], Ended(make("a", seed=0, epochs=3)))
+    display(runs[1], Started(1))
+    display(runs[1], Ended(make("a", seed=1, epochs=3)))
+    assert display.tally.done == 2
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["a seed 0", "a seed 1"]
+
+
+def test_on_a_cluster_a_bar_of_all_runs_begins_with_the_first(capsys):
+    """Not before: the data may be fetched, with a bar of its own."""
+    runs = plan.runs({"a": {}}, {"epochs": 3}, range(2))
+    with progress.Display(Tally(runs), verbose=False, on_cluster=True) as display:
+        assert display.bars is None
+        display(runs[0], Ended(make("a", seed=0, epochs=3)))  # another process has trained it
+        display(runs[1], Started(1))
+        bar = display.bars
+        display(runs[1], Started(1))
+        assert bar is display.bars
+        assert bar.tasks[0].completed == 1
+        display(runs[1], Ended(make("a", seed=1, epochs=3)))
+        assert bar.tasks[0].completed == bar.tasks[0].total == 2
+    assert capsys.readouterr().out.count("on the cluster") == 2
+
+
 def test_of_many_runs_a_sentence_names_three():
     assert options.labels(plan.runs({"a": {}}, {}, range(3))) == "a seed 0, a seed 1, a seed 2"
     assert options.labels(plan.runs({"a": {}}, {}, range(5))) == "a seed 0, a seed 1, a seed 2 and 2 more"

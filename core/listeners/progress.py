@@ -4,7 +4,15 @@ import time
 from typing import Any
 
 import psutil
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from core.events import Ended, EpochDone, Event, FirstStep, ModeChanged, Notice, Resumed, Started, StepDone, Stopped
 from core.report import stats
@@ -31,14 +39,11 @@ class Display:
         self.epochs = verbose or not tally.several
         self.since, self.what = process_start(), "the process"
         self.noticed: set[str] = set()
+        self.ended: set[Run] = set()  # a run ends twice if the others of its cohort are too large and all begin again
         self.training: list[Run] = []  # the cohort that is trained now
         self.bars: Progress | None = None
 
     def __enter__(self) -> "Display":
-        if self.on_cluster:
-            self.since = time.perf_counter()
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-            self._show(columns, "runs", total=self.tally.total, completed=self.tally.done)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -62,9 +67,12 @@ class Display:
                 self._epoch(run, event)
             case Notice() | ModeChanged():
                 self.notice(run, event.reason)
-            case Stopped() | Ended():
+            case Stopped():
+                self._end(run)
+            case Ended():
                 seconds = self._end(run)
-                if isinstance(event, Ended):
+                if run not in self.ended:
+                    self.ended.add(run)
                     self._say_result(run, event.record, seconds)
 
     def notice(self, run: Run, reason: str) -> None:
@@ -72,7 +80,8 @@ class Display:
             self.noticed.add(reason)
             warn(f"{run.label}: {reason}")
 
-    def _show(self, columns: tuple, description: str, **task: Any) -> None:
+    def _show(self, description: str, *more: ProgressColumn, **task: Any) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *more
         # Two refreshes a second: more would take time from the two cores that train.
         shown = console.is_terminal
         self.bars = Progress(*columns, console=console, refresh_per_second=2, transient=True, disable=not shown)
@@ -84,6 +93,11 @@ class Display:
             self.bars.update(self.task, **changes)
 
     def _start(self, run: Run, cohort: int) -> None:
+        if self.on_cluster:
+            if not self.bars:  # the data is loaded: its own bar is gone
+                self.since = time.perf_counter()
+                self._show("runs", total=self.tally.total, completed=self.tally.done)
+            return
         if run in self.training:  # its cohort was too large, and now it starts alone
             self.training.clear()
             self.__exit__()
@@ -93,15 +107,8 @@ class Display:
         self.begun = time.perf_counter()
         self.cohort = cohort
         self.description = run.label if cohort == 1 else f"{run.label} and {cohort - 1} more"
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self._show(columns, self.description, total=None, note="compiling")
+        columns = TimeRemainingColumn(), TextColumn("{task.fields[note]}")
+        self._show(self.description, *columns, total=None, note="compiling")
 
     def _first_step(self, run: Run, event: FirstStep) -> None:
         self._update(total=event.total, completed=event.step, note="")
@@ -124,10 +131,9 @@ class Display:
     def _end(self, run: Run) -> float:
         """Take a run off the display; returns the seconds that it took, 0 if this call has not trained it."""
         now = time.perf_counter()
-        if self.on_cluster:
+        if self.on_cluster and self.bars:
             seconds, self.since = now - self.since, now
-            if self.bars:
-                self.bars.advance(self.task)
+            self.bars.advance(self.task)
             return seconds
         if run not in self.training:
             return 0.0

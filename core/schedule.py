@@ -2,10 +2,9 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from core.events import Listener, Listeners, Stopped
-from core.runs.record import Record
 from core.runs.run import Run
 from core.session import TooLarge
 from core.spec import static_key
@@ -36,32 +35,29 @@ class Interrupted(NamedTuple):
     total: int = 0
 
 
-Result = Record | Skipped | Interrupted | Any  # Any: whatever an executor makes of a run
-Executor = Callable[[Sequence[Group], Listener, ShouldStop], Iterator[Result]]
-
-
-def never() -> bool:
-    return False
+T = TypeVar("T")  # what an executor makes of a run: its record, or a core.verify.Verification
+Result: TypeAlias = T | Skipped | Interrupted
+Executor: TypeAlias = Callable[[Sequence[Group], Listener, ShouldStop], Iterator[Result[T]]]
 
 
 def train_all(
     runs: Iterable[Run],
-    executor: Executor,
+    executor: Executor[T],
     listeners: Iterable[Listener] = (),
-    should_stop: ShouldStop = never,
+    should_stop: ShouldStop = lambda: False,
     cohort: int = 1,
-) -> Iterator[Result]:
+) -> Iterator[Result[T]]:
     """Train runs and yield a result for each, as they end.
 
     Args:
-        executor: trains groups of runs: `one_after_another`, or core.remote.Cluster.
+        executor: trains groups of runs: `one_after_another`, or core.remote.train with its options.
         listeners: called with (run, event) for whatever happens; see core.events.
         should_stop: asked between two steps.
         cohort: how many runs of one shape are trained together at most.
 
     Yields:
-        The record of each run, or whatever the executor makes of it; `Skipped` for a run that another process is
-        training; `Interrupted`, as the last, after a stop.
+        What the executor makes of each run; `Skipped` for a run that another process is training; `Interrupted`, as the
+        last, after a stop.
     """
     try:
         yield from executor(groups(runs, cohort), Listeners(listeners), should_stop)
@@ -69,7 +65,7 @@ def train_all(
         yield Interrupted()
 
 
-def one_after_another(train: Callable[..., Sequence[Any]]) -> Executor:
+def one_after_another(train: Callable[..., Sequence[T | Stopped]]) -> Executor[T]:
     """The executor that trains one group after the other in this process.
 
     Args:
@@ -77,14 +73,14 @@ def one_after_another(train: Callable[..., Sequence[Any]]) -> Executor:
             each run.
     """
 
-    def execute(groups: Sequence[Group], listener: Listener, should_stop: ShouldStop) -> Iterator[Result]:
+    def execute(groups: Sequence[Group], listener: Listener, should_stop: ShouldStop) -> Iterator[Result[T]]:
         waiting = deque(groups)
         while waiting:
             group = waiting.popleft()
             try:
                 ended = train(group, listeners=[listener], should_stop=should_stop)
             except (Held, TooLarge) as error:
-                if len(group) > 1:  # one by one, some of them may do
+                if len(group) > 1:  # some of them may succeed alone
                     waiting.extendleft([run] for run in reversed(group))
                 elif isinstance(error, Held):
                     yield Skipped(group[0], error)

@@ -75,7 +75,8 @@ def prepare(device: str, load_data: Callable[[], Data]) -> tuple[Data, torch.dev
         core.compile.device.DeviceError: the device is not available. Whatever `load_data` raises.
     """
     found = pick_device(device)
-    return loader.place(load_data(), found), found
+    with _failing([]):
+        return loader.place(load_data(), found), found
 
 
 def run_experiment(
@@ -203,10 +204,10 @@ def _last_common_step(sessions: list["Session"]) -> int | None:
 
 @contextlib.contextmanager
 def _failing(sessions: list["Session"]) -> Iterator[None]:
-    """If memory runs out, a run has failed, and a cohort is too large.
+    """If memory runs out, one run has failed, a cohort is too large, and without a run the data is.
 
     Raises:
-        TooLarge: there are several runs. ForkError: torch refuses to work in a fork.
+        TooLarge: there are several runs. UserError: there is none. ForkError: torch refuses to work in a fork.
     """
     try:
         yield
@@ -218,6 +219,8 @@ def _failing(sessions: list["Session"]) -> Iterator[None]:
             ) from error
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise  # a CPU allocator raises a RuntimeError, and says only in its message what it is
+        if not sessions:
+            raise UserError("there is not enough memory for the data") from error
         if len(sessions) > 1:
             raise TooLarge(f"{len(sessions)} runs together are out of memory on {sessions[0].device}") from error
         for session in sessions:

@@ -23,13 +23,15 @@ class Stop:
     ends the process.
 
     Attributes:
+        requested: when the first signal came.
         importing: whether modules are imported now.
+        running: the number of runs that are trained together and have not ended.
         stepping: whether there are steps to save.
     """
 
     def __init__(self) -> None:
         self.requested: float | None = None
-        self.importing, self.stepping = True, False
+        self.importing, self.stepping, self.running = True, False, 0
 
     def install(self) -> None:
         for number in STOPS:
@@ -40,8 +42,20 @@ class Stop:
         return self.requested is not None
 
     def listen(self, run: Any, event: Any) -> None:
-        """A listener: between the first step of runs and their end, there are steps to save."""
-        self.stepping = type(event).__name__ not in ("Started", "Ended")
+        """A listener, the last of all: it may let the next signal raise.
+
+        There are steps to save from the first step of a cohort to the end of its last run. Compiling comes before.
+        """
+        from core.events import Ended, FirstStep, Started, Stopped  # no sooner: it takes time
+
+        match event:
+            case Started():
+                self.running, self.stepping = event.cohort, False
+            case FirstStep():
+                self.stepping = True
+            case Stopped() | Ended():
+                self.running -= 1
+                self.stepping = self.stepping and self.running > 0
 
     def _handle(self, number: int, frame: Any) -> None:
         now = time.monotonic()

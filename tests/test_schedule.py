@@ -8,10 +8,23 @@ from pathlib import Path
 import pytest
 
 from core import schedule
-from core.events import EpochDone, Listeners, Notice, Stopped
+from core.errors import UserError
+from core.events import (
+    Diverged,
+    Ended,
+    EpochDone,
+    FirstStep,
+    Listeners,
+    Notice,
+    Resumed,
+    Started,
+    StepDone,
+    Stopped,
+)
 from core.runs.record import Finished
 from core.runs.run import Run
-from core.session import TooLarge, run_cohort
+from core.session import TooLarge, prepare, run_cohort
+from core.signals import Stop
 from core.store import Held
 from tests.conftest import ROOT, Events, lacking
 from tests.test_report import failed
@@ -80,6 +93,40 @@ def test_of_a_cohort_that_is_stopped_those_that_had_ended_have_records(runs):
     train = lambda group, **how: [ended, Stopped(7, 15), Stopped(7, 15)]  # noqa: E731
     results = list(schedule.train_all(runs, schedule.one_after_another(train), cohort=3))
     assert results == [ended, schedule.Interrupted(runs[1:], 7, 15)]
+
+
+def test_there_are_steps_to_save_from_the_first_step_to_the_end_of_the_last_run(runs):
+    """Only then does a signal wait for the training. While a step compiles, it stops at once."""
+    stop, (a, b, _) = Stop(), runs
+    ended = Ended(failed("x"))
+    happened = [
+        (a, Started(2), False),
+        (a, Resumed(5, 1, None), False),
+        (b, Started(2), False),
+        (a, Notice("compiles eager"), False),
+        (a, FirstStep(6, 15), True),
+        (a, StepDone(16), True),
+        (a, Diverged("x"), True),
+        (a, ended, True),  # b goes on
+        (b, ended, False),
+        (a, Started(1), False),
+        (a, FirstStep(1, 15), True),
+        (a, Stopped(7, 15), False),
+    ]
+    for run, event, stepping in happened:
+        stop.listen(run, event)
+        assert stop.stepping == stepping, event
+
+
+def test_data_that_is_too_large_is_no_traceback(invented, monkeypatch):
+    def place(data, device):
+        raise MemoryError
+
+    monkeypatch.setattr("core.data.loader.place", place)
+    with pytest.raises(UserError, match=r"^there is not enough memory for the data$"):
+        prepare("cpu", lambda: invented)
+    with pytest.raises(UserError, match=r"^there is not enough memory for the data$"):
+        run_cohort([], invented, "cpu")
 
 
 def test_a_listener_that_fails_is_reported_once_and_switched_off(runs, invented, caplog):

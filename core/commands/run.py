@@ -140,20 +140,21 @@ def train(args: argparse.Namespace, runs: list[Run], source: Source, tally: Tall
     """Train, and say how it ended; returns the exit status."""
     with stop.quick_imports():
         from core import schedule
-    status, listeners = 0, list[Listener]([stop.listen])
-    if args.tensorboard:
-        with stop.quick_imports():
+
+        listeners = list[Listener]()
+        if args.tensorboard:
             from core.listeners.tensorboard import TensorBoard
 
             listeners.append(TensorBoard(args.out))
+    status = 0
     with Display(tally, args.verbose, args.ray is not None) as display:
-        results = schedule.train_all(runs, executor(args, source, stop), [*listeners, display], stop, args.cohort)
-        for result in results:
+        listeners += [display, stop.listen]
+        for result in schedule.train_all(runs, executor(args, source, stop), listeners, stop, args.cohort):
             match result:
                 case Failed():
                     status = 1
-                case schedule.Skipped(run, reason):
-                    warn(f"{run.label} is being trained by {reason}; taking the next one")
+                case schedule.Skipped():
+                    warn(f"{result.run.label} is being trained by {result.reason}; taking the next one")
                 case schedule.Interrupted():
                     status = 130
                     again = "the same command goes on from there"
@@ -167,10 +168,10 @@ def train(args: argparse.Namespace, runs: list[Run], source: Source, tally: Tall
     return status
 
 
-def executor(args: argparse.Namespace, source: Source, stop: Stop) -> "Executor":
+def executor(args: argparse.Namespace, source: Source, stop: Stop) -> "Executor[Record]":
     """Who trains: this process, or a Ray cluster. A data set is loaded when its first run starts."""
 
-    def here(groups: "Sequence[Group]", listener: Listener, should_stop: "ShouldStop") -> "Iterator[Result]":
+    def here(groups: "Sequence[Group]", listener: Listener, should_stop: "ShouldStop") -> "Iterator[Result[Record]]":
         with stop.quick_imports():
             from core import schedule, session
         on_device = functools.cache(lambda name: session.prepare(args.device, lambda: source.load(name)))
@@ -185,9 +186,12 @@ def executor(args: argparse.Namespace, source: Source, stop: Stop) -> "Executor"
             data, device = on_device(group[0].spec["dataset"])
             return session.run_cohort(group, data, device, **settings, **how)
 
-        return schedule.one_after_another(train)(groups, listener, should_stop)
+        execute: Executor[Record] = schedule.one_after_another(train)
+        return execute(groups, listener, should_stop)
 
-    def on_cluster(groups: "Sequence[Group]", listener: Listener, should_stop: "ShouldStop") -> "Iterator[Result]":
+    def on_cluster(
+        groups: "Sequence[Group]", listener: Listener, should_stop: "ShouldStop"
+    ) -> "Iterator[Result[Record]]":
         with stop.quick_imports():
             from core import remote
         by_dataset: dict[str, list[Group]] = defaultdict(list)

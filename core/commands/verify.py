@@ -3,9 +3,8 @@
 import argparse
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from core import terminal
 from core.commands import options
 from core.events import Listener, Stopped
 from core.listeners.progress import Display
@@ -13,7 +12,7 @@ from core.plan import Project
 from core.runs.record import Finished
 from core.signals import Stop
 from core.tally import Tally
-from core.terminal import say
+from core.terminal import say, warn
 
 if TYPE_CHECKING:  # it imports torch
     from core.verify import Verification
@@ -32,7 +31,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     """Returns 1 where the bits are different."""
     with stop.quick_imports():
         from core import schedule, session
-        from core.verify import check_finished, verify
+        from core.verify import Verification, check_finished, verify
 
         source = options.source(args)
         runs = options.chosen(args, project, source)
@@ -41,7 +40,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
 
     def executor(
         groups: Sequence[schedule.Group], listener: Listener, should_stop: schedule.ShouldStop
-    ) -> Iterator[schedule.Result]:
+    ) -> Iterator["schedule.Result[Verification]"]:
         on_device = functools.cache(lambda name: session.prepare(args.device, lambda: source.load(name)))
 
         def again(group: schedule.Group, **how: Any) -> list["Verification | Stopped"]:
@@ -52,13 +51,14 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
 
     tally, status = Tally(runs), 0
     with Display(tally, args.verbose) as display:
-        for result in schedule.train_all(runs, executor, [stop.listen, display], stop):
-            if isinstance(result, schedule.Interrupted):
-                terminal.interrupted(result._replace(runs=()), tally, "a verification keeps nothing")
-                return 130
-            verification = cast("Verification", result)
-            status = max(status, 0 if verification.same else 1)
-            show(verification)
+        for result in schedule.train_all(runs, executor, [display, stop.listen], stop):
+            match result:
+                case schedule.Interrupted():
+                    warn(f"stopped with {tally.done:,} of {tally.total:,} verified; nothing is kept of the others")
+                    return 130
+                case Verification():
+                    status = max(status, 0 if result.same else 1)
+                    show(result)
     return status
 
 

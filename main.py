@@ -11,7 +11,7 @@ if sys.flags.safe_path:  # PYTHONSAFEPATH or python -P: this folder is not in th
 from core.signals import Stop, end_process
 
 stop = Stop()
-if __name__ == "__main__":  # until there is something to stop, a signal ends the process without a traceback
+if __name__ == "__main__":  # from here on, a signal ends the process without a traceback
     stop.install()
 
 import atexit
@@ -26,8 +26,7 @@ PROJECT = Project(Path(ROOT), SUITES, ABLATIONS, DEFAULT, FORMER_NAMES)
 
 
 def main(argv: list[str]) -> int:
-    """Do what the words of a command line ask for; returns the exit status: 2 where it cannot be done, 130 where it was
-    stopped."""
+    """Run a command. Returns its exit status: 2 after an error that the user can mend, 130 after a stop."""
     terminal.open_standard_streams()
     stop.install()
     stop.importing = False
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> int:
         status = args.execute(args, PROJECT, stop)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except (UserError, OSError) as error:
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    if status == 130:  # stopped: it would take Python a second to clear away what a compiler has left
+    if status == 130:  # skip the cleanup of Python, which takes a second after a compilation
         atexit._run_exitfuncs()
         end_process(signal.SIGINT)
     sys.exit(status)

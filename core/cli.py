@@ -1,4 +1,4 @@
-"""The command line: words to a command and its options."""
+"""Parses the command line."""
 
 import argparse
 
@@ -8,10 +8,10 @@ from core.plan import Project
 
 
 def parse(argv: list[str], project: Project) -> argparse.Namespace:
-    """The function of the command that is asked for, in `execute`, and its options. Without a command it is `run`.
+    """The options of a command, and its function in `execute`. Without a command, `run` is meant.
 
     Raises:
-        core.errors.UserError: an option is unknown, or has a value that it does not take.
+        core.errors.UserError: an option is unknown or has an invalid value.
     """
     top = Parser(prog="main.py", description="CIFAR-10 with fully connected networks.")
     parsers = top.add_subparsers(dest="command")

@@ -1,4 +1,4 @@
-"""How much time and disk runs will take, from the records of earlier runs."""
+"""Estimates the time and disk space of runs from the records of earlier runs."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -10,12 +10,12 @@ from core.report import stats
 from core.runs.record import Finished, Record
 from core.spec import CIFAR10, Spec, static_key
 
-ENOUGH = 5  # steps of a run that an estimate can be based on
-RESUME_POINTS = 3  # of a run that is under way: two are kept while the next one is written
+ENOUGH = 5  # an estimate needs a run of at least so many steps
+RESUME_POINTS = 3  # of a run in progress: two are kept while the next one is written
 
 
 def work(spec: Spec) -> int:
-    """What the time of a run is about proportional to."""
+    """Parameters times epochs: the time of a run is about proportional to it."""
     return _parameters(spec) * spec["epochs"]
 
 
@@ -27,12 +27,12 @@ def _parameters(spec: Spec) -> int:
 
 
 class Estimate(NamedTuple):
-    """What runs will take.
+    """Time and disk space of runs.
 
     Attributes:
-        seconds: of their steps, one run after the other; None where nothing like them was measured.
+        seconds: of their steps, one run after the other; None if no similar run was measured.
         kept: bytes of their weights and records.
-        meanwhile: bytes of the resume points of the largest of them, while it is trained.
+        meanwhile: bytes of the resume points of the largest run while it is trained.
     """
 
     seconds: float | None
@@ -41,28 +41,28 @@ class Estimate(NamedTuple):
 
 
 class Measured:
-    """How long finished runs took on one device, for each unit of work. A run of fewer than ENOUGH steps says
-    nothing."""
+    """The time that finished runs took on one device for a unit of work. Runs of fewer than ENOUGH steps are
+    ignored."""
 
     def __init__(self, records: Iterable[Record], device_name: str, threads: int) -> None:
-        """`threads`: as many as the runs on a CPU must have had."""
+        """`threads`: the number of threads of a CPU; runs with another number are ignored."""
         self.seconds: dict[Any, float] = defaultdict(float)
         self.work: dict[Any, int] = defaultdict(int)
         for record in records:
-            there = record.environment
-            here = there.device_name == device_name and (there.device != "cpu" or there.threads == threads)
-            if not isinstance(record, Finished) or not here:
+            environment = record.environment
+            same_threads = environment.device != "cpu" or environment.threads == threads
+            if not isinstance(record, Finished) or environment.device_name != device_name or not same_threads:
                 continue
             examples = record.metrics.train.n * record.spec["epochs"]
             speed = stats.speed(record)
             if speed and examples >= ENOUGH * record.spec["batch_size"]:
-                for key in self._keys(record.spec, Mode.parse(there.mode)):
+                for key in self._keys(record.spec, Mode.parse(environment.mode)):
                     self.seconds[key] += examples / speed
                     self.work[key] += work(record.spec)
 
     def _keys(self, spec: Spec, mode: Mode) -> Iterator[Any]:
-        """What a run is compared with, the closest first: runs of the same shape and kind of step, else of its
-        precision. In a cohort, too, a run has taken its share of the time."""
+        """Groups of similar runs, the most similar first. A run of a cohort has only its share of the time, so the size
+        of the cohort does not matter."""
         yield static_key(spec), mode.kind
         yield spec["precision"], mode.kind
         yield spec["precision"]

@@ -34,7 +34,7 @@ class Resumed(NamedTuple):
 
 
 class ModeChanged(NamedTuple):
-    """The step is made in another way than was asked for."""
+    """The mode of the step is not the mode that was asked for."""
 
     mode: Mode
     reason: str
@@ -48,13 +48,13 @@ class FirstStep(NamedTuple):
 
 
 class StepDone(NamedTuple):
-    """So many steps are done. Comes now and then, and of a cohort for one run alone."""
+    """`step` steps are done. Comes every few steps, and for only one run of a cohort."""
 
     step: int
 
 
 class EpochDone(NamedTuple):
-    """The numbers of an epoch, as core.runs.record.Epoch has them, and the learning rate of its last step."""
+    """An epoch is done: its numbers, as in core.runs.record.Epoch, and the learning rate of its last step."""
 
     epoch: int
     lr: float
@@ -67,28 +67,27 @@ class EpochDone(NamedTuple):
 
 
 class Notice(NamedTuple):
-    """Something is not as it should be, and the run goes on."""
+    """Something is wrong, but the run goes on."""
 
     reason: str
 
 
 class Diverged(NamedTuple):
-    """The loss, a gradient, the validation loss or the state is NaN or infinite. The training ends; those of its cohort
-    go on."""
+    """The loss, a gradient, the validation loss or the state is NaN or infinite. The training ends; the others of its
+    cohort go on."""
 
     reason: str
 
 
 class Stopped(NamedTuple):
-    """The training was asked to stop after this step. core.session has saved it, and returns this instead of a
-    record."""
+    """The training was stopped after this step. core.session saves it, and returns this event instead of a record."""
 
     step: int
     total: int
 
 
 class Ended(NamedTuple):
-    """A run has its record, which is on disk."""
+    """A run has ended, and its record is on disk."""
 
     record: Record
 

@@ -1,4 +1,4 @@
-"""What the words of a command line mean: suites, grids, changed keys and seeds become runs. Knows no tensor."""
+"""What the words of a command line mean: from suites, grids, changed keys and seeds to runs. Knows no tensor."""
 
 import hashlib
 import itertools
@@ -37,22 +37,22 @@ class Project(NamedTuple):
     former: Mapping[str, str] = {}
 
     def catalog(self) -> Catalog:
-        """What a report knows of the experiments, with grids expanded."""
+        """The experiments as a report needs them, with grids expanded."""
         expanded = catalog(self.suites)
-        found = Catalog({suite: expanded[suite] for suite in self.suites}, self.ablations, self.default, self.former)
-        found.check()
-        return found
+        result = Catalog({suite: expanded[suite] for suite in self.suites}, self.ablations, self.default, self.former)
+        result.check()
+        return result
 
 
 # Grids and names
 
 
 def expand(name: str, spec: Mapping[str, Any]) -> Experiments:
-    """The experiments that a spec stands for: one for every combination of the values that it lists, in the order in
-    which they are written; itself where it lists none. An axis may also be a tuple, a range or a NumPy array.
+    """The experiments of a spec: one for each combination of its lists of values, in the order in which they are
+    written. A spec without lists is one experiment. A list may also be a tuple, a range or a NumPy array.
 
     Raises:
-        UserError: there are none or too many, or two have one name.
+        UserError: there are none or too many, or two have the same name.
     """
     if not isinstance(spec, Mapping):
         raise UserError(f"experiment {name}: a spec is a dict, found {type(spec).__name__}")
@@ -64,18 +64,18 @@ def expand(name: str, spec: Mapping[str, Any]) -> Experiments:
             raise UserError(f"experiment {name}: {key} = {values}, expected {expected}")
     if (count := math.prod(map(len, axes.values()))) > LIMIT:
         raise UserError(f"experiment {name}: its grid has {count:,} members, expected at most {LIMIT:,}")
-    found: Experiments = {}
+    members: Experiments = {}
     for values in itertools.product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
         member = _short("-".join([name, *(f"{key}={_text(value)}" for key, value in point.items())]))
-        if member in found:
+        if member in members:
             raise UserError(f"experiment {name}: two members of its grid are named {member}")
-        found[member] = {**spec, **point}
-    return found
+        members[member] = {**spec, **point}
+    return members
 
 
 def _is_axis(key: str, value: Any) -> bool:
-    """Whether it is a list of values. A value may itself be a list (widths); then a list of lists is meant."""
+    """Whether this is a list of values. For a key whose values are lists (widths), it is a list of lists."""
     if key in FIELDS and isinstance(FIELDS[key].default, list):
         return isinstance(value, list) and any(isinstance(each, list) for each in value)
     return isinstance(value, list)
@@ -89,7 +89,7 @@ def _text(value: Any) -> str:
 
 
 def _short(name: str) -> str:
-    """A name that an experiment may have: of one that is too long the beginning, and a hash of all of it."""
+    """The name; if it is too long, its beginning and a hash of all of it."""
     if len(name) <= MAX_NAME:
         return name
     tail = hashlib.sha256(name.encode()).hexdigest()[:12]
@@ -97,15 +97,15 @@ def _short(name: str) -> str:
 
 
 def catalog(suites: Suites) -> dict[str, Experiments]:
-    """Every name that can be asked for, and the experiments that it stands for: a suite, a grid or one experiment.
+    """Every name that may be used, with its experiments: those of a suite, of a grid, or just one.
 
     Raises:
-        UserError: a name stands for two different things, a suite has no valid name, or a grid cannot be expanded.
+        UserError: a name has two meanings, a suite has no valid name, or a grid cannot be expanded.
     """
-    found: dict[str, Experiments] = {}
+    names: dict[str, Experiments] = {}
 
     def add(name: str, members: Experiments) -> None:
-        if found.setdefault(name, members) != members:
+        if names.setdefault(name, members) != members:
             raise UserError(f"the name {name} stands for two different things in experiments/; rename one of them")
 
     for suite, specs in suites.items():
@@ -118,7 +118,7 @@ def catalog(suites: Suites) -> dict[str, Experiments]:
             add(name, grid)
             everything |= grid
         add(suite, everything)
-    return found
+    return names
 
 
 def experiments(suites: Suites) -> Experiments:
@@ -127,7 +127,7 @@ def experiments(suites: Suites) -> Experiments:
 
 
 def pick(suites: Suites, names: Iterable[str]) -> Experiments:
-    """The experiments that these names stand for; UserError where one is unknown."""
+    """The experiments of these names. Raises UserError if one is unknown."""
     known, picked = catalog(suites), Experiments()
     for name in names:
         if name not in known:
@@ -141,12 +141,12 @@ def pick(suites: Suites, names: Iterable[str]) -> Experiments:
 
 
 class Words(NamedTuple):
-    """The words of a command line, sorted.
+    """The words of a command line by kind.
 
     Attributes:
         names: names of experiments, grids and suites.
         values: the keys with one value.
-        axes: the keys with several values; together they make a grid.
+        axes: the keys with several values; together they are a grid.
     """
 
     names: list[str]
@@ -155,37 +155,37 @@ class Words(NamedTuple):
 
 
 def split_words(words: Iterable[str], known: Collection[str]) -> Words:
-    """Tell overrides from names. A word that starts with a key of a spec and "=" is an override.
+    """Separate overrides from names. A word that starts with a key of a spec and "=" is an override.
 
     Args:
-        known: all names that may be asked for; the names of the members of a grid contain "=", too.
+        known: all names that may be used. The names of the members of a grid contain "=", too.
 
     Raises:
-        UserError: A key is unknown or is there twice.
+        UserError: a key is unknown or is given twice.
     """
-    found = Words([], {}, {})
+    sorted_words = Words([], {}, {})
     for word in words:
         match = KEY.fullmatch(word)
         if match is None or word in known:
-            found.names.append(word)
+            sorted_words.names.append(word)
             continue
         key, text = match.groups()
         if key not in FIELDS:
             raise UserError(f"unknown key {key!r} in {word!r}{nearest(key, list(FIELDS))}")
-        if key in found.values or key in found.axes:
+        if key in sorted_words.values or key in sorted_words.axes:
             raise UserError(f"{key} is given twice")
         values = parse_values(key, text)
         if len(values) == 1:
-            found.values[key] = values[0]
+            sorted_words.values[key] = values[0]
         else:
-            found.axes[key] = values
-    return found
+            sorted_words.axes[key] = values
+    return sorted_words
 
 
 def parse_values(key: str, text: str) -> list[Any]:
     """The values of a key in a word: "1e-3,5e-4" are two learning rates, "512,256/1024" two lists of widths.
 
-    A text that is no value stays a text; core.spec.resolve refuses it in its own words.
+    A text that is no valid value stays a text, which core.spec.resolve refuses.
     """
     allowed = FIELDS[key].values
     return [allowed.parse(each) for each in text.split("/" if isinstance(allowed, Integers) else ",")]
@@ -207,8 +207,8 @@ def runs(
     out: str | Path = ".",
     former: Mapping[str, str] = {},
 ) -> list[Run]:
-    """The runs of these experiments: all of them with the first seed, then with the next, so that a sweep that is
-    stopped early has compared all of them.
+    """The runs of these experiments: all with the first seed, then all with the next. A sweep that is stopped early has
+    then compared all of them.
 
     Raises:
         UserError: a spec is not valid, or there are too many runs.
@@ -216,18 +216,18 @@ def runs(
     if (count := len(experiments) * (1 if seeds is None else len(seeds))) > LIMIT:
         raise UserError(f"{count:,} runs, expected at most {LIMIT:,} in one call")
     changes = [{**overrides}] if seeds is None else [{**overrides, "seed": seed} for seed in seeds]
-    found = []
+    result = []
     for change in changes:
         for name, spec in experiments.items():
             try:
-                found.append(Run(name, {**spec, **change}, Path(out), former_of(name, former)))
+                result.append(Run(name, {**spec, **change}, Path(out), former_of(name, former)))
             except SpecError as error:
                 raise UserError(f"experiment {name}: {error}") from None
-    return found
+    return result
 
 
 def parse_cohort(text: str) -> int:
-    """'off' is 1."""
+    """How many runs are trained together: '4' is 4, 'off' is 1."""
     if text == "off":
         return 1
     if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= 256:
@@ -241,19 +241,19 @@ def chosen(
     """The runs that a command line asks for.
 
     Args:
-        words: names, and keys with their values; without a name, the default suite.
-        values: keys that were given as options.
+        words: names, and keys with their values. Without a name, the default suite is meant.
+        values: of the keys that were given as options.
 
     Raises:
         UserError: a word is unknown, a key is given twice, or a spec is not valid.
     """
-    found = split_words(words, catalog(project.suites))
-    if twice := values.keys() & (found.values.keys() | found.axes.keys()):
+    given = split_words(words, catalog(project.suites))
+    if twice := values.keys() & (given.values.keys() | given.axes.keys()):
         raise UserError(f"{min(twice)} is given twice, once as an option")
-    if "seed" in found.values and seeds is not None:
+    if "seed" in given.values and seeds is not None:
         raise UserError("seed is given twice, once as --seeds")
     members: Experiments = {}
-    for name, spec in pick(project.suites, found.names or [project.default]).items():
-        fixed = {key: value for key, value in spec.items() if key not in found.axes}
-        members |= expand(name, fixed | found.axes)
-    return runs(members, {**values, **found.values}, seeds, out, project.former)
+    for name, spec in pick(project.suites, given.names or [project.default]).items():
+        fixed = {key: value for key, value in spec.items() if key not in given.axes}
+        members |= expand(name, fixed | given.axes)
+    return runs(members, {**values, **given.values}, seeds, out, project.former)

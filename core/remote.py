@@ -1,4 +1,4 @@
-"""Runs on many machines: Ray (https://docs.ray.io) hands them to workers, and this process alone writes their files."""
+"""Trains runs on many machines: Ray (https://docs.ray.io) sends them to workers, this process writes their files."""
 
 import contextlib
 import functools
@@ -40,43 +40,43 @@ from core.session import TooLarge, run_cohort
 from core.spec import DataInfo, Spec
 from core.store import Held, atomic_write, delete, reserve
 
-AHEAD = 2  # tasks handed over for each one that the cluster runs at once: enough to keep it busy
-DEATHS = 3  # a run that has killed so many workers has failed
-FIRST_ANSWER = 10.0  # seconds that the head of a cluster has to answer in
-LOOK = 1.0  # seconds between two looks at the cluster
-QUIET = 10.0  # seconds that the runs wait for a node, or for the head, before it is said
-GONE = 45.0  # seconds after which a silent head is given up. Ray kills this process after 60, without a word
+AHEAD = 2  # tasks in the cluster for each one that it runs at once: enough to keep it busy
+DEATHS = 3  # after so many lost workers, a run has failed
+FIRST_ANSWER = 10.0  # seconds in which the head of a cluster must answer
+LOOK = 1.0  # seconds between two checks of the cluster
+QUIET = 10.0  # seconds for which runs wait for a node, or for the head, before a message says so
+GONE = 45.0  # seconds after which a silent head is lost. After 60, Ray would kill this process without a message
 LOCAL = "local"  # instead of an address: a cluster of this machine alone, for this call
 SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # reports to nobody
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # nodes have the project and its environment, which are not sent to them
+    "RAY_USAGE_STATS_ENABLED": "0",  # send no statistics
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # send no environment: each node has the project and its own
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # else a node that dies prints pages of its state here
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a task without a GPU leaves CUDA_VISIBLE_DEVICES as it is
 }
-HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # a client's greeting: no settings
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # what a client sends first
 
 
 class ClusterError(UserError):
-    """There is no Ray, no cluster, or one that has other code."""
+    """Ray is not installed, there is no cluster, or the cluster has other code."""
 
 
 class NodeLost(Exception):
-    """A task ended with its node, which is no fault of the run."""
+    """A task ended because its node did. The run is not the cause."""
 
 
 class WorkerLost(Exception):
-    """A task ended with its worker; the message says why that may be."""
+    """A task ended because its worker did; the message says why that may be."""
 
 
 class Software(NamedTuple):
-    """What a worker must have in common with the process that started it. The data comes from that process."""
+    """Versions that a worker must share with the process that started it. The data comes from that process."""
 
     code: str
     torch: str
 
 
 class Trained(NamedTuple):
-    """A run that a worker has ended: its record as JSON, and its file of weights, if it has one."""
+    """A run that a worker has trained: the bytes of its record and of its file of weights (empty if it failed)."""
 
     record: bytes
     weights: bytes
@@ -86,11 +86,11 @@ SOFTWARE = Software(core_bytes_hash(), str(torch.__version__))
 
 
 def by_value() -> Callable[..., list[Trained] | str]:
-    """The task that Ray sends to a worker. Ray sends a function inside a function with its code, and every other one
-    by its name, which means nothing to a worker without this project."""
+    """The task that Ray sends to a worker. Ray sends an inner function with its code. It sends every other function by
+    name, which a worker without this project could not import."""
 
     def task(software: tuple[str, ...], *arguments: Any) -> Any:
-        """What `work` returns; or a sentence that says why this worker cannot call it."""
+        """The result of `work`, or a sentence that says why this worker cannot call it."""
         import platform
 
         worker = f"a worker on {platform.node()}"
@@ -98,11 +98,12 @@ def by_value() -> Callable[..., list[Trained] | str]:
         try:
             from core import remote
 
-            mine = tuple(remote.SOFTWARE)
+            software_here = tuple(remote.SOFTWARE)
         except Exception as error:
             return f"{worker} cannot import this project ({type(error).__name__}: {error}): {remedy}"
-        if mine != software:
-            different = [f"{a[:12]} (here {b[:12]})" for a, b in zip(mine, software, strict=False) if a != b]
+        if software_here != software:
+            pairs = zip(software_here, software, strict=False)
+            different = [f"{a[:12]} (here {b[:12]})" for a, b in pairs if a != b]
             return f"{worker} has other code or another torch, {', '.join(different)}: {remedy}"
         return remote.work(*arguments)
 
@@ -110,7 +111,7 @@ def by_value() -> Callable[..., list[Trained] | str]:
 
 
 def work(group: list[tuple[str, Spec]], stored: list[Any], device: str, compiled: bool) -> list[Trained]:
-    """Train a group in a folder of its own: what a worker does.
+    """Train a group in a temporary folder. Workers call this.
 
     Args:
         group: the names and specs of runs that are trained together.
@@ -130,9 +131,9 @@ def work(group: list[tuple[str, Spec]], stored: list[Any], device: str, compiled
         ]
 
 
-@functools.lru_cache(maxsize=1)  # the runs of a worker share the images, and with them what core.data.whitening keeps
+@functools.lru_cache(maxsize=1)  # the runs of a worker share the images, and so what core.data.whitening caches
 def _mapped(stored: Any, info: DataInfo, device: str) -> Data:
-    """The data in the object store, mapped into this process, or a copy on its GPU."""
+    """The data in the object store: mapped into this process, or copied to its GPU."""
     import ray
 
     with warnings.catch_warnings():
@@ -142,7 +143,7 @@ def _mapped(stored: Any, info: DataInfo, device: str) -> Data:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """The module ray, connected to the cluster at an address; "local" starts one on this machine and ends it again.
+    """The module ray, connected to the cluster at an address. "local" starts one on this machine and ends it at exit.
 
     Raises:
         ClusterError: Ray is not installed, or there is no cluster that this process can use.
@@ -158,7 +159,7 @@ def connected(address: str) -> Iterator[Any]:
         raise ClusterError("Ray is not installed: `uv run --group ray main.py ...` has it") from None
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        head = ray._private.services.canonicalize_bootstrap_address(address)  # what "auto" means; None of "local"
+        head = ray._private.services.canonicalize_bootstrap_address(address)  # resolves "auto"; None for "local"
         if head and (problem := _silent(head, FIRST_ANSWER)):  # else ray.init waits for minutes
             raise ConnectionError(problem)
         with _quiet():
@@ -168,7 +169,7 @@ def connected(address: str) -> Iterator[Any]:
         raise ClusterError(f"no Ray cluster at {address}: {_reason(error)}") from None
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, which exits at once
+            signal.signal(signal.SIGTERM, handler)  # Ray has set its own, which exits at once
     try:
         yield ray
     finally:
@@ -177,32 +178,33 @@ def connected(address: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop what is written to stderr: a line for each second that Ray, whose C++ writes there, cannot connect."""
+    """Discard stderr. While Ray cannot connect, its C++ code writes a line there each second."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        os.dup2(devnull, 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)
 
 
 def _choose_token(address: str) -> None:
-    """Choose the token that Ray's processes know each other by. By itself, Ray writes one into the home folder for a
-    local cluster. From then on `ray start` demands it, but a process that names an address does not send it."""
+    """Choose the token by which the processes of Ray trust each other. By default, Ray writes one into the home folder
+    for a local cluster. From then on `ray start` demands it, but a process that names an address does not send it.
+    """
     variables = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     known = bool(variables) or os.path.exists(os.path.expanduser("~/.ray/auth_token"))
     if address == LOCAL and not known:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this process and its cluster
     elif known:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster without tokens does not mind
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster without tokens ignores it
 
 
 def _silent(address: str, timeout: float) -> str | None:
-    """Why the head of a cluster does not answer at HOST:PORT; None where it does. It is a gRPC server, so it answers a
-    greeting of HTTP/2 with its settings. A stopped process, or a server of another kind, does not."""
+    """Why the head of a cluster does not answer at HOST:PORT; None if it does. The head is a gRPC server: it answers
+    the first bytes of HTTP/2 with its settings. A stopped process, or another kind of server, does not."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout) as connection:
@@ -217,29 +219,29 @@ def _silent(address: str, timeout: float) -> str | None:
 
 
 def _reason(error: BaseException) -> str:
-    """What Ray says, in a line, and what to do where it says that in pages."""
-    said = " ".join(str(error).split())
+    """The message of Ray in one line, with a remedy if there is a known one."""
+    message = " ".join(str(error).split())
     if "InvalidAuthToken" in f"{error} {error.__cause__}":
         return "it demands a token: copy ~/.ray/auth_token of its head; set RAY_AUTH_MODE=token before Ray is imported"
-    if "ersion mismatch" in said:
-        said += ": every node needs the Ray and the Python of this one"
-    return said
+    if "ersion mismatch" in message:
+        message += ": every node needs the Ray and the Python of this one"
+    return message
 
 
 class Watch:
-    """Looks at a cluster each `LOOK` seconds, and says what the runs wait for."""
+    """Checks a cluster every `LOOK` seconds, and reports what the runs wait for."""
 
     def __init__(self, ray: Any, device: str, on_notice: Callable[[str], None]) -> None:
         self.ray, self.what, self.on_notice = ray, "GPU" if device == "cuda" else "CPU", on_notice
         self.head = ray.get_runtime_context().gcs_address
         self.looked = -1.0
-        self.answered = self.able = time.monotonic()  # when the head, and a node for a run, were last there
+        self.answered = self.able = time.monotonic()  # when the head last answered, and had a node for a run
         self.noticed = False
         self.count = 1
 
     def at_once(self) -> int:
-        """How many runs the cluster trains at once, at least 1, since a cluster that grows does so for tasks that wait;
-        0 while its head does not answer, when most calls of Ray would not return.
+        """How many runs the cluster trains at once. At least 1: a cluster that can grow does so only for waiting tasks.
+        0 while the head does not answer, since most calls of Ray would then not return.
 
         Raises:
             ClusterError: the head has not answered for `GONE` seconds.
@@ -248,10 +250,10 @@ class Watch:
         if now - self.looked < LOOK:
             return self.count
         problem = _silent(self.head, timeout=2)
-        found = 0 if problem else int(self.ray.cluster_resources().get(self.what, 0))
+        count = 0 if problem else int(self.ray.cluster_resources().get(self.what, 0))
         self.looked = now = time.monotonic()
         self.answered = self.answered if problem else now
-        if found:
+        if count:
             self.able, self.noticed = now, False
         if now - self.answered > GONE:
             raise ClusterError(f"the head of the Ray cluster, {self.head}, is gone ({problem})")
@@ -259,7 +261,7 @@ class Watch:
             self.noticed = True
             why = f"the head of the cluster, {self.head}, does not answer ({problem})"
             self.on_notice(f"{why if problem else f'the cluster has no {self.what}'}; the runs wait for it")
-        self.count = 0 if problem else max(1, found)
+        self.count = 0 if problem else max(1, count)
         return self.count
 
 
@@ -276,19 +278,19 @@ def train(
     """Train groups of runs on a cluster, each as a task of one CPU core, or of one GPU if the cluster has any. Yields
     their records as they come, and `Skipped` for a run that another process is training.
 
-    A task that loses its node is done again. So is one that loses its worker, until a run has lost `DEATHS` of them: it
-    has then failed, as one does that needs more memory than a node has. Of a run, nothing is written but its end: the
-    record and the weights, by this process. A run that is already finished is not trained again.
+    A task that loses its node is done again. So is a task that loses its worker, but a run that loses `DEATHS` workers
+    has failed: it may need more memory than a node has. This process writes the record and the weights of a run;
+    there are no resume points. A finished run is not trained again.
 
     Args:
-        data: on the CPU. It goes into the object store once, from where each node maps it.
-        force: train even what is finished.
+        data: on the CPU. It is put into the object store once, and each node maps it from there.
+        force: train finished runs again.
         listener: called when a run is handed to the cluster, and with its record. No other event comes from a worker.
         on_notice: called with a sentence when the runs wait for the cluster.
 
     Raises:
-        ClusterError: there is no cluster, it lacks the device, a worker has other software or returned something else
-            than it was asked for, or the cluster is gone.
+        ClusterError: there is no cluster, it lacks the device, it was lost, or a worker has other software or returned
+            a result of another run.
         core.store.StoreError: a file cannot be written.
     """
     data_name, waiting = data_identity(data), deque(groups)
@@ -346,7 +348,7 @@ def train(
                                 failed = _failed(group[0], data_name, chosen, compiled, str(error))
                                 yield end(group[0], keep(group[0], failed, b"", started))
                                 continue
-                        # One by one, and at the end, when others have let go of their memory.
+                        # One by one, and at the end, when other tasks have freed their memory.
                         waiting.extend([run] for run in group)
                         continue
                     checked = [check(run, each, data_name, sizes) for run, each in zip(group, trained, strict=True)]
@@ -358,12 +360,12 @@ def _result(ray: Any, ended: Any) -> list[Trained]:
     """What a task returned.
 
     Raises:
-        NodeLost, WorkerLost: it did not end. ClusterError: its worker has other software, or Ray failed. What `work`
-        raised.
+        NodeLost, WorkerLost: it did not end. ClusterError: its worker has other software, or Ray failed. Whatever
+        `work` raised.
     """
     errors = ray.exceptions
     try:
-        found = ray.get(ended)
+        result = ray.get(ended)
     except errors.RayTaskError as error:
         raise error.cause from None
     except (errors.NodeDiedError, errors.ObjectLostError):
@@ -374,18 +376,18 @@ def _result(ray: Any, ended: Any) -> list[Trained]:
         raise WorkerLost("it may need more memory than a node has") from None
     except errors.RayError as error:
         raise ClusterError(f"the Ray cluster has failed: {_reason(error)}") from None
-    if isinstance(found, str):
-        raise ClusterError(found)
-    return found
+    if isinstance(result, str):
+        raise ClusterError(result)
+    return result
 
 
 def _failed(run: Run, data: str, device: str, compiled: bool, reason: str) -> Failed:
-    """The record of a run that has lost its last worker, of which this process knows nothing."""
+    """The record of a run that has lost `DEATHS` workers. Their machines are not known here."""
     here = environment(torch.device("cpu"), Mode("compiled" if compiled else "eager"))
-    there = replace(here, device=device, hardware="unknown", device_name="unknown", threads=1)
+    unknown = replace(here, device=device, hardware="unknown", device_name="unknown", threads=1)
     error = f"the worker died {DEATHS} times while it trained this run; {reason}"
     about: dict[str, Any] = {"name": run.name, "spec": run.spec, "spec_id": run.id, "seed": run.seed, "data": data}
-    return Failed(**about, environment=there, error=error)
+    return Failed(**about, environment=unknown, error=error)
 
 
 def _device(asked: str, resources: dict[str, float]) -> str:
@@ -402,21 +404,21 @@ def split_sizes(data: Data, train_on: str) -> list[int | None]:
 
 
 def check(run: Run, trained: Trained, data: str, sizes: Callable[[str], list[int | None]]) -> Finished | Failed:
-    """The record that a worker returned, if it is one of this run.
+    """The record that a worker returned, if it belongs to this run.
 
     Args:
         data: the identity of the data; see core.data.identity.
         sizes: from `train_on` to what `split_sizes` returns.
 
     Raises:
-        ClusterError: it is another one, or its digest is not that of the weights.
+        ClusterError: it belongs to another run, or its digest is not that of the weights.
     """
     try:
         record = records.decode(trained.record)
-        found: dict[str, Any] = {
+        returned: dict[str, Any] = {
             "name": record.name,
             "id": record.spec_id,
-            **{f"spec.{key}": value for key, value in record.spec.items()},  # `decode` has counted the epochs
+            **{f"spec.{key}": value for key, value in record.spec.items()},  # `decode` has checked the number of epochs
             "code": record.environment.code,
             "torch": record.environment.torch,
             "data": record.data,
@@ -431,36 +433,36 @@ def check(run: Run, trained: Trained, data: str, sizes: Callable[[str], list[int
         }
         if isinstance(record, Finished):
             splits = record.metrics.train, record.metrics.validation, record.metrics.test
-            found["images"] = [split and split.n for split in splits]
-            found["digest"] = record.digest
+            returned["images"] = [split and split.n for split in splits]
+            returned["digest"] = record.digest
             expected["images"] = sizes(run.spec["train_on"])
             expected["digest"] = checkpoint.digest(safetensors.torch.load(trained.weights))
     except (ValueError, KeyError, safetensors.SafetensorError) as error:
         raise ClusterError(f"a worker returned no result of {run.label} ({error}); it is not kept") from None
     for key, value in expected.items():
-        if found[key] != value:
+        if returned[key] != value:
             raise ClusterError(
-                f"a worker returned {run.label} with {key} {found[key]}, expected {value}; it is not kept"
+                f"a worker returned {run.label} with {key} {returned[key]}, expected {value}; it is not kept"
             )
     return record
 
 
 def keep(run: Run, record: Record, weights: bytes, started: InProgress = frozenset()) -> Record:
-    """Write what a worker has made, and return the record.
+    """Write the files of a run that a worker has trained, and return the record.
 
     Args:
-        weights: the file; of a run that failed, nothing.
-        started: the runs that have resume points, which a result makes useless.
+        weights: the bytes of the file; empty if the run failed.
+        started: the runs that have resume points. A result replaces them.
 
     Raises:
         core.store.StoreError: it cannot be written, or would replace one that cannot be read.
     """
     had = run.result()  # refuses to replace a record that cannot be read
-    if isinstance(record, Failed) and had:  # the result that the run had another time stays
+    if isinstance(record, Failed) and had:  # it does not replace an earlier result
         return record
     run = run.target
     if isinstance(record, Finished):
-        if run.record.exists():  # of other weights: between the two writes there must be none
+        if run.record.exists():  # it belongs to the old weights, so it must not stand beside the new ones
             reserve(run.weights, len(weights), 1)
             delete(run.record)
         atomic_write(run.weights, weights)

@@ -1,4 +1,4 @@
-"""Many runs, one after the other, in cohorts or on a cluster: one generator of results for all of them."""
+"""Trains many runs, one after the other, in cohorts or on a cluster, as one generator of results."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,9 +25,9 @@ class Interrupted(NamedTuple):
     """The last result of `train_all` after a stop.
 
     Attributes:
-        runs: those that were stopped in the middle and are saved; empty if the stop came between two runs, before the
-            first step, or on a cluster.
-        step, total: the last step of these runs, and how many steps they have.
+        runs: were stopped and are saved. Empty if the stop came between two runs, before the first step, or on a
+            cluster.
+        step, total: the last step of these runs, and their number of steps.
     """
 
     runs: Sequence[Run] = ()
@@ -53,7 +53,7 @@ def train_all(
         executor: trains groups of runs: `one_after_another`, or core.remote.train with its options.
         listeners: called with (run, event) for whatever happens; see core.events.
         should_stop: asked between two steps.
-        cohort: how many runs of one shape are trained together at most.
+        cohort: the most runs of one shape that are trained together.
 
     Yields:
         What the executor makes of each run; `Skipped` for a run that another process is training; `Interrupted`, as the
@@ -92,7 +92,7 @@ def one_after_another(train: Callable[..., Sequence[T | Stopped]]) -> Executor[T
             if stopped:
                 yield Interrupted([run for run, _ in stopped], *stopped[0][1])
                 return
-            if should_stop():  # too late for this group, which has ended
+            if should_stop():  # the stop came after the last step of this group
                 yield Interrupted()
                 return
 

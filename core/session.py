@@ -1,4 +1,4 @@
-"""One run from its spec to its record: the one door for the command line, a notebook, a sweep or another machine."""
+"""Trains runs, from their specs to their files. The command line, notebooks and workers all enter here."""
 
 import contextlib
 import time
@@ -61,7 +61,7 @@ from core.train import NotFinite, Training, fit
 
 
 class TooLarge(UserError):
-    """There is not enough memory for these runs together; one by one they may have it."""
+    """There is not enough memory for these runs together. One by one, they may fit."""
 
 
 class ForkError(UserError):
@@ -69,14 +69,14 @@ class ForkError(UserError):
 
 
 def prepare(device: str, load_data: Callable[[], Data]) -> tuple[Data, torch.device]:
-    """The data, on its device.
+    """Load the data onto a device; returns both.
 
     Raises:
         core.compile.device.DeviceError: the device is not available. Whatever `load_data` raises.
     """
-    found = pick_device(device)
+    chosen = pick_device(device)
     with _failing([]):
-        return loader.place(load_data(), found), found
+        return loader.place(load_data(), chosen), chosen
 
 
 def run_experiment(
@@ -89,16 +89,16 @@ def run_experiment(
     should_stop: Callable[[], bool] = lambda: False,
     **options: Any,
 ) -> Record | Stopped:
-    """Train an experiment to its end, from wherever it was left, unless it is finished already.
+    """Train an experiment to its end. A run in progress is resumed; a finished run is not trained again.
 
     Args:
-        name: of the experiment, a folder under `out`/checkpoints.
-        spec: its spec; what is left out has its default.
-        The others, among them all `options`: as `run_cohort` takes them.
+        name: of the experiment. The files go to the folder `out`/checkpoints/`name`.
+        spec: the keys of the spec that differ from the defaults.
+        The other arguments: see `run_cohort`.
 
     Returns:
-        The record, which is then on disk: Finished, or Failed where the run diverged or memory ran out. `Stopped` if
-        `should_stop` said so.
+        The record, which is also on disk: Finished, or Failed if the run diverged or memory ran out. `Stopped` if
+        `should_stop` returned true.
 
     Raises:
         What `run_cohort` raises.
@@ -127,8 +127,8 @@ def run_cohort(
 
     Args:
         runs: their specs agree on core.spec.static and on `epochs`.
-        data: images and labels as `Data` describes them; on `device` already, they are not copied. The record names
-            what is in them; see core.data.identity.
+        data: images and labels. They are not copied if they are on `device` already. The record has their identity
+            (core.data.identity).
         device: auto, cpu, cuda or mps.
         listeners: each is called with (run, event); see core.events.
         should_stop: asked between steps; the runs are then saved.
@@ -136,8 +136,8 @@ def run_cohort(
         checkpoint_every: epochs between resume points.
         force: train from the start. A result stays until it is replaced.
         exact: refuse to go on from a resume point if the bits would differ from those of an uninterrupted run. Without
-            it, the run goes on and its record says so. A run that was in another cohort always goes on, and its record
-            says so too.
+            it, the run goes on and its record says so. The same holds, even with `exact`, for a run that was in
+            another cohort.
 
     Returns:
         The records, in the order of `runs`; `Stopped` in place of the record of a run that was stopped.
@@ -147,13 +147,15 @@ def run_cohort(
         core.data.tensors.DataError: the data cannot be trained on.
         core.compile.device.DeviceError: the device is not available.
         core.store.Held: another process is training one of the runs.
-        core.runs.record.RecordError: a run has a record that cannot be read, and that it does not replace.
+        core.runs.record.RecordError: a run has a record that cannot be read. It is never replaced.
         core.store.StoreError: files cannot be written or read.
         core.runs.run.OtherData, core.runs.run.OtherCode: a run is finished already, but with other data, or by code
-            that gives other numbers; with `force` it is trained anew.
-        core.runs.resume.ResumeError: a run cannot go on exactly, or has begun with other data.
-        core.compile.isolation.SettingError: the caller has changed torch in a way that changes bits for ever.
-        TooLarge: memory does not suffice for more than one run.
+            that gives other numbers; with `force` it is trained again.
+        core.runs.resume.ResumeError: a run cannot go on exactly, or was started with other data.
+        core.compile.isolation.SettingError: the caller has changed a setting of torch that changes the bits and cannot
+            be set back.
+        TooLarge: there is not enough memory for all runs of a cohort.
+        core.errors.UserError: there is not enough memory for the data.
         ForkError: torch does not work in this fork of a process.
     """
     check_threads()
@@ -193,8 +195,11 @@ def run_cohort(
 
 
 def _last_common_step(sessions: list["Session"]) -> int | None:
-    """The latest step that every run has a resume point for: after a kill, some runs of a cohort may be a point ahead.
-    0 if those ahead have only their first point; None if each run goes on by itself."""
+    """Latest step that every run has a resume point for: a kill may leave some runs of a cohort one point ahead.
+
+    Without such a step: 0, the start, if no run has more than one point; else None, and each run goes on from its own
+    newest point.
+    """
     steps = [{resume.step_of(path) for path in session.run.resume_points()} for session in sessions]
     common = set.intersection(*steps) if steps else set()
     if common:
@@ -204,10 +209,11 @@ def _last_common_step(sessions: list["Session"]) -> int | None:
 
 @contextlib.contextmanager
 def _failing(sessions: list["Session"]) -> Iterator[None]:
-    """If memory runs out, one run has failed, a cohort is too large, and without a run the data is.
+    """Handle an error of memory: a single run has failed.
 
     Raises:
-        TooLarge: there are several runs. UserError: there is none. ForkError: torch refuses to work in a fork.
+        TooLarge: there are several runs. UserError: there is no run, only data. ForkError: torch does not work in a
+            fork.
     """
     try:
         yield
@@ -218,7 +224,7 @@ def _failing(sessions: list["Session"]) -> Iterator[None]:
                 "workers with the method 'spawn' of multiprocessing"
             ) from error
         if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise  # a CPU allocator raises a RuntimeError, and says only in its message what it is
+            raise  # only its message tells that a RuntimeError is one of the CPU's memory
         if not sessions:
             raise UserError("there is not enough memory for the data") from error
         if len(sessions) > 1:
@@ -228,7 +234,7 @@ def _failing(sessions: list["Session"]) -> Iterator[None]:
 
 
 def _train(sessions: list["Session"], should_stop: Callable[[], bool], checkpoint_every: int, exact: bool) -> None:
-    """Train runs that have come to the same step to their ends."""
+    """Train runs that are at the same step to their ends."""
     for session in sessions:
         session.join(len(sessions))
     by_training = {id(session.training): session for session in sessions}
@@ -252,7 +258,7 @@ def _train(sessions: list["Session"], should_stop: Callable[[], bool], checkpoin
 
 
 class Session:
-    """One run under its lock: it keeps in files what happens, and tells the listeners.
+    """One run, while its lock is held: saves what happens in files, and tells the listeners.
 
     Attributes:
         saved: the step of the newest resume point.
@@ -274,7 +280,7 @@ class Session:
         self.listeners(self.run, event)
 
     def about(self) -> dict[str, Any]:
-        """What every file of the run says of it."""
+        """The description of the run that each of its files contains."""
         return {
             "name": self.run.name,
             "spec": self.spec,
@@ -286,8 +292,12 @@ class Session:
         }
 
     def begin(self, exact: bool, last: int | None, count: int) -> int:
-        """Prepare the training, one of `count`, from the newest good resume point up to the step `last`, if there is
-        one; returns the step at which it stands."""
+        """Prepare to train from the newest undamaged resume point, or from the start; returns the step.
+
+        Args:
+            last: ignore resume points after this step.
+            count: how many runs are prepared together.
+        """
         self.started = time.perf_counter()
         self.tell(Started(count))
         self.training = training = Training(self.spec, self.data, self.device, self.mode)
@@ -312,7 +322,7 @@ class Session:
         return point.step
 
     def join(self, count: int) -> None:
-        """Become one of a cohort of so many."""
+        """Join a cohort of `count` runs."""
         if self.training.step == self.training.total:  # nothing is left to be trained
             return
         mode = self.training.mode._replace(cohort=count)
@@ -329,7 +339,7 @@ class Session:
         self.tell(Notice(reason))
 
     def handle(self, event: Event, checkpoint_every: int) -> None:
-        """Keep what happened; then tell it.
+        """Save what happened, then tell the listeners.
 
         Raises:
             core.train.NotFinite: the run was stopped, and what would be saved is NaN or infinite.
@@ -374,7 +384,7 @@ class Session:
             core.train.NotFinite: a loss is NaN or infinite.
         """
         training = self.training
-        # All in evaluation mode, unlike the train numbers of the history. The test split is used here alone.
+        # In evaluation mode, unlike the train numbers of the history. No other code reads the test split.
         answers = {split: training.answers(split) for split in training.splits}
         metrics = {split: Metrics(**step.summary(found)) for split, found in answers.items()}
         flipped = {s: Metrics(**step.summary(training.answers(s, flip=True))) for s in answers if s != "train"}
@@ -401,7 +411,7 @@ class Session:
         self.end(record)
 
     def fail(self, reason: str) -> None:
-        """Leave the record of a run that failed. The result that it had another time stays."""
+        """End with a record of the failure. It does not replace an earlier result."""
         record = Failed(**self.about(), error=reason)
         if not self.run.result():
             self.write(record)

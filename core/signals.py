@@ -1,5 +1,5 @@
-"""The signals that stop a run: SIGINT, SIGTERM, SIGHUP, and SIGBREAK of Windows. main.py sets them up once, first of
-all, so this module imports nothing that takes time."""
+"""Handles the signals that stop a run: SIGINT, SIGTERM, SIGHUP, and SIGBREAK of Windows. main.py does this before
+anything else, so this module imports nothing that takes time."""
 
 import contextlib
 import gc
@@ -16,11 +16,11 @@ SAME_STOP = 1.0  # seconds within which a second signal is the same stop: `uv ru
 
 
 class Stop:
-    """Whether a signal has asked to stop: what the training polls, as `should_stop`.
+    """Whether a signal has asked to stop. The training polls it as `should_stop`.
 
-    The first signal ends the process at once while modules are imported, since an exception could leave half a module
-    behind. It raises KeyboardInterrupt while there is nothing to save. During the steps it only asks. A later signal
-    ends the process.
+    While modules are imported, the first signal ends the process, since an exception could leave a module half
+    imported. While there is nothing to save, it raises KeyboardInterrupt. During the steps, it only sets `requested`.
+    A later signal ends the process.
 
     Attributes:
         requested: when the first signal came.
@@ -42,11 +42,12 @@ class Stop:
         return self.requested is not None
 
     def listen(self, run: Any, event: Any) -> None:
-        """A listener, the last of all: it may let the next signal raise.
+        """A listener. It is the last of all, since after it a signal may raise.
 
-        There are steps to save from the first step of a cohort to the end of its last run. Compiling comes before.
+        There are steps to save from the first step of a cohort, which follows its compilation, to the end of its last
+        run.
         """
-        from core.events import Ended, FirstStep, Started, Stopped  # no sooner: it takes time
+        from core.events import Ended, FirstStep, Started, Stopped  # not at the top: it takes time
 
         match event:
             case Started():
@@ -84,7 +85,7 @@ class Stop:
 
 
 def end_process(number: int) -> None:
-    """End the process as the signal would, after what was printed is out."""
+    """Flush stdout, then end the process as the signal would."""
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     os._exit(128 + number)

@@ -1,4 +1,4 @@
-"""How far the runs of a call are."""
+"""Counts the runs of a call: how many are done, how long the rest takes, which experiment is best."""
 
 from collections.abc import Sequence
 from statistics import fmean, median
@@ -12,23 +12,23 @@ from core.spec import Spec
 
 
 class Result(NamedTuple):
-    """What is kept in memory of a finished run: the accuracies, the number of test images, samples a second."""
+    """The numbers of a finished run: accuracies, test images, samples per second."""
 
     train: float
-    validation: float | None  # None where all images were trained on
+    validation: float | None  # None if all images were trained on
     test: float
     images: int
     speed: int
 
 
 class Tally:
-    """How far the runs of a call are, and what their experiments have reached. It keeps no records.
+    """Progress and results of the runs of a call.
 
     Attributes:
-        specs: by the names of the experiments.
-        total, done: the number of runs, and of those that have ended.
-        several, seeds: whether the call has several runs, and an experiment several seeds.
-        results: of the finished runs, by the name of their experiment.
+        specs: by the name of the experiment.
+        total, done: the number of runs, and the number of those that have ended.
+        several, seeds: whether the call has several runs, and whether an experiment has several seeds.
+        results: of the finished runs, by the name of the experiment.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
@@ -36,12 +36,12 @@ class Tally:
         self.total, self.done = len(runs), 0
         self.several, self.seeds = self.total > 1, len(self.specs) < self.total
         self.results: dict[str, list[Result]] = {}
-        self._left = 0  # the work of the runs that have not ended; `seconds_left` brings it up to date
-        self._not_counted, self._ended = list(runs), list[Spec]()  # what `seconds_left` adds to it, and takes away
-        self._rates: list[float] = []  # seconds for a unit of work, of each run of this call
+        self._left = 0  # the work of the runs that have not ended; only `seconds_left` updates it
+        self._not_counted, self._ended = list(runs), list[Spec]()  # `seconds_left` adds and subtracts their work
+        self._rates: list[float] = []  # seconds for a unit of work, for each run that was trained
 
     def add(self, record: Record, seconds: float = 0.0) -> None:
-        """Count a run that has ended; `seconds` is what it took, 0 where it was finished already."""
+        """Count a run that has ended after `seconds` of training; 0 if it was finished already."""
         self.done += 1
         self._ended.append(record.spec)
         if seconds:
@@ -58,16 +58,16 @@ class Tally:
             self.results.setdefault(record.name, []).append(result)
 
     def leave_out(self, run: Run) -> None:
-        """Do not count a run of the call: it is neither finished nor trained."""
+        """Count one run less: it is neither finished nor trained."""
         self.total -= 1
         self._ended.append(run.spec)
 
     def seconds_left(self) -> float | None:
-        """As fast as the runs of this call so far; None before the first has ended. The median, since one of them may
-        have been stopped with Ctrl-Z for an hour."""
+        """An estimate from the speed of the runs so far; None before the first has ended. It uses the median, since a
+        run may have been paused with Ctrl-Z for an hour."""
         if not self._rates:
             return None
-        # Only here, after a run has been trained: `work` imports torch, and a call that trains nothing need not.
+        # `work` imports torch, which a call that trains nothing does not need.
         self._left += sum(work(run.spec) for run in self._not_counted)
         self._not_counted = []
         while self._ended:
@@ -75,10 +75,10 @@ class Tally:
         return median(self._rates) * self._left
 
     def validation(self, name: str) -> float | None:
-        """The mean validation accuracy of an experiment over its runs so far, if it has one."""
-        found = [result.validation for result in self.results[name] if result.validation is not None]
-        return fmean(found) if found else None
+        """The mean validation accuracy of an experiment so far; None if it has no validation images."""
+        values = [result.validation for result in self.results[name] if result.validation is not None]
+        return fmean(values) if values else None
 
     def ranked(self) -> list[str]:
-        """The experiments with a finished run, the best mean validation accuracy first, those that have none last."""
+        """The experiments with a finished run, best mean validation accuracy first, those without one last."""
         return sorted(self.results, key=lambda name: -(self.validation(name) or 0))

@@ -1,4 +1,4 @@
-"""What is printed: lines of plain text, tables."""
+"""Prints lines of plain text and tables."""
 
 import contextlib
 import json
@@ -22,16 +22,16 @@ from core.spec import FIELDS
 from core.tally import Tally
 
 NARROW = 60  # columns
-ROWS = 30  # of a table, at most
-LISTED = 20  # classes in a sentence, at most
+ROWS = 30  # the most rows of a table
+LISTED = 20  # the most classes in a sentence
 
 console = Console(highlight=False, markup=False, emoji=False)
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def open_standard_streams() -> None:
-    """Give a process that was started with closed standard streams empty ones, and have every stream show what its
-    encoding lacks as an escape."""
+    """Open standard streams that were closed when the process started. Print a character that the encoding of a stream
+    lacks as an escape."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -47,12 +47,12 @@ def open_standard_streams() -> None:
 
 
 def printable(text: str) -> str:
-    """The text as one line, with control characters and the like as escapes: it may come from a file or from a name."""
+    """The text as one line. Control characters, which a name or a file may contain, become escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def say(text: str) -> None:
-    """Print a line on stdout; a terminal wraps it, nothing else does."""
+    """Print a line on stdout. Only the terminal wraps it."""
     console.print(printable(text), soft_wrap=True)
 
 
@@ -62,27 +62,27 @@ def warn(text: str) -> None:
 
 
 def fail(error: Exception) -> None:
-    """Print what ended a command: a line, or a paragraph where a UserError has more."""
+    """Print the error that ended a command: a line, or a paragraph if a UserError has several arguments."""
     first, *more = error.args if isinstance(error, UserError) and error.args else [error]
     for line in (f"error: {first}", *map(str, more)):
         warn(line)
 
 
 class Warnings(logging.Handler):
-    """Shows what the code below has to say to whoever calls it, each thing once."""
+    """Prints the warnings of other modules, each once."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.said: set[str] = set()
+        self.printed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if (text := record.getMessage()) not in self.said:
-            self.said.add(text)
+        if (text := record.getMessage()) not in self.printed:
+            self.printed.add(text)
             warn(text)
 
 
 def interrupted(stop: Any, tally: Tally, again: str) -> None:
-    """Say where a stop found the runs, and how to go on.
+    """Say which runs were stopped, and how to go on.
 
     Args:
         stop: core.schedule.Interrupted.
@@ -106,19 +106,19 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
-def estimate(found: Estimate, while_trained: bool = False) -> str:
-    """'about 82 s, 15.2 MB'; with `while_trained`, also what a run needs before it ends."""
-    if found.seconds is None:
+def estimate(of: Estimate, while_trained: bool = False) -> str:
+    """'about 82 s, 15.2 MB'; with `while_trained`, also the disk space for resume points."""
+    if of.seconds is None:
         seconds = "time not measured here yet"
     else:
-        seconds = f"about {duration(found.seconds)}" if found.seconds >= 1 else "under a second"
-    meanwhile = f", and {decimal(found.meanwhile)} while one is trained" if while_trained else ""
-    return f"{seconds}, {decimal(found.kept)}{meanwhile}"
+        seconds = f"about {duration(of.seconds)}" if of.seconds >= 1 else "under a second"
+    meanwhile = f", and {decimal(of.meanwhile)} while one is trained" if while_trained else ""
+    return f"{seconds}, {decimal(of.kept)}{meanwhile}"
 
 
 @contextlib.contextmanager
 def fetching() -> Iterator[Callable[[str, int, int], None]]:
-    """What core.data.datasets.load is to call while it fetches: a bar for each source."""
+    """A function for core.data.datasets.load to call while it downloads. Shows a bar for each source."""
     tasks: dict[str, Any] = {}
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bars:
 
@@ -131,7 +131,7 @@ def fetching() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def keys() -> None:
-    """Print every key of a spec with its default, its values and its meaning."""
+    """Print each key of a spec with its default, values and meaning."""
     grid = Table("key", "default", "values", "meaning", box=None, pad_edge=False)
     for key, field in FIELDS.items():
         grid.add_row(key, stats.shown(field.default), str(field.values), field.meaning)
@@ -139,7 +139,7 @@ def keys() -> None:
 
 
 def table(tally: Tally) -> None:
-    """Print what the finished runs have reached: a row for each experiment, of very many the best."""
+    """Print the results of the finished runs: a row for each experiment, the best ROWS if there are more."""
     names = list(tally.results) if len(tally.results) <= ROWS else tally.ranked()[:ROWS]
     if console.width < NARROW:
         columns = ["experiment", "validation", "test"]
@@ -171,7 +171,12 @@ def table(tally: Tally) -> None:
 
 
 def evaluation(path: Path, about: Any, evaluated: Any) -> None:
-    """Print what a checkpoint reaches: core.runs.record.Weights, and a core.predict.Evaluation."""
+    """Print the evaluation of a checkpoint.
+
+    Args:
+        about: core.runs.record.Weights.
+        evaluated: core.predict.Evaluation.
+    """
     found, recorded = evaluated.found, evaluated.recorded
     low, high = stats.interval(found["accuracy"], found["n"])
     numbers = f"{stats.percent(recorded.accuracy)}, {recorded.loss:.4f}" if recorded else "no such evaluation"
@@ -180,7 +185,7 @@ def evaluation(path: Path, about: Any, evaluated: Any) -> None:
         verdict = f"the run had other data: {evaluated.other_data}" if evaluated.other_data else verdict
     else:
         verdict = f"the run recorded {numbers}, weights {evaluated.digest[:12]}"
-    mirrored = ", mirror images averaged in" * evaluated.flip
+    mirrored = ", averaged over each image and its mirror image" if evaluated.flip else ""
     say(
         f"{about.name} ({path}): {stats.percent(found['accuracy'])} of {found['n']:,} test images{mirrored} "
         f"(95% interval {100 * low:.2f}-{100 * high:.2f}%), loss {found['loss']:.4f}; {verdict}"

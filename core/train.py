@@ -31,7 +31,7 @@ class Stopwatch:
     """Counts the seconds in which this process runs: neither Ctrl-Z nor the sleep of a laptop.
 
     Attributes:
-        seconds: of all laps that count.
+        seconds: sum of all laps that are no pauses.
     """
 
     def __init__(self) -> None:
@@ -39,8 +39,8 @@ class Stopwatch:
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def lap(self, usual: float = 0.0) -> float:
-        """End a lap. It is a pause, and does not count, if it lasts longer than PAUSE and ten times what is usual, and
-        the process uses a CPU for less than a tenth of it.
+        """End a lap. It is a pause if it takes longer than PAUSE and ten times the `usual` seconds, and the process
+        uses a CPU for less than a tenth of it.
 
         Returns:
             Its seconds; 0 for a pause.
@@ -60,8 +60,8 @@ class Training:
     Attributes:
         state, data, hyper: what the train step takes; see core.functional.step.make_train_step.
         step: how many steps have been taken.
-        seconds, timed: the time of the steps of the epoch under way, in a cohort this one's share of it, and how many
-            steps that are; without those in which the process stood still.
+        seconds, timed: the time of the steps of the epoch in progress, without pauses, and the number of these steps.
+            In a cohort, the time is divided by the number of runs.
         mode: of the step; until the step is made, the mode that was asked for.
     """
 
@@ -80,8 +80,8 @@ class Training:
             self.splits["validation"] = data.train_images, data.train_labels, validation.to(device)
         self.whitening: Whitening = {}
         if spec["whiten"]:
-            found = whitening(data.train_images, self.examples, spec["whiten"], spec["whiten_eps"], data.info)
-            self.whitening = to_device(found, device)
+            filters = whitening(data.train_images, self.examples, spec["whiten"], spec["whiten_eps"], data.info)
+            self.whitening = to_device(filters, device)
         self.state, self.data, self.hyper = step_inputs(
             spec, data.train_images, data.train_labels, self.whitening, self.steps_per_epoch, data.info
         )
@@ -95,7 +95,7 @@ class Training:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The same as the state dict of the equivalent torch.nn.Sequential."""
+        """`network` as the state dict of the equivalent torch.nn.Sequential."""
         params, stats = self.network
         return {**params, **stats}
 
@@ -104,15 +104,15 @@ class Training:
         return steps.summary(self.answers(split))
 
     def answers(self, split: str, flip: bool = False) -> steps.Answers:
-        """What the network answers to every image of train, validation or test; see core.functional.step.answers."""
+        """The answers of the network to each image of train, validation or test; see core.functional.step.answers."""
         images, labels, examples = self.splits[split]
         return steps.answers(
             *self.network, images, labels, model.folded(self.spec), examples, flip=flip, info=self.info
         )
 
     def check_finite(self, tensors: dict[str, Tensor] | None = None) -> None:
-        """Raise NotFinite where the state, or other tensors, are NaN or infinite. The flag of the step itself sees the
-        loss and the gradients, but not moments that overflow, running statistics or other splits."""
+        """Raise NotFinite if the state, or other `tensors`, are NaN or infinite. The step itself checks the loss and
+        the gradients, but neither moments that overflow nor running statistics nor other splits."""
         for name, t in (flatten(self.state) if tensors is None else tensors).items():
             if t.is_floating_point() and not t.isfinite().all():
                 raise NotFinite(
@@ -140,20 +140,19 @@ def step_inputs(
 def fit(
     trainings: Sequence[Training], should_stop: Callable[[], bool] = lambda: False, may_change_mode: bool = True
 ) -> Iterator[tuple[Training, Event]]:
-    """Train from where `trainings` are to their last epoch, and yield what happened to which of them.
+    """Train to the last epoch, and yield each event with its training.
 
-    More than one are a cohort: they take each step together, in one call. Their specs agree on everything that is part
-    of the compilation's identity and on the epochs, and they have taken the same number of steps. Whoever iterates may
-    read and save a training at each of its events but StepDone.
+    Several trainings are a cohort: they take each step together, in one call. Their specs agree on everything that is
+    part of the compilation's identity and on the epochs, and all are at the same step. The caller may read and save a
+    training at each of its events except StepDone.
 
     Args:
         should_stop: asked between steps.
-        may_change_mode: where compiling fails, or gives a step of another mode, go on with what there is; else raise
-            core.compile.fused.CompileError.
+        may_change_mode: if compiling fails, or gives a step of another mode, go on with that step. Without it,
+            core.compile.fused.CompileError is raised.
 
     Yields:
-        Events of core.events, each with its training: ModeChanged, FirstStep, StepDone, EpochDone, and as the last one
-        of a training Diverged, or Stopped where `should_stop` said so.
+        ModeChanged, FirstStep, StepDone and EpochDone. The last event of a training may be Diverged or Stopped.
     """
     live, lead, made = list(trainings), trainings[0], None
     # How long an epoch waits for the device at its end. Not every device keeps a CPU busy meanwhile.
@@ -206,8 +205,8 @@ def fit(
 
 
 def stack(trainings: Sequence[Training]) -> tuple[steps.State, dict[str, Any], dict[str, Any]]:
-    """State, data and hyper-parameters of a cohort, with a leading axis in all but the images and labels, which are
-    shared. Each training's own become views of them."""
+    """State, data and hyper-parameters of a cohort. All have a leading axis except the images and labels, which are
+    shared. Those of each training become views of them."""
 
     def stacked(trees: list[dict]) -> dict:
         return tree_map(lambda *members: torch.stack(members), *trees)
@@ -221,7 +220,7 @@ def stack(trainings: Sequence[Training]) -> tuple[steps.State, dict[str, Any], d
 
 
 def _make_step(lead: Training, trees: tuple[dict, dict, dict], may_change_mode: bool) -> tuple[fused.Step, str]:
-    """The train step, and why its mode is another than asked for, if it is."""
+    """The train step, and the reason if its mode is not the mode that was asked for."""
     try:
         made = fused.fuse(lead.spec, *trees, compiled=lead.mode.kind != "eager", info=lead.info)
         reason = f"compiled without the patches of core/compile/inductor.py, until .cache is deleted: {made.problem}"

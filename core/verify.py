@@ -1,4 +1,4 @@
-"""A finished run trained again, to compare the bits."""
+"""Trains a finished run again, to compare the bits."""
 
 import dataclasses
 import tempfile
@@ -25,7 +25,7 @@ class Verification(NamedTuple):
     Attributes:
         recorded, again: the two records; the second may be that of a failure.
         same: whether the bits of the weights are the same.
-        reason: what explains that they differ, in words; None where nothing does.
+        reason: a known reason for different bits, in words; None if there is none.
     """
 
     run: Run

@@ -305,7 +305,7 @@ def test_a_resumed_run_counts_with_the_time_of_all_its_steps(capsys):
     display = progress.Display(Tally(runs), verbose=False)
     for run, seconds, left in ((runs[0], 2.0, "20 s"), (runs[1], 11.75, "11 s")):
         display(run, Started(1))
-        display.begun -= seconds
+        display.started -= seconds
         display(run, Ended(make("a", seed=run.seed, epochs=3)))  # 9.75 s of training
         assert f"{run.seed + 1} of 3 done, about {left} left" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""The commands: each file has the options of one (`add_parser`) and does it (`execute`)."""
+"""A file for each command: `add_parser` has its options, `execute` runs it and returns the exit status."""
 
 from core.commands import evaluate, export, listing, predict, report, run, verify
 

@@ -1,4 +1,4 @@
-"""evaluate: checkpoints on the test split, beside what their runs recorded."""
+"""evaluate: checkpoints on the test split, compared with the records of their runs."""
 
 import argparse
 import functools
@@ -30,7 +30,7 @@ def add_parser(commands: argparse._SubParsersAction, project: Project) -> argpar
 
 
 def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
-    """Returns 1 where a checkpoint differs from what its run recorded, 2 where it, or its record, cannot be read."""
+    """Returns 1 if a checkpoint differs from the record of its run, 2 if it, or the record, cannot be read."""
     with stop.quick_imports():
         from core import predict, session
     if args.checkpoints:

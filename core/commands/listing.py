@@ -1,4 +1,4 @@
-"""list: the suites, with what one seed of each experiment takes; or the keys of a spec."""
+"""list: the suites, with the time and disk space of one seed of each experiment; or the keys of a spec."""
 
 import argparse
 

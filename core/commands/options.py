@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they mean."""
+"""Options that several commands share, and their meaning."""
 
 import argparse
 from collections.abc import Iterable
@@ -14,11 +14,11 @@ from core.runs import files
 from core.runs.run import Run, former_of
 from core.store import local
 
-KEYS = ("epochs", "batch_size", "lr", "precision", "seed")  # the keys of a spec that are options, too
+KEYS = ("epochs", "batch_size", "lr", "precision", "seed")  # keys of a spec that are options, too
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses in one sentence; the usage is a --help away."""
+    """Reports an error in one sentence that refers to --help."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -79,8 +79,8 @@ def which() -> Parser:
 
 
 def chosen(args: argparse.Namespace, project: Project, source: Source) -> list[Run]:
-    """The runs that a command asks for; all are checked before anything starts. Says what is to know of their data, and
-    turns the compiler off where that is faster for all of them."""
+    """The runs of a command; all are checked before anything starts. Prints the notes on their data sets, and turns the
+    compiler off if that is faster for all of them."""
     values = {key: getattr(args, key) for key in KEYS if getattr(args, key) is not None}
     if source.own is not None:
         values["dataset"] = source.own_name
@@ -102,14 +102,14 @@ def source(args: argparse.Namespace) -> Source:
 
 
 def weights(args: argparse.Namespace, project: Project, word: str) -> Path:
-    """The file of weights that a word means."""
+    """The file of weights that `word` means."""
     name = new_name(word, project)
     spec = plan.experiments(project.suites).get(name)
     return files.find_weights(args.out, name, args.seed, spec, former_of(name, project.former))
 
 
 def new_name(word: str, project: Project) -> str:
-    """The name to use for a word of the command line. An old name still works."""
+    """The current name of an experiment or suite; a former name still works."""
     if word not in project.former:
         return word
     terminal.warn(f"{word} has a new name: {project.former[word]}")
@@ -117,7 +117,7 @@ def new_name(word: str, project: Project) -> str:
 
 
 def labels(runs: Iterable[Run], most: int = 3) -> str:
-    """The names of some runs in a sentence."""
+    """The first `most` runs for a sentence, and the number of the others."""
     names = [run.label for run in runs]
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

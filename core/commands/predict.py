@@ -21,7 +21,7 @@ def add_parser(commands: argparse._SubParsersAction, project: Project) -> argpar
 
 
 def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
-    """Returns 2 where an image cannot be read."""
+    """Returns 2 if an image cannot be read."""
     with stop.quick_imports():
         from core import images, predict
     network = predict.load(options.weights(args, project, args.checkpoint))

@@ -32,7 +32,7 @@ HELP = "train experiments (the default)"
 
 
 def parse_address(text: str) -> str:
-    """The address of a Ray cluster. An empty one, as of a variable that is not set, must not mean this machine."""
+    """The address of a Ray cluster. An empty one, from a variable that is not set, must not mean this machine."""
     if not text.strip():
         raise UserError("--ray has an empty address, expected HOST:PORT or auto, or --ray alone for this machine")
     return text
@@ -72,7 +72,7 @@ def add_parser(commands: argparse._SubParsersAction, project: Project) -> argpar
 
 
 def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
-    with stop.quick_imports():  # of torch, where images of one's own are read
+    with stop.quick_imports():  # of torch, to read --data-folder
         source = options.source(args)
         runs = options.chosen(args, project, source)
     if args.checkpoint_every < 1:
@@ -80,7 +80,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     if args.dry_run:
         return dry_run(args, runs, source, stop)
     catalog = project.catalog()
-    prepare(args.out, catalog)  # an --out that cannot be written is found before the training, not after it
+    prepare(args.out, catalog)  # fails now, not after the training, if --out cannot be written
     tally, todo = Tally(runs), []
     for run, result in with_results(args, runs, source, tally):
         if result:
@@ -92,7 +92,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     if todo:
         before = tally.done
         status = train(args, todo, source, tally, stop) or status
-        if status == 130 and tally.done == before:  # nothing to report, and whoever stopped it waits
+        if status == 130 and tally.done == before:  # nothing new to report, and the user waits
             return status
     rebuild(args.out, catalog, args.data)
     terminal.table(tally)
@@ -102,10 +102,8 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
 def with_results(
     args: argparse.Namespace, runs: list[Run], source: Source, tally: Tally
 ) -> Iterator[tuple[Run, Finished | None]]:
-    """The runs, each with its result if it need not be trained.
-
-    Names and skips those that may not be trained: their record cannot be read, or is of other code.
-    """
+    """Each run, with its result if it is finished. Reports and skips a run whose record cannot be read or is of other
+    code."""
     in_progress, other_code = files.in_progress(args.out), []
     for run in runs:
         try:
@@ -137,7 +135,7 @@ def say_finished(tally: Tally) -> None:
 
 
 def train(args: argparse.Namespace, runs: list[Run], source: Source, tally: Tally, stop: Stop) -> int:
-    """Train, and say how it ended; returns the exit status."""
+    """Train, report what failed or was skipped, and return the exit status."""
     with stop.quick_imports():
         from core import schedule
 
@@ -169,7 +167,7 @@ def train(args: argparse.Namespace, runs: list[Run], source: Source, tally: Tall
 
 
 def executor(args: argparse.Namespace, source: Source, stop: Stop) -> "Executor[Record]":
-    """Who trains: this process, or a Ray cluster. A data set is loaded when its first run starts."""
+    """Trains in this process or on a Ray cluster. A data set is loaded when its first run starts."""
 
     def here(groups: "Sequence[Group]", listener: Listener, should_stop: "ShouldStop") -> "Iterator[Result[Record]]":
         with stop.quick_imports():
@@ -207,7 +205,7 @@ def executor(args: argparse.Namespace, source: Source, stop: Stop) -> "Executor[
 
 
 def measured(stop: Stop, out: Path, device: str = "auto", threads: int | None = None) -> estimate.Measured:
-    """What this machine has measured with so many threads, by default PyTorch's, from the records under `out`."""
+    """The times that this machine has measured with `threads` (default: PyTorch's number), from records under `out`."""
     with stop.quick_imports():
         from torch import get_num_threads
 
@@ -218,7 +216,7 @@ def measured(stop: Stop, out: Path, device: str = "auto", threads: int | None = 
 
 
 def dry_run(args: argparse.Namespace, runs: list[Run], source: Source, stop: Stop) -> int:
-    """Show each run with what it will take; write nothing."""
+    """Show each run with its time and disk space; write nothing."""
     known = measured(stop, args.out, args.device, 1 if args.ray else None)
     mode = Mode("eager" if args.no_compile else "compiled")
     todo = []

@@ -1,4 +1,4 @@
-"""verify: finished runs trained again in a folder of their own, to compare the bits of the weights."""
+"""verify: trains finished runs again in a temporary folder and compares the bits of the weights."""
 
 import argparse
 import functools
@@ -28,7 +28,7 @@ def add_parser(commands: argparse._SubParsersAction, project: Project) -> argpar
 
 
 def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
-    """Returns 1 where the bits are different."""
+    """Returns 1 if the bits are different."""
     with stop.quick_imports():
         from core import schedule, session
         from core.verify import Verification, check_finished, verify

@@ -23,24 +23,24 @@ from core.terminal import console, duration, say, warn
 
 
 class Display:
-    """A listener. It shows a bar, and a line for each epoch or, of several runs, for each run.
+    """A listener. It shows a bar, and a line for each epoch; if there are several runs, a line for each run.
 
-    Use it in a `with` statement, which takes the bar away at the end.
+    Use it in a `with` statement, which removes the bar at the end.
     """
 
     def __init__(self, tally: Tally, verbose: bool, on_cluster: bool = False) -> None:
         """
         Args:
             tally: counts the runs that end.
-            verbose: show the epochs of several runs, too.
-            on_cluster: other processes train. The bar is over the runs.
+            verbose: show the epochs even if there are several runs.
+            on_cluster: other processes train, and the bar counts the runs.
         """
         self.tally, self.on_cluster = tally, on_cluster
         self.epochs = verbose or not tally.several
         self.since, self.what = process_start(), "the process"
         self.noticed: set[str] = set()
-        self.ended: set[Run] = set()  # a run ends twice if the others of its cohort are too large and all begin again
-        self.training: list[Run] = []  # the cohort that is trained now
+        self.ended: set[Run] = set()  # a run ends twice if the rest of its cohort is too large and is tried again
+        self.training: list[Run] = []  # the current cohort, without the runs that have ended
         self.bars: Progress | None = None
 
     def __enter__(self) -> "Display":
@@ -82,7 +82,7 @@ class Display:
 
     def _show(self, description: str, *more: ProgressColumn, **task: Any) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *more
-        # Two refreshes a second: more would take time from the two cores that train.
+        # More than two refreshes a second would slow the training down.
         shown = console.is_terminal
         self.bars = Progress(*columns, console=console, refresh_per_second=2, transient=True, disable=not shown)
         self.task = self.bars.add_task(description, **task)
@@ -98,13 +98,13 @@ class Display:
                 self.since = time.perf_counter()
                 self._show("runs", total=self.tally.total, completed=self.tally.done)
             return
-        if run in self.training:  # its cohort was too large, and now it starts alone
+        if run in self.training:  # its cohort was too large, so it starts again alone
             self.training.clear()
             self.__exit__()
         self.training.append(run)
         if len(self.training) > 1:
             return
-        self.begun = time.perf_counter()
+        self.started = time.perf_counter()
         self.cohort = cohort
         self.description = run.label if cohort == 1 else f"{run.label} and {cohort - 1} more"
         columns = TimeRemainingColumn(), TextColumn("{task.fields[note]}")
@@ -129,7 +129,7 @@ class Display:
             )
 
     def _end(self, run: Run) -> float:
-        """Take a run off the display; returns the seconds that it took, 0 if this call has not trained it."""
+        """Remove a run from the display. Returns the seconds that it took; 0 if another process trained it."""
         now = time.perf_counter()
         if self.on_cluster and self.bars:
             seconds, self.since = now - self.since, now
@@ -137,7 +137,7 @@ class Display:
             return seconds
         if run not in self.training:
             return 0.0
-        seconds = (now - self.begun) / self.cohort
+        seconds = (now - self.started) / self.cohort
         self.training.remove(run)
         if not self.training:
             self.__exit__()
@@ -146,7 +146,7 @@ class Display:
 
     def _say_result(self, run: Run, record: Record, seconds: float) -> None:
         if seconds and not self.on_cluster and isinstance(record, Finished):
-            counted = max(seconds, stats.seconds(record))  # this call has seen only the end of a resumed run
+            counted = max(seconds, stats.seconds(record))  # of a resumed run, `seconds` is only the last part
         else:
             counted = seconds
         self.tally.add(record, counted)
@@ -163,7 +163,7 @@ class Display:
 
 
 def process_start() -> float:
-    """When this process started, as time.perf_counter() counts."""
+    """When this process started, on the clock of time.perf_counter."""
     return time.perf_counter() - (time.time() - psutil.Process().create_time())
 
 

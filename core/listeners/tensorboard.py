@@ -10,8 +10,8 @@ from core.runs.run import Run
 
 
 class TensorBoard:
-    """A listener. A run is one folder, out/tensorboard/NAME/ID: losses, accuracies and learning rate of each epoch, and
-    at the end its hyper-parameters with the validation accuracy.
+    """A listener. It writes the losses, accuracies and learning rate of each epoch. At the end it writes the
+    hyper-parameters with the validation accuracy. Each run has a folder, out/tensorboard/NAME/ID.
 
     Raises:
         core.errors.UserError: TensorBoard is not installed.
@@ -37,7 +37,7 @@ class TensorBoard:
 
     def _write(self, run: Run, epoch: EpochDone | Epoch) -> None:
         if run not in self.writers:
-            # Whoever reads the files forgets what earlier calls wrote of this epoch and later ones.
+            # TensorBoard then ignores what earlier calls wrote for this epoch and later ones.
             folder = str(self.folder / run.name / run.id)
             self.writers[run] = self.torch.SummaryWriter(folder, purge_step=epoch.epoch)
         for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):

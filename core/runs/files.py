@@ -1,4 +1,4 @@
-"""The files of all runs under a folder: which are in progress, what killed processes left, where weights are."""
+"""Finds files of the runs under a folder: resume points, leftovers of killed processes, weights."""
 
 import contextlib
 import re
@@ -14,20 +14,20 @@ from core.store import Held, delete, local, locked, reserve, sweep
 
 
 def in_progress(out: Path) -> InProgress:
-    """The runs under `out` that have resume points, found in one pass over the folders: to ask each of 10,000 runs of a
-    folder would read all their names 10,000 times."""
+    """The runs under `out` that have resume points. One pass over the folders: to ask each of 10,000 runs would read
+    the names of all files 10,000 times."""
     points = (local(out) / "checkpoints").glob("*/*.step-*.safetensors")
     return {(path.parent.name, path.name.split(".step-")[0]) for path in points}
 
 
 def lock_results(out: Path) -> contextlib.AbstractContextManager[None]:
-    """Keep the report under `out` for this process, as soon as no other has it."""
+    """Lock the report under `out` for this process; waits while another process holds it."""
     return locked(out / "checkpoints" / "results.lock", out / "checkpoints" / "results.owner")
 
 
 def sweep_all(out: Path) -> None:
-    """Delete the temporary files and the names of owners that killed processes left under `out`. Skips runs that
-    another process is training.
+    """Delete the temporary files and owner files that killed processes left under `out`. Skips runs that another
+    process is training.
 
     Raises:
         StoreError: `out` cannot be written, or its file system has no locks.
@@ -50,24 +50,24 @@ def find_weights(
     spec: Mapping[str, Any] | None = None,
     former: Sequence[str] = (),
 ) -> Path:
-    """The file of weights that a word of the command line means: a path, an id, or the name of an experiment.
+    """The file of weights for a word of the command line: a path, an id, or the name of an experiment.
 
     Args:
-        seed: of the run; None for the first.
-        spec: of the experiment of that name as experiments/ has it now, if it has one. Runs of this spec come first.
+        seed: of the run; None for the first one that has weights.
+        spec: the current spec of the experiment in experiments/, if there is one. Runs of this spec are preferred.
         former: earlier names of the experiment.
 
     Raises:
-        UserError: There is no such file, or the word may mean several.
+        UserError: there is no such file, or there are several.
     """
     path = local(word)
     if path.exists() or path.name != word or word.endswith(".safetensors"):
         return path
     if re.fullmatch("[0-9a-f]{12}", word):
-        found = sorted((out / "checkpoints").glob(f"*/{word}.safetensors"))
-        if not found:
+        paths = sorted((out / "checkpoints").glob(f"*/{word}.safetensors"))
+        if not paths:
             raise UserError(f"there are no weights of the id {word} under {out}")
-        return found[0]
+        return paths[0]
     runs = [run for run in _with_weights(out, word, former) if seed is None or run.seed == seed]
     if not runs:
         of_seed = "" if seed is None else f" --seed {seed}"
@@ -84,11 +84,11 @@ def find_weights(
 
 
 def _with_weights(out: Path, name: str, former: Sequence[str]) -> list[Run]:
-    """The finished runs of an experiment whose weights exist."""
-    found: dict[str, Run] = {}
+    """The finished runs of an experiment that have weights."""
+    runs: dict[str, Run] = {}
     for folder in (name, *former):
         for record in read_each(sorted((out / "checkpoints" / folder).glob("*.json"))):
             run = Run(name, record.spec, out, former)
             if isinstance(record, Finished) and run.weights.exists():
-                found.setdefault(run.id, run)
-    return [found[each] for each in sorted(found)]
+                runs.setdefault(run.id, run)
+    return [runs[run_id] for run_id in sorted(runs)]

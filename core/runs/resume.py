@@ -1,4 +1,4 @@
-"""Resume points: all that a run needs to go on bit for bit, and when not to go on.
+"""Resume points: all that a run needs to go on exactly, and the cases in which it must not go on.
 
 A resume point holds the flat state of a run, {"opt/exp_avg/1.weight": tensor, ...}, and its history.
 """
@@ -23,8 +23,8 @@ from core.store import delete
 
 KEEP = 2
 REMEDY = "the rest would not be the same bits; --resume-anyway goes on all the same, --force starts anew"
-NONE = -1.0  # for None in the history, which has no negative numbers
-COLUMNS = Epoch.__struct_fields__  # the history is kept as a tensor: in the header, that of a long run has no room
+NONE = -1.0  # stands for None in the history, which has no negative numbers
+COLUMNS = Epoch.__struct_fields__  # of the history, which is a tensor: the header has no room for that of a long run
 
 
 class ResumeError(UserError):
@@ -32,10 +32,10 @@ class ResumeError(UserError):
 
 
 class Restored(NamedTuple):
-    """Where a run was left.
+    """The contents of a resume point.
 
     Attributes:
-        mode: of the step, as it goes on.
+        mode: of the step with which the run goes on.
         inexact: what decides the bits and has changed since, in words; None if nothing.
     """
 
@@ -48,7 +48,7 @@ class Restored(NamedTuple):
 
 
 def save(run: Run, state: dict[str, Tensor], history: list[Epoch], about: ResumePoint) -> None:
-    """Write the resume point of a flat state, and delete all but the newest two; raises core.store.StoreError."""
+    """Write a resume point of a flat state, and delete all but the newest two. Raises core.store.StoreError."""
     values = [[NONE if v is None else v for v in msgspec.structs.astuple(entry)] for entry in history]
     rows = torch.tensor(values, dtype=torch.float64)
     tensors = {**state, "history": rows.view(-1, len(COLUMNS))}
@@ -65,41 +65,41 @@ def newest(
     on_damage: Callable[[str], None],
     last: int | None = None,
 ) -> Restored | None:
-    """The newest good resume point; None if there are none.
+    """The newest resume point that is not damaged; None if there are no resume points.
 
     Args:
-        last: leave out those after this step.
-        about, state: those of the run that wants to go on; `state` is flat.
+        about, state: of the run that is to go on; `state` is flat.
         exact: refuse to go on if the bits would differ from those of an uninterrupted run.
-        on_damage: called with a sentence for each damaged one.
+        on_damage: called with a sentence for each damaged resume point.
+        last: ignore resume points after this step.
 
     Raises:
-        ResumeError: it belongs to other data; or to another spec, or a machine or software whose bits differ, with
-            `exact`; or to another version of this program; or all of them are damaged.
+        ResumeError: it belongs to other data or to another version of this program; with `exact`, to another spec, or
+            to a machine or software with other bits; or all resume points are damaged.
     """
-    bad = []
+    damaged = []
     for path in run.resume_points():
         if last is not None and step_of(path) > last:
             continue
         try:
             found = _load(path, about, state, steps_per_epoch)
-        except OtherVersion as error:  # which may go on from it
+        except OtherVersion as error:  # that version may still go on from it
             raise ResumeError(f"{error}; go on with that version, or start anew with --force") from None
         except CheckpointError as error:
             on_damage(f"{error}; looking for the one before")
-            bad.append(path)
+            damaged.append(path)
             continue
         if found.inexact and exact:
             raise ResumeError(f"{path} was made with {found.inexact}: {REMEDY}")
-        delete(*bad)  # so that the two that are kept are good
+        delete(*damaged)  # else one of them could be one of the two that are kept
         return found
-    if bad:
+    if damaged:
         raise ResumeError(f"every resume point of {about.name} is damaged; --force starts anew")
     return None
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a resume point; -1 if it has none."""
+    """The step in the name of a resume point; -1 if there is none."""
     digits = path.name.split(".step-")[1].split(".")[0]
     return int(digits) if digits.isdecimal() and len(digits) <= 10 else -1
 
@@ -121,7 +121,7 @@ def _load(path: Path, about: About, state: dict[str, Tensor], steps_per_epoch: i
         raise ResumeError(f"{path} was made with other data ({found.data}, now {about.data}): --force starts anew")
     mode, now = Mode.parse(found.environment.mode), about.environment
     if mode.kind == "eager" or Mode.parse(now.mode) == COMPILED:
-        # An eager run can go on anywhere. Whether the step is compiled with patches will be seen when it is compiled.
+        # An eager run can go on in any mode. Only compiling shows whether the patches can be applied.
         now = msgspec.structs.replace(now, mode=found.environment.mode)
     changed = ["another spec"] if canonical(found.spec) != canonical(about.spec) else []
     changed += filter(None, [difference(found.environment, now)])
@@ -129,7 +129,7 @@ def _load(path: Path, about: About, state: dict[str, Tensor], steps_per_epoch: i
 
 
 def _check_sums(tensors: dict[str, Tensor], progress: Progress, steps: int, batch_size: int) -> None:
-    """Raise ValueError unless the sums can be those of the first `steps` steps of an epoch."""
+    """Raise ValueError if the sums cannot be those of the first `steps` steps of an epoch."""
     loss, correct = tensors["metrics/loss"].item(), tensors["metrics/correct"].item()
     if not (0 <= loss <= 1e300 and 0 <= correct <= steps * batch_size and progress.timed <= steps):
         raise ValueError(f"its sums are not those of {steps} steps")

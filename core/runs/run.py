@@ -27,11 +27,11 @@ def former_of(name: str, former: Mapping[str, str]) -> tuple[str, ...]:
 
 
 class OtherData(UserError):
-    """A run has a result, but of other data; the message says where."""
+    """A run has a result of other data; the message names the file."""
 
 
 class OtherCode(UserError):
-    """A run has a result, but of other code; the message says how to replace it."""
+    """A run has a result of other code; the message says how to replace it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,10 +40,10 @@ class Run:
 
     Attributes:
         name: of the experiment.
-        spec: what is trained; resolved here.
+        spec: may lack keys that have their default; it is resolved here.
         out: the folder of results.md and checkpoints/.
-        former: earlier names of the experiment. Weights or a record that lie only under such a name are those of the
-            run; everything new goes under `name`.
+        former: earlier names of the experiment. The run reads weights and a record from there if `name` has none. It
+            writes only under `name`.
 
     Raises:
         core.errors.UserError: the name cannot name an experiment, or the spec is not valid (core.spec.SpecError).
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The run in a line of output."""
+        """The run in messages."""
         return f"{self.name} seed {self.seed}"
 
     @cached_property
@@ -85,7 +85,7 @@ class Run:
         return self._existing(f"{self.id}.json")
 
     def _existing(self, file: str) -> Path:
-        """The file in the folder of the run, unless it exists only in that of a former name."""
+        """A file of the run; in the folder of a former name if it exists only there."""
         if self.former and not os.path.lexists(self.folder / file):
             for name in self.former:
                 if os.path.lexists(self.folder.with_name(name) / file):
@@ -109,7 +109,7 @@ class Run:
         return sorted(self.folder.glob(f"{self.id}.step-*.safetensors"), reverse=True)
 
     def lock(self):
-        """Keep the run for this process. Raises Held if another process has it, and not only to tidy up."""
+        """Lock the run for this process. Raises Held if another process trains it."""
         return locked(self.folder / f"{self.id}.lock", self.folder / f"{self.id}.owner", timeout=1)
 
     def read(self) -> Record | None:
@@ -145,7 +145,7 @@ class Run:
             OtherData, OtherCode: the result is of other data, or of code that gives other numbers. RecordError: as
                 `result`.
         """
-        result = self.result()  # first, since a search reads all names of a folder, which may hold 10,000 runs
+        result = self.result()  # first: the search below reads the names of all files of a folder
         if result is None:
             return None
         if self.resume_points() if in_progress is None else (self.name, self.id) in in_progress:

@@ -164,11 +164,11 @@ def run_cohort(
     data_name, mode = identity.data_identity(data), Mode("compiled" if compiled else "eager")
     with _failing([]):
         data = loader.place(data, device)
-    tell = Listeners(listeners)
+    listener = Listeners(listeners)
     sessions = []
     for run in runs:
         loader.check(data, run.spec)
-        sessions.append(Session(run, data, data_name, device, tell, mode))
+        sessions.append(Session(run, data, data_name, device, listener, mode))
     shapes = {(static_key(run.spec), run.spec["epochs"]) for run in runs}
     if len(shapes) > 1 or len({run.record for run in runs}) < len(runs):
         raise SpecError("these runs cannot be trained together: they differ in shape or epochs, or one is given twice")
@@ -189,8 +189,7 @@ def run_cohort(
                 at = session.begin(exact, last, len(left))
                 todo[at, session.training.mode.kind].append(session)
             for together in todo.values():
-                with _failing(together):
-                    _train(together, should_stop, checkpoint_every, exact)
+                _train(together, should_stop, checkpoint_every, exact)
         return [cast(Record | Stopped, session.result) for session in sessions]
 
 
@@ -265,19 +264,21 @@ class Session:
         result: the record, or `Stopped`; None while the run is trained.
     """
 
-    def __init__(self, run: Run, data: Data, data_name: str, device: torch.device, tell: Listeners, mode: Mode) -> None:
+    def __init__(
+        self, run: Run, data: Data, data_name: str, device: torch.device, listener: Listener, mode: Mode
+    ) -> None:
         """`data_name`: the identity of `data`."""
         self.run, self.spec = run, run.spec
         self.data, self.data_name, self.device = data, data_name, device
         self.mode, self.environment = mode, environment(device, mode, reads_bfloat16(run.spec))
-        self.listeners = tell
+        self.listener = listener
         self.history: list[Epoch] = []
         self.progress = Progress()
         self.saved = 0
         self.result: Record | Stopped | None = None
 
     def tell(self, event: Event) -> None:
-        self.listeners(self.run, event)
+        self.listener(self.run, event)
 
     def about(self) -> dict[str, Any]:
         """The description of the run that each of its files contains."""

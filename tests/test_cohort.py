@@ -14,7 +14,7 @@ from core.mode import Mode
 from core.runs import resume
 from core.runs.record import Failed, Finished, write_record
 from core.runs.run import Run
-from core.session import run_cohort
+from core.session import TooLarge, run_cohort
 from core.spec import SpecError, resolve
 from core.train import Training, stack
 from tests.conftest import Events
@@ -163,6 +163,22 @@ def test_what_was_in_another_cohort_goes_on_and_says_so(together, runs, tmp_path
     assert records[0] == alone
     assert not any(record.exact for record in records)
     assert records[1].environment.mode == "eager, cohort of 2"
+
+
+def test_memory_that_lacks_for_one_of_several_steps_is_no_failure_of_the_run(runs, tmp_path, invented, monkeypatch):
+    """The others, which stand at other steps, are in memory, too. Alone it may fit."""
+    left = iter(range(25))  # two resume points, so that it does not begin anew with the other
+    run_cohort(runs[:1], invented, "cpu", (), lambda: next(left, None) is None, **EAGER)
+
+    def fit(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(session, "fit", fit)
+    with pytest.raises(TooLarge, match="2 runs together"):
+        run_cohort(runs[:2], invented, "cpu", **EAGER)
+    assert not any(run.record.exists() for run in runs)
+    [alone] = run_cohort(runs[:1], invented, "cpu", **EAGER)
+    assert (type(alone), alone.error) == (Failed, "out of memory on cpu")
 
 
 def test_runs_that_differ_in_shape_or_epochs_are_refused(small_spec, tmp_path, invented):

@@ -17,8 +17,8 @@ def parse(argv: list[str], project: Project) -> argparse.Namespace:
     parsers = top.add_subparsers(dest="command")
     for command in commands.ALL:
         command.add_parser(parsers, project).set_defaults(execute=command.execute)
-    named = argv[:1] and argv[0] in (*parsers.choices, "-h", "--help")
-    args, more = top.parse_known_args(argv if named else ["run", *argv])
+    has_command = argv[:1] and argv[0] in (*parsers.choices, "-h", "--help")
+    args, more = top.parse_known_args(argv if has_command else ["run", *argv])
     if more:  # argparse takes no names after options, as in: run baseline --epochs 3 lr=0.1
         key = "names" if hasattr(args, "names") else "checkpoints"
         if unknown := [word for word in more if word.startswith("-") or not hasattr(args, key)]:

@@ -326,8 +326,8 @@ def train(
                 for run in group:
                     listener(run, Started(len(group)))
                 if group:
-                    named = [(run.name, run.spec) for run in group]
-                    tasks[task.remote(tuple(SOFTWARE), named, stored, chosen, compiled)] = group, locks
+                    specs = [(run.name, run.spec) for run in group]
+                    tasks[task.remote(tuple(SOFTWARE), specs, stored, chosen, compiled)] = group, locks
                 else:
                     locks.close()
             if not at_once or not tasks:

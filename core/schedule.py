@@ -102,12 +102,12 @@ def one_after_another(train: Callable[..., Sequence[T | Stopped]]) -> Executor[T
 def groups(runs: Iterable[Run], size: int) -> list[Group]:
     """The runs in groups of at most `size` that can be trained together (see core.session.run_cohort), in the order of
     the first run of each."""
-    found: list[list[Run]] = []
+    result: list[list[Run]] = []
     growing: dict[Any, list[Run]] = {}
     for run in runs:
         key = static_key(run.spec), run.spec["epochs"]
         if len(growing.get(key, [])) % size == 0:
             growing[key] = []
-            found.append(growing[key])
+            result.append(growing[key])
         growing[key].append(run)
-    return list(found)
+    return list(result)

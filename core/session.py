@@ -387,9 +387,9 @@ class Session:
         training = self.training
         # In evaluation mode, unlike the train numbers of the history. No other code reads the test split.
         answers = {split: training.answers(split) for split in training.splits}
-        metrics = {split: Metrics(**step.summary(found)) for split, found in answers.items()}
+        metrics = {split: Metrics(**step.summary(answer)) for split, answer in answers.items()}
         flipped = {s: Metrics(**step.summary(training.answers(s, flip=True))) for s in answers if s != "train"}
-        losses = [(split, found.loss) for each in (metrics, flipped) for split, found in each.items()]
+        losses = [(split, measured.loss) for each in (metrics, flipped) for split, measured in each.items()]
         training.check_finite({f"{split} loss": torch.tensor(loss) for split, loss in losses})
         splits = Splits(metrics["train"], metrics.get("validation"), metrics["test"])
         weights = training.weights

@@ -90,7 +90,7 @@ def interrupted(stop: Any, tally: Tally, again: str) -> None:
     if stop.runs:
         run, *others = stop.runs
         where = f"after step {stop.step} of {stop.total}, which is saved" if stop.step else "before its first step"
-        more = f"; so did {len(others)} with it" if others else ""
+        more = f"; so did {len(others)} others" if others else ""
         warn(f"{run.label} stopped {where}{more}; {again}")
     elif tally.done:
         warn(f"stopped between two runs, {tally.done:,} of {tally.total:,} done; {again}")
@@ -205,8 +205,8 @@ def prediction(path: Path, classes: Sequence[str], likeliest: Sequence[tuple[int
 
 def prediction_as_json(path: Path, classes: Sequence[str], likeliest: Sequence[tuple[int, float]]) -> None:
     """Print the same as one line of JSON."""
-    found = [{"class": classes[i], "probability": probability} for i, probability in likeliest]
-    print(json.dumps({"image": str(path), "classes": found}))
+    probabilities = [{"class": classes[i], "probability": probability} for i, probability in likeliest]
+    print(json.dumps({"image": str(path), "classes": probabilities}))
 
 
 def evaluation_as_json(path: Path, about: Any, evaluated: Any) -> None:

@@ -59,7 +59,7 @@ def verify(
         return Verification(run, recorded, again, False, None)
     reason = difference(recorded.environment, again.environment)
     if not recorded.exact:
-        reason = "gone on from a resume point, not exactly"
+        reason = "been resumed, and not exactly"
     return Verification(run, recorded, again, recorded.digest == again.digest, reason)
 
 

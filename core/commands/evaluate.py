@@ -36,13 +36,13 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     if args.checkpoints:
         paths = [options.weights(args, project, word) for word in args.checkpoints]
     else:
-        found = sorted((args.out / "checkpoints").glob("*/*.safetensors"))
-        paths = [path for path in found if ".step-" not in path.name]
+        files = sorted((args.out / "checkpoints").glob("*/*.safetensors"))
+        paths = [path for path in files if ".step-" not in path.name]
     if not paths:
         raise UserError(f"no checkpoint under {args.out / 'checkpoints'}; `uv run main.py` trains some")
     status, source = 0, options.source(args)
     good: dict[str, list[Path]] = defaultdict(list)  # by their data set
-    for path in paths:  # a bad one is found before the data is read; all at once might be more than memory holds
+    for path in paths:  # before the data is read, and one at a time: memory may not hold all
         try:
             about = predict.load(path).about
             predict.recorded(path)

@@ -74,7 +74,7 @@ def training() -> Parser:
 
 def which() -> Parser:
     parser = Parser(add_help=False, parents=[shared()])
-    parser.add_argument("--seed", type=int, metavar="N", help="of the network that is named, by default the first")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the run, by default the first")
     return parser
 
 

@@ -68,4 +68,4 @@ def show(verification: "Verification") -> None:
         verdict = "the same bits" if verification.same else "DIFFERENT bits"
         say(f"{label}: {verdict}: {again.digest}, recorded {recorded.digest}")
         if not verification.same and verification.reason:
-            say(f"{label}: this was to be expected, since the recorded run had {verification.reason}")
+            say(f"{label}: this was to be expected: the recorded run had {verification.reason}")

@@ -82,17 +82,17 @@ def newest(
         if last is not None and step_of(path) > last:
             continue
         try:
-            found = _load(path, about, state, steps_per_epoch)
+            point = _load(path, about, state, steps_per_epoch)
         except OtherVersion as error:  # that version may still go on from it
             raise ResumeError(f"{error}; go on with that version, or start anew with --force") from None
         except CheckpointError as error:
             on_damage(f"{error}; looking for the one before")
             damaged.append(path)
             continue
-        if found.inexact and exact:
-            raise ResumeError(f"{path} was made with {found.inexact}: {REMEDY}")
+        if point.inexact and exact:
+            raise ResumeError(f"{path} was made with {point.inexact}: {REMEDY}")
         delete(*damaged)  # else one of them could be one of the two that are kept
-        return found
+        return point
     if damaged:
         raise ResumeError(f"every resume point of {about.name} is damaged; --force starts anew")
     return None
@@ -108,24 +108,24 @@ def _load(path: Path, about: About, state: dict[str, Tensor], steps_per_epoch: i
     step = step_of(path)
     rows = step // steps_per_epoch, len(COLUMNS)
     shapes = {**checkpoint.shapes_of(state), "history": (rows, torch.float64)}
-    tensors, found = checkpoint.load(path, ResumePoint, lambda _: shapes)
+    tensors, saved = checkpoint.load(path, ResumePoint, lambda _: shapes)
     try:
         if int(tensors["step"]) != step or step > about.spec["epochs"] * steps_per_epoch:
             raise ValueError(f"it holds step {int(tensors['step'])}")
-        _check_sums(tensors, found.progress, (step - 1) % steps_per_epoch + 1, about.spec["batch_size"])
+        _check_sums(tensors, saved.progress, (step - 1) % steps_per_epoch + 1, about.spec["batch_size"])
         history = _history(tensors.pop("history").tolist())
         check_history(history, len(history), about.spec)
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
-    if found.data != about.data:
-        raise ResumeError(f"{path} was made with other data ({found.data}, now {about.data}): --force starts anew")
-    mode, now = Mode.parse(found.environment.mode), about.environment
+    if saved.data != about.data:
+        raise ResumeError(f"{path} was made with other data ({saved.data}, now {about.data}): --force starts anew")
+    mode, now = Mode.parse(saved.environment.mode), about.environment
     if mode.kind == "eager" or Mode.parse(now.mode) == COMPILED:
         # An eager run can go on in any mode. Only compiling shows whether the patches can be applied.
-        now = msgspec.structs.replace(now, mode=found.environment.mode)
-    changed = ["another spec"] if canonical(found.spec) != canonical(about.spec) else []
-    changed += filter(None, [difference(found.environment, now)])
-    return Restored(step, tensors, history, found.progress, Mode.parse(now.mode), ", ".join(changed) or None)
+        now = msgspec.structs.replace(now, mode=saved.environment.mode)
+    changed = ["another spec"] if canonical(saved.spec) != canonical(about.spec) else []
+    changed += filter(None, [difference(saved.environment, now)])
+    return Restored(step, tensors, history, saved.progress, Mode.parse(now.mode), ", ".join(changed) or None)
 
 
 def _check_sums(tensors: dict[str, Tensor], progress: Progress, steps: int, batch_size: int) -> None:
@@ -137,5 +137,5 @@ def _check_sums(tensors: dict[str, Tensor], progress: Progress, steps: int, batc
 
 def _history(rows: list[list[float]]) -> list[Epoch]:
     """Epochs from rows of floats."""
-    named = [{k: None if v == NONE else v for k, v in zip(COLUMNS, row, strict=True)} for row in rows]
-    return [msgspec.convert(entry, Epoch, strict=False) for entry in named]
+    entries = [{k: None if v == NONE else v for k, v in zip(COLUMNS, row, strict=True)} for row in rows]
+    return [msgspec.convert(entry, Epoch, strict=False) for entry in entries]

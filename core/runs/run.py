@@ -94,7 +94,7 @@ class Run:
 
     @property
     def target(self) -> "Run":
-        """The run without its former names: what is written never replaces a file under one of these."""
+        """The run without its former names. New files are written there, so that old ones stay."""
         return dataclasses.replace(self, former=())
 
     @property

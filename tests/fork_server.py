@@ -55,7 +55,7 @@ def child(argv, stdout, stderr, data, env, whole, pictures, threads, patch):
         exec(patch, {})
         status = main.main(argv)
         if status == worker.STOPPED:
-            worker._leave()  # as when main.py ends: work that goes on in the background leaves nothing behind
+            worker._end_process()  # as when main.py ends: work that goes on in the background leaves nothing behind
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

@@ -10,8 +10,8 @@ import shutil
 import signal
 import stat
 from collections.abc import Callable, Iterator
-from io import BufferedReader
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock, Timeout
 
@@ -22,6 +22,8 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 # What file systems answer that cannot sync a folder, or reserve room.
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 NO_RESERVE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has neither this nor pipes in folders
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +37,14 @@ class Held(UserError):
 
 
 @contextlib.contextmanager
-def open_file(path: Path, limit: int) -> Iterator[BufferedReader]:
+def open_file(path: Path, limit: int) -> Iterator[IO[bytes]]:
     """Open a regular file of at most `limit` bytes, to read it.
 
     Raises:
         OSError: It cannot be opened. ValueError: It is no regular file, or larger.
     """
     # A pipe would wait for a writer.
-    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is not a regular file")
@@ -74,12 +76,19 @@ def atomic_write(path: Path, *parts: bytes | memoryview, check: Callable[[Path],
             os.fsync(file.fileno())
         check(temporary)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            with _unless(NO_SYNC):
-                os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the new name of a file survive a power cut, where folders can be opened: on Windows they cannot."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        with _unless(NO_SYNC):
+            os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def reserve(path: Path, size: int, count: int) -> None:

@@ -154,7 +154,7 @@ def test_the_listener_in_the_docs_works(runs, invented, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("core.data.cifar10.load", lambda folder: invented)
     source = source.replace('"epochs": 5', '"epochs": 1, "widths": [8], "batch_size": 100')
-    exec(source.replace(', "trials", data', ', "trials", data, "cpu"'), {})
+    exec(source.replace(', "trials", data', ', "trials", data, "cpu", compiled=False'), {})
     lines = Path("epochs.csv").read_text().splitlines()
     assert lines[0].startswith("small,0,1,")
 

@@ -114,10 +114,12 @@ def _check_trusted(descriptor: int) -> None:
     """Raise PermissionError if a file cannot be loaded as a library, or if anybody but this user, root and the owner of
     this code can change it. Some network drives show all files as another user's, or as writable by everybody."""
     status = os.fstat(descriptor)
+    if not hasattr(os, "geteuid"):  # on Windows, the mode says nothing
+        return
     if status.st_uid not in (os.geteuid(), 0, os.stat(__file__).st_uid) or status.st_mode & 0o022:
         raise PermissionError(errno.EPERM, "other users can change the files there")
-    noexec = getattr(os, "ST_NOEXEC", 0)
-    if noexec and os.fstatvfs(descriptor).f_flag & noexec:
+    statvfs = getattr(os, "fstatvfs", None)
+    if statvfs and statvfs(descriptor).f_flag & getattr(os, "ST_NOEXEC", 0):
         raise PermissionError(errno.EACCES, "it is mounted noexec, so no compiled step can be loaded from there")
 
 
@@ -299,7 +301,7 @@ def _keep_freed_memory() -> None:
     """Make glibc keep the buffers that a step frees. Otherwise the next step maps them again: 7,000 page faults, up to
     a fifth of the time at batch 512."""
     trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt(3)
-    with contextlib.suppress(AttributeError, OSError):  # It is another C library.
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # It is another C library, or Windows.
         libc = ctypes.CDLL(None)
         libc.malloc_trim(0)  # gives back the 80 MB that reading the data has left
         libc.mallopt(trim_threshold, 1 << 30)

@@ -5,15 +5,15 @@ of the whole file with that field full of zeros: of every tensor, of the metadat
 """
 
 import hashlib
-import io
 import json
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import msgspec
+import psutil
 import safetensors
 import safetensors.torch
 import torch
@@ -25,7 +25,7 @@ from core.store import StoreError, atomic_write, open_file
 
 KEY, ZEROS = "cifar10-mlp", "0" * 64
 MAX_HEADER, MAX_BYTES = 1 << 18, 1 << 40
-MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes in this machine
+MEMORY = psutil.virtual_memory().total  # bytes
 NEVER_NEGATIVE = {"running_var", "num_batches_tracked", "exp_avg_sq"}  # parts of the names of tensors
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.bfloat16: "BF16"}
 
@@ -107,7 +107,7 @@ def load(path: Path, schema: type[Schema], template: Callable[[Schema], Shapes])
         raise CheckpointError(f"{path} is damaged or not a checkpoint of this program: {reason[:300]}") from None
 
 
-def _read(file: io.BufferedReader) -> tuple[bytes, dict[str, Any]]:
+def _read(file: IO[bytes]) -> tuple[bytes, dict[str, Any]]:
     """The bytes of a file and our metadata in them, if every byte is as it was written."""
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)

@@ -442,7 +442,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(filled):
     path = filled / cifar10.ARCHIVE.folder / "batches.meta"
     path.unlink()
     path.mkdir()
-    with pytest.raises(DataError, match=rf"^cannot read {path}: it is not a regular file; move it away \(mv [^\n]*$"):
+    with pytest.raises(DataError, match=rf"^cannot read {path}: Is a directory; move it away \(mv [^\n]*$"):
         cifar10.load(filled)
 
 
@@ -450,9 +450,9 @@ def test_a_folder_in_the_place_of_a_file_is_refused(filled):
 def test_what_is_unpickled_are_the_bytes_that_were_hashed(filled, monkeypatch):
     """A file that changes between the two must not slip through: it is opened once."""
     opened: list[str] = []
-    real = os.open
+    real, real_open = os.open, open
     monkeypatch.setattr(os, "open", lambda path, *rest: (opened.append(Path(path).name), real(path, *rest))[1])
-    monkeypatch.setattr("builtins.open", lambda file, *rest: os.fdopen(file, *rest))  # an int, or else it fails
+    monkeypatch.setattr("builtins.open", lambda *how, opener: real_open(*how, opener=opener))  # os.open, or it fails
     cifar10.read(filled)
     assert sorted(opened) == sorted(cifar10.ARCHIVE.files)
 

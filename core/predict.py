@@ -143,7 +143,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
 
 
 @isolated()
-def likeliest(network: Network, image: Tensor | np.ndarray, count: int = 3) -> list[tuple[int, float]]:
+def top_k(network: Network, image: Tensor | np.ndarray, count: int = 3) -> list[tuple[int, float]]:
     """The most likely classes of one image, uint8 `shape`, and their probabilities, the most likely first.
 
     Raises:

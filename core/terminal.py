@@ -198,14 +198,14 @@ def evaluation(path: Path, about: Any, evaluated: Any) -> None:
     say(f"  {least}" + ", ".join(f"{label} {100 * hit / count:.1f}%" for label, hit, count in classes))
 
 
-def prediction(path: Path, classes: Sequence[str], likeliest: Sequence[tuple[int, float]]) -> None:
-    """Print classes of an image with their probabilities, as core.predict.likeliest returns them."""
-    say(f"{path}: " + ", ".join(f"{classes[i]} {stats.percent(probability)}" for i, probability in likeliest))
+def prediction(path: Path, classes: Sequence[str], top_k: Sequence[tuple[int, float]]) -> None:
+    """Print classes of an image with their probabilities, as core.predict.top_k returns them."""
+    say(f"{path}: " + ", ".join(f"{classes[i]} {stats.percent(probability)}" for i, probability in top_k))
 
 
-def prediction_as_json(path: Path, classes: Sequence[str], likeliest: Sequence[tuple[int, float]]) -> None:
+def prediction_as_json(path: Path, classes: Sequence[str], top_k: Sequence[tuple[int, float]]) -> None:
     """Print the same as one line of JSON."""
-    probabilities = [{"class": classes[i], "probability": probability} for i, probability in likeliest]
+    probabilities = [{"class": classes[i], "probability": probability} for i, probability in top_k]
     print(json.dumps({"image": str(path), "classes": probabilities}))
 
 

@@ -363,7 +363,7 @@ def test_an_entry_in_the_registry_is_all_that_a_data_set_needs(grey, tmp_path, c
     Image.new("RGB", (50, 50), "white").save(tmp_path / "white.png")
     from core import images
 
-    assert predict.likeliest(net, images.read(tmp_path / "white.png", GREY.shape))[0][0] == 1
+    assert predict.top_k(net, images.read(tmp_path / "white.png", GREY.shape))[0][0] == 1
 
 
 def test_augmentation_of_another_shape_is_refused(grey, tmp_path):

@@ -174,13 +174,13 @@ def test_no_switch_changes_what_a_network_answers(network, invented, switch):
         found = predict.load(path)
         again = found(invented.test_images)
         evaluation = predict.evaluate(path, found, invented)
-        top = predict.likeliest(found, invented.test_images[0].view(3, 32, 32))
+        top = predict.top_k(found, invented.test_images[0].view(3, 32, 32))
         assert state() == before
     assert again.dtype == torch.float32
     assert torch.equal(again, logits)
     assert evaluation.found == evaluated
     assert evaluation.same
-    assert top == predict.likeliest(predict.load(path), invented.test_images[0].view(3, 32, 32))
+    assert top == predict.top_k(predict.load(path), invented.test_images[0].view(3, 32, 32))
 
 
 @contextlib.contextmanager

@@ -111,7 +111,7 @@ def test_images_are_tensors_or_arrays_in_either_shape(saved, invented):
         assert torch.equal(network(same), expected)
         assert network.evaluate(same, labels.numpy()) == evaluated
     assert network(images[:0]).shape == (0, 10)
-    assert predict.likeliest(network, pictures[0].numpy()) == predict.likeliest(network, pictures[0])
+    assert predict.top_k(network, pictures[0].numpy()) == predict.top_k(network, pictures[0])
 
 
 def test_a_network_can_be_compiled_and_differentiated(saved, invented):

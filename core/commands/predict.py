@@ -33,7 +33,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     status = 0
     for path in paths:
         try:
-            show(path, classes, predict.likeliest(network, images.read(path, network.info.shape)))
+            show(path, classes, predict.top_k(network, images.read(path, network.info.shape)))
         except images.ImageError as error:
             warn(f"error: {error}")
             status = 2

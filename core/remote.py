@@ -345,7 +345,7 @@ def train(
                         if isinstance(error, WorkerLost) and len(group) == 1:
                             deaths[group[0]] += 1
                             if deaths[group[0]] == DEATHS:
-                                failed = _failed(group[0], data_name, chosen, compiled, str(error))
+                                failed = _failed(group[0], data_name, data.info, chosen, compiled, str(error))
                                 yield end(group[0], keep(group[0], failed, b"", started))
                                 continue
                         # One by one, and at the end, when other tasks have freed their memory.
@@ -381,13 +381,12 @@ def _result(ray: Any, ended: Any) -> list[Trained]:
     return result
 
 
-def _failed(run: Run, data: str, device: str, compiled: bool, reason: str) -> Failed:
+def _failed(run: Run, data: str, info: DataInfo, device: str, compiled: bool, reason: str) -> Failed:
     """The record of a run that has lost `DEATHS` workers. Their machines are not known here."""
     here = environment(torch.device("cpu"), Mode("compiled" if compiled else "eager"))
     unknown = replace(here, device=device, hardware="unknown", device_name="unknown", threads=1)
     error = f"the worker died {DEATHS} times while it trained this run; {reason}"
-    about: dict[str, Any] = {"name": run.name, "spec": run.spec, "spec_id": run.id, "seed": run.seed, "data": data}
-    return Failed(**about, environment=unknown, error=error)
+    return Failed(**run.about(data, info, unknown), error=error)
 
 
 def _device(asked: str, resources: dict[str, float]) -> str:

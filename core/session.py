@@ -281,16 +281,8 @@ class Session:
         self.listener(self.run, event)
 
     def about(self) -> dict[str, Any]:
-        """The description of the run that each of its files contains."""
-        return {
-            "name": self.run.name,
-            "spec": self.spec,
-            "spec_id": self.run.id,
-            "seed": self.run.seed,
-            "data": self.data_name,
-            "environment": self.environment,
-            "info": UNSET if self.spec["dataset"] == "cifar10" else self.data.info,
-        }
+        """See `Run.about`."""
+        return self.run.about(self.data_name, self.data.info, self.environment)
 
     def begin(self, exact: bool, last: int | None, count: int) -> int:
         """Prepare to train from the newest undamaged resume point, or from the start; returns the step.

@@ -20,6 +20,7 @@ import safetensors.torch
 from msgspec.structs import replace
 
 from core import cli, remote
+from core.data import datasets
 from core.data.identity import data_identity
 from core.errors import UserError
 from core.runs.record import Failed, Finished, decode, encode, read_record, read_records
@@ -520,6 +521,20 @@ def test_a_run_that_diverges_or_kills_its_workers_has_failed_and_the_others_go_o
     assert ended[0].error.startswith("the worker died 3 times while it trained this run")
     assert {record.seed: record for record in read_records(tmp_path)} == ended
     assert not list(tmp_path.glob("checkpoints/x/*.lock.owner"))
+
+
+def test_a_run_of_another_data_set_that_kills_its_workers_has_failed(cluster_of, small_spec, tmp_path):
+    """Its record has the classes, as every file of such a run has."""
+
+    def fate(label, attempt):
+        raise ERRORS.WorkerCrashedError
+
+    cluster_of(fate)
+    run = Run("x", small_spec(epochs=1, dataset="synthetic"), tmp_path)
+    [record] = remote.train([[run]], datasets.load("synthetic", tmp_path), compiled=False)
+    assert isinstance(record, Failed)
+    assert record.info == datasets.get("synthetic").info
+    assert read_record(run.record) == record
 
 
 def test_a_node_that_is_lost_does_not_count(cluster_of, small_spec, invented, tmp_path):

@@ -11,11 +11,12 @@ import shlex
 from collections.abc import Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from core.code_hash import CODE, same_numbers
 from core.errors import UserError
-from core.runs.record import Finished, Record, RecordError, check_name, read_record
-from core.spec import Spec, resolve, spec_id
+from core.runs.record import UNSET, Environment, Finished, Record, RecordError, check_name, read_record
+from core.spec import DataInfo, Spec, resolve, spec_id
 from core.store import local, locked
 
 InProgress = Set[tuple[str, str]]  # runs that have resume points, by name and id
@@ -71,6 +72,23 @@ class Run:
     @cached_property
     def id(self) -> str:
         return spec_id(self.spec)
+
+    def about(self, data: str, info: DataInfo, environment: Environment) -> dict[str, Any]:
+        """The description of the run that each of its files contains: the keys of core.runs.record.About.
+
+        Args:
+            data: the identity of the data; see core.data.identity.
+            info: of the data set. Files of CIFAR-10 do not have it.
+        """
+        return {
+            "name": self.name,
+            "spec": self.spec,
+            "spec_id": self.id,
+            "seed": self.seed,
+            "data": data,
+            "environment": environment,
+            "info": UNSET if self.spec["dataset"] == "cifar10" else info,
+        }
 
     @property
     def folder(self) -> Path:

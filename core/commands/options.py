@@ -1,18 +1,23 @@
 """Options that several commands share, and their meaning."""
 
 import argparse
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from core import plan, terminal
 from core.data import datasets
 from core.data.datasets import Source
+from core.data.tensors import Data
 from core.errors import UserError
 from core.plan import Project
 from core.runs import files
 from core.runs.run import Run, former_of
 from core.store import local
+
+if TYPE_CHECKING:
+    import torch
 
 KEYS = ("epochs", "batch_size", "lr", "precision", "seed")  # keys of a spec that are options, too
 
@@ -99,6 +104,13 @@ def chosen(args: argparse.Namespace, project: Project, source: Source) -> list[R
 def source(args: argparse.Namespace) -> Source:
     """Where the data of this call comes from."""
     return Source(args.data, args.data_url, args.data_folder, args.test_share, terminal.fetching)
+
+
+def data_on_device(args: argparse.Namespace, source: Source) -> "Callable[[str], tuple[Data, torch.device]]":
+    """A function from the name of a data set to its data on the device of this call. Each is loaded once."""
+    from core.session import prepare  # it imports torch
+
+    return functools.cache(lambda name: prepare(args.device, lambda: source.load(name)))
 
 
 def weights(args: argparse.Namespace, project: Project, word: str) -> Path:

@@ -1,7 +1,6 @@
 """run: train what is not finished yet, and rebuild results.md."""
 
 import argparse
-import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -172,7 +171,7 @@ def executor(args: argparse.Namespace, source: Source, stop: Stop) -> "Executor[
     def here(groups: "Sequence[Group]", listener: Listener, should_stop: "ShouldStop") -> "Iterator[Result[Record]]":
         with stop.quick_imports():
             from core import schedule, session
-        on_device = functools.cache(lambda name: session.prepare(args.device, lambda: source.load(name)))
+        on_device = options.data_on_device(args, source)
         settings = {
             "compiled": not args.no_compile,
             "checkpoint_every": args.checkpoint_every,

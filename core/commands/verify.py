@@ -1,7 +1,6 @@
 """verify: trains finished runs again in a temporary folder and compares the bits of the weights."""
 
 import argparse
-import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ def add_parser(commands: argparse._SubParsersAction, project: Project) -> argpar
 def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     """Returns 1 if the bits are different."""
     with stop.quick_imports():
-        from core import schedule, session
+        from core import schedule
         from core.verify import Verification, check_finished, verify
 
         source = options.source(args)
@@ -41,7 +40,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     def executor(
         groups: Sequence[schedule.Group], listener: Listener, should_stop: schedule.ShouldStop
     ) -> Iterator["schedule.Result[Verification]"]:
-        on_device = functools.cache(lambda name: session.prepare(args.device, lambda: source.load(name)))
+        on_device = options.data_on_device(args, source)
 
         def again(group: schedule.Group, **how: Any) -> list["Verification | Stopped"]:
             data, device = on_device(group[0].spec["dataset"])

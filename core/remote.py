@@ -33,7 +33,7 @@ from core.runs import record as records
 from core.runs.checkout import keep_diff
 from core.runs.files import in_progress
 from core.runs.provenance import environment
-from core.runs.record import Failed, Finished, Record
+from core.runs.record import Failed, Finished, Partial, Record
 from core.runs.run import InProgress, Run
 from core.schedule import Group, Skipped
 from core.session import TooLarge, run_cohort
@@ -414,6 +414,8 @@ def check(run: Run, trained: Trained, data: str, sizes: Callable[[str], list[int
     """
     try:
         record = records.decode(trained.record)
+        if isinstance(record, Partial):
+            raise ValueError("it is not trained to its end")
         returned: dict[str, Any] = {
             "name": record.name,
             "id": record.spec_id,

@@ -46,6 +46,7 @@ from core.runs.record import (
     Finished,
     Flipped,
     Metrics,
+    Partial,
     Progress,
     Record,
     ResumePoint,
@@ -97,8 +98,8 @@ def run_experiment(
         The other arguments: see `run_cohort`.
 
     Returns:
-        The record, which is also on disk: Finished, or Failed if the run diverged or memory ran out. `Stopped` if
-        `should_stop` returned true.
+        The record, which is also on disk: Finished, Failed if the run diverged or memory ran out, or Partial if it fell
+        behind. `Stopped` if `should_stop` returned true.
 
     Raises:
         What `run_cohort` raises.
@@ -119,6 +120,7 @@ def run_cohort(
     checkpoint_every: int = 1,
     force: bool = False,
     exact: bool = True,
+    falls_behind: Callable[[Run, Sequence[Epoch]], bool] = lambda run, history: False,
 ) -> list[Record | Stopped]:
     """Train runs together: each step is one call for all of them. Every run has the files that it would have alone, and
     the numbers within rounding (tests/test_cohort.py). One that diverges does not stop the others.
@@ -138,6 +140,8 @@ def run_cohort(
         exact: refuse to go on from a resume point if the bits would differ from those of an uninterrupted run. Without
             it, the run goes on and its record says so. The same holds, even with `exact`, for a run that was in
             another cohort.
+        falls_behind: asked after each epoch with the history so far. If it returns true before the last epoch, the runs
+            that are trained together end there, each with a `Partial` record and one resume point.
 
     Returns:
         The records, in the order of `runs`; `Stopped` in place of the record of a run that was stopped.
@@ -189,7 +193,7 @@ def run_cohort(
                 at = session.begin(exact, last, len(left))
                 todo[at, session.training.mode.kind].append(session)
             for together in todo.values():
-                _train(together, should_stop, checkpoint_every, exact)
+                _train(together, should_stop, checkpoint_every, exact, falls_behind)
         return [cast(Record | Stopped, session.result) for session in sessions]
 
 
@@ -232,18 +236,31 @@ def _failing(sessions: list["Session"]) -> Iterator[None]:
             session.fail(f"out of memory on {session.device}")
 
 
-def _train(sessions: list["Session"], should_stop: Callable[[], bool], checkpoint_every: int, exact: bool) -> None:
+def _train(
+    sessions: list["Session"],
+    should_stop: Callable[[], bool],
+    checkpoint_every: int,
+    exact: bool,
+    falls_behind: Callable[[Run, Sequence[Epoch]], bool],
+) -> None:
     """Train runs that are at the same step to their ends."""
     for session in sessions:
         session.join(len(sessions))
     by_training = {id(session.training): session for session in sessions}
     resumed = any(session.saved for session in sessions)
+
+    def should_end() -> bool:
+        return sessions[0].behind or should_stop()
+
     try:
         trainings = [session.training for session in sessions]
-        for training, event in fit(trainings, should_stop, may_change_mode=not (exact and resumed)):
+        for training, event in fit(trainings, should_end, may_change_mode=not (exact and resumed)):
             session = by_training[id(training)]
             try:
                 session.handle(event, checkpoint_every)
+                if isinstance(event, EpochDone) and falls_behind(session.run, session.history):
+                    for each in sessions:
+                        each.behind = True
             except NotFinite as error:
                 session.fail(str(error))
     except CompileError as error:
@@ -261,6 +278,7 @@ class Session:
 
     Attributes:
         saved: the step of the newest resume point.
+        behind: whether the run ends now, without a result.
         result: the record, or `Stopped`; None while the run is trained.
     """
 
@@ -274,7 +292,7 @@ class Session:
         self.listener = listener
         self.history: list[Epoch] = []
         self.progress = Progress()
-        self.saved = 0
+        self.saved, self.behind = 0, False
         self.result: Record | Stopped | None = None
 
     def tell(self, event: Event) -> None:
@@ -359,6 +377,10 @@ class Session:
                 if training.step > self.saved:
                     training.check_finite()
                     self.save()
+                if self.behind:
+                    self.end_without_result(Partial(**self.about(), history=self.history))
+                    delete(*self.run.resume_points()[1:])
+                    return
                 self.result = event
         self.tell(event)
 
@@ -404,8 +426,11 @@ class Session:
         self.end(record)
 
     def fail(self, reason: str) -> None:
-        """End with a record of the failure. It does not replace an earlier result."""
-        record = Failed(**self.about(), error=reason)
+        """End with a record of the failure."""
+        self.end_without_result(Failed(**self.about(), error=reason))
+
+    def end_without_result(self, record: Failed | Partial) -> None:
+        """End with a record that does not replace an earlier result."""
         if not self.run.result():
             self.write(record)
         self.end(record)

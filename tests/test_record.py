@@ -22,7 +22,7 @@ from core.session import run_experiment
 from core.spec import spec_id
 from tests.conftest import EXPERIMENTS, ROOT, lacking
 from tests.test_experiments import OFFICIAL
-from tests.test_report import answered, failed, make
+from tests.test_report import answered, failed, make, partial
 
 FINISHED, FAILED, ANSWERED = (
     json.loads(encode(record)) for record in (make("x", epochs=2), failed("x"), answered(make("x")))
@@ -85,7 +85,9 @@ def refusal(path):
 
 
 @pytest.mark.parametrize(
-    "record", [make("x"), answered(make("x")), failed("x")], ids=["finished", "with answers", "failed"]
+    "record",
+    [make("x"), answered(make("x")), failed("x"), partial("x")],
+    ids=["finished", "with answers", "failed", "partial"],
 )
 def test_a_record_comes_back(tmp_path, record):
     run = Run("x", record.spec, tmp_path)

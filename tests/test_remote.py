@@ -458,7 +458,8 @@ def test_a_result_that_is_none_is_refused(returned, invented):
             remote.check(run, trained._replace(weights=weights), named, sizes)
     longer = json.loads(trained.record)
     longer["history"] = {key: [*column, 2] for key, column in longer["history"].items()}
-    for bad in (b"{}", b"", json.dumps(longer).encode()):
+    stopped = {**json.loads(trained.record), "status": "partial"}
+    for bad in (b"{}", b"", json.dumps(longer).encode(), json.dumps(stopped).encode()):
         with pytest.raises(remote.ClusterError, match="a worker returned no result of x"):
             remote.check(run, trained._replace(record=bad), named, sizes)
 

@@ -22,7 +22,7 @@ from core.data.archive import Archive
 from core.errors import UserError
 from core.report import best_run, markdown, plots, published, rebuild, stats, tables
 from core.report.catalog import Catalog
-from core.runs.record import UNSET, Answers, Failed, Finished, Flipped, Mistake, decode, encode
+from core.runs.record import UNSET, Answers, Failed, Finished, Flipped, Mistake, Partial, decode, encode
 from core.spec import FIELDS, SpecError, resolve, spec_id
 from core.store import StoreError
 
@@ -109,6 +109,13 @@ def answered(record, turn=0):
     wrong = np.flatnonzero(~right)[:12].tolist()
     mistakes = [Mistake(i, i % 10, (i + 1) % 10, round(0.99 - 0.01 * k, 6)) for k, i in enumerate(wrong)]
     return replace(record, answers=Answers(np.packbits(right).tobytes(), confusion, mistakes))
+
+
+def partial(name, epochs=1, **changes):
+    """The record of a run that fell behind after some of its epochs."""
+    run = make(name, **changes)
+    about = {key: getattr(run, key) for key in ("name", "spec", "spec_id", "data", "environment", "seed")}
+    return Partial(**about, history=run.history[:epochs])
 
 
 def write(out, records):
@@ -512,6 +519,15 @@ def test_a_failed_run_claims_no_number():
     assert [line for line in text.splitlines() if "lr-1e-3" in line] == [
         "lr-1e-3, seed 0, failed: the loss is NaN since step 7 (epoch 1)."
     ]
+
+
+def test_a_run_that_fell_behind_is_a_row_and_no_result():
+    """Neither is it a failure."""
+    records = [*THREE, partial("lr-1e-3", lr=2e-3)]
+    assert markdown.markdown(records, SUITES) == markdown.markdown(THREE, SUITES)
+    rows = csv.DictReader(io.StringIO(tables.results_csv(records, stats.results(records))))
+    [row] = [row for row in rows if row["status"] == "partial"]
+    assert (row["lr"], row["validation_accuracy"], row["error"]) == ("0.002", "", "")
 
 
 def test_failed_runs_alone_make_a_report(tmp_path):

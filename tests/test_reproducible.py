@@ -17,7 +17,7 @@ from core.events import EpochDone, ModeChanged, Notice, Stopped
 from core.mode import COMPILED, Mode
 from core.runs import checkpoint
 from core.runs.provenance import environment
-from core.runs.record import ResumePoint, read_record
+from core.runs.record import Partial, ResumePoint, read_record
 from core.runs.resume import KEEP, ResumeError
 from core.runs.run import Run
 from core.session import run_experiment
@@ -287,6 +287,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(train, after):
     assert timeless[0] == timeless[1]
     assert again.exact
     assert not train.run("cut").resume_points()
+
+
+def test_a_run_that_fell_behind_goes_on_as_the_uninterrupted_one(train):
+    events = Events()
+    record = train("cut", listeners=[events], falls_behind=lambda run, history: len(history) == 2, checkpoint_every=3)
+    assert events.kinds() == ["Started", "FirstStep", "EpochDone", "EpochDone", "Ended"]
+    assert record == read_record(train.run("cut").record)
+    assert [entry.epoch for entry in record.history] == [1, 2]
+    assert train.run("cut").resume_points() == [train.run("cut").resume_point(30)]
+    again = train("cut", falls_behind=lambda run, history: len(history) == 3)
+    assert again.digest == train.whole().digest
+    assert read_record(train.run("cut").record) == again
+    again = train("cut", falls_behind=lambda run, history: True, force=True)
+    assert isinstance(again, Partial)
+    assert read_record(train.run("cut").record).digest == train.whole().digest, "a result is not replaced"
 
 
 def test_a_stop_before_the_first_step_leaves_nothing(train):

@@ -152,7 +152,7 @@ class Display:
         self.tally.add(record, counted)
         if isinstance(record, Failed):
             warn(f"{run.label} failed: {record.error}")
-        elif self.tally.several:
+        elif isinstance(record, Finished) and self.tally.several:
             validation, test = record.metrics.validation, stats.percent(record.metrics.test.accuracy)
             accuracy = f"validation {stats.percent(validation.accuracy)}, test {test}" if validation else f"test {test}"
             if self.on_cluster:

@@ -12,7 +12,7 @@ from core.report import best_run, comparisons, plots, published, stats, tables, 
 from core.report.catalog import Catalog
 from core.report.plots import Picture
 from core.report.stats import Group, Results
-from core.runs.record import Finished, Record
+from core.runs.record import Failed, Finished, Record
 from core.spec import SpecError, resolve
 
 HEADER = "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit."
@@ -121,10 +121,10 @@ def problems(records: list[Record], results: Results) -> str:
     """Which runs failed, are not exact, or are not compared?"""
     failures, inexact = [], []
     for r in records:
-        if not isinstance(r, Finished):
+        if isinstance(r, Failed):
             other = "" if results.has(r) else " (other code or data)"
             failures.append(f"{r.name}, seed {r.seed}, failed{other}: {r.error}.\n")
-        elif not r.exact:
+        elif isinstance(r, Finished) and not r.exact:
             inexact.append(
                 f"{r.name}, seed {r.seed}, is not exact: it went on from a resume point where its bits are not those "
                 "of an uninterrupted run (--resume-anyway, or in another cohort).\n"

@@ -12,7 +12,7 @@ import msgspec
 
 from core.report import plots, stats, text
 from core.report.stats import Results
-from core.runs.record import Environment, Finished, Record
+from core.runs.record import Environment, Failed, Finished, Record
 from core.spec import FIELDS
 
 RESULTS_CSV = "checkpoints/results.csv"
@@ -26,7 +26,7 @@ def _metric(split: str, what: str) -> Callable[[Finished], Any]:
     return lambda r: getattr(getattr(r.metrics, split), what, "")
 
 
-# The measurements of a finished run, by heading. A failed run has empty cells.
+# The measurements of a finished run, by heading. Every other run has empty cells.
 MEASUREMENTS: dict[str, Callable[[Finished], Any]] = {
     **{f"{s}_{what}": _metric(s, what) for s in ("train", "validation", "test") for what in ("accuracy", "loss")},
     "parameters": lambda r: r.parameters,
@@ -46,10 +46,8 @@ def results_csv(records: list[Record], results: Results) -> str:
 
 
 def _row(record: Record, current: bool) -> list[Any]:
-    if isinstance(record, Finished):
-        status, error, numbers = "finished", "", [measure(record) for measure in MEASUREMENTS.values()]
-    else:
-        status, error, numbers = "failed", record.error, [""] * len(MEASUREMENTS)
+    numbers = [measure(record) if isinstance(record, Finished) else "" for measure in MEASUREMENTS.values()]
+    status, error = record.__struct_config__.tag, record.error if isinstance(record, Failed) else ""
     spec = [stats.shown(v) if isinstance(v := record.spec[key], list) else v for key in FIELDS]
     environment = [getattr(record.environment, name) for name in ENVIRONMENT]
     return [record.name, record.spec_id, status, *spec, *numbers, *environment, record.data, current, error]

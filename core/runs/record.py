@@ -195,6 +195,16 @@ class Failed(About, tag_field="status", tag="failed"):
     error: Text
 
 
+class Partial(About, tag_field="status", tag="partial"):
+    """The record of a run that fell behind and was stopped after an epoch. Its resume point lets it go on to its end."""
+
+    history: Annotated[list[Epoch], Meta(min_length=1)]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_history(self.history, len(self.history), self.spec)
+
+
 class Finished(About, tag_field="status", tag="finished"):
     """The record of a run with its result.
 
@@ -268,10 +278,10 @@ class ResumePoint(About):
     progress: Progress
 
 
-Record = Finished | Failed
+Record = Finished | Partial | Failed
 
 # msgspec prepares a type when it is first used. Two threads that do so at once crash the process, so it is done here.
-for _each in (Finished, Failed, Weights, ResumePoint):
+for _each in (Finished, Partial, Failed, Weights, ResumePoint):
     msgspec.json.Decoder(_each)
 
 # Endings of other names in checkpoints/, beside the folders of experiments.

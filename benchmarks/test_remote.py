@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from benchmarks import harness
-from core import remote, session
+from core import remote, run_experiment, session
 from core.runs import record as records
 from core.runs.run import Run
 from core.spec import spec_id
@@ -26,7 +26,7 @@ def groups(count, out, **changes):
 def test_two_workers_against_one_process(data, tmp_path, benchmark, board):
     """Twelve small runs: two workers of one thread, and one process of as many threads as it takes. The step is
     compiled before."""
-    session.run_experiment("x", SMALL, tmp_path / "first", data, "cpu")
+    run_experiment("x", SMALL, tmp_path / "first", data, "cpu")
     begun = time.perf_counter()
     for group in groups(12, tmp_path / "here"):
         session.run_cohort(group, data, "cpu", checkpoint_every=10**9)
@@ -45,7 +45,7 @@ def test_two_workers_against_one_process(data, tmp_path, benchmark, board):
 def test_runs_that_end_at_once(data, tmp_path, benchmark, board, choose, monkeypatch):
     """The workers have nothing to do: they return one run under many names."""
     many, tiny = choose(10_000, 1_000), {"widths": [1], "epochs": 1}
-    record = session.run_experiment("x", {**SMALL, **tiny}, tmp_path / "one", data, "cpu", compiled=False)
+    record = run_experiment("x", {**SMALL, **tiny}, tmp_path / "one", data, "cpu", compiled=False)
     file = Run("x", record.spec, tmp_path / "one").weights.read_bytes()
     made = records.encode(record)
 

@@ -1,7 +1,12 @@
 """A functional training core for fully connected networks on CIFAR-10. DESIGN: imports point downward only."""
 
+import importlib
 import os
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from core.interactive import run_experiment as run_experiment
 
 # MKL then sums the products of a matrix in the same order with one thread as with two, at no cost in speed
 # (tests/test_reproducible.py). It is read at the first product; elsewhere than on a CPU it says nothing.
@@ -16,3 +21,14 @@ def _use_one_thread() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_use_one_thread)
+
+
+# What `from core import ...` offers beside the modules, and where it is. Each is imported when it is first asked for.
+OFFERED = {"run_experiment": "core.interactive"}
+
+if not TYPE_CHECKING:  # with it, a type checker would accept any name
+
+    def __getattr__(name: str) -> Any:
+        if name in OFFERED:
+            return getattr(importlib.import_module(OFFERED[name]), name)
+        raise AttributeError(f"module 'core' has no attribute {name!r}")

@@ -20,6 +20,7 @@ NOT_HASHED = (
     "events.py",
     "export.py",
     "images.py",
+    "interactive.py",
     "listeners",
     "mode.py",
     "plan.py",

@@ -1,10 +1,9 @@
-"""Trains runs, from their specs to their files. The command line, notebooks and workers all enter here."""
+"""Trains runs, from their specs to their files. The command line, core.interactive and workers all enter here."""
 
 import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -56,7 +55,7 @@ from core.runs.record import (
 )
 from core.runs.resume import KEEP, REMEDY, ResumeError
 from core.runs.run import Run
-from core.spec import Spec, SpecError, reads_bfloat16, static_key
+from core.spec import SpecError, reads_bfloat16, static_key
 from core.store import delete, reserve
 from core.train import NotFinite, Training, fit
 
@@ -78,34 +77,6 @@ def prepare(device: str, load_data: Callable[[], Data]) -> tuple[Data, torch.dev
     chosen = pick_device(device)
     with _failing([]):
         return loader.place(load_data(), chosen), chosen
-
-
-def run_experiment(
-    name: str,
-    spec: Spec,
-    out: str | Path,
-    data: Data,
-    device: str | torch.device = "auto",
-    listeners: Iterable[Listener] = (),
-    should_stop: Callable[[], bool] = lambda: False,
-    **options: Any,
-) -> Record | Stopped:
-    """Train an experiment to its end. A run in progress is resumed; a finished run is not trained again.
-
-    Args:
-        name: of the experiment. The files go to the folder `out`/checkpoints/`name`.
-        spec: the keys of the spec that differ from the defaults.
-        The other arguments: see `run_cohort`.
-
-    Returns:
-        The record, which is also on disk: Finished, Failed if the run diverged or memory ran out, or Partial if it fell
-        behind. `Stopped` if `should_stop` returned true.
-
-    Raises:
-        What `run_cohort` raises.
-    """
-    [result] = run_cohort([Run(name, spec, Path(out))], data, device, listeners, should_stop, **options)
-    return result
 
 
 @isolated()

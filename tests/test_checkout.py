@@ -10,13 +10,13 @@ import subprocess
 import pytest
 import torch
 
+from core import run_experiment
 from core.mode import Mode
 from core.runs import checkout, provenance
 from core.runs.checkout import Checkout, keep_diff, read
 from core.runs.files import sweep_all
 from core.runs.record import read_record, read_records
 from core.runs.run import Run
-from core.session import run_experiment
 
 SPEC = {"widths": [8], "epochs": 1, "batch_size": 100}
 

@@ -5,11 +5,10 @@ import shutil
 import msgspec
 import pytest
 
-from core import code_hash
+from core import code_hash, run_experiment
 from core.code_hash import CODE, SAME_NUMBERS, core_bytes_hash, same_numbers
 from core.runs.record import read_record, write_record
 from core.runs.run import OtherCode
-from core.session import run_experiment
 from core.spec import resolve, spec_id
 
 LISTED = ("0" * 12, "1" * 12)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import main
-from core import predict
+from core import predict, run_experiment
 from core.compile import fused
 from core.data import cifar100, datasets, folder, loader, synthetic
 from core.data.identity import data_identity
@@ -23,7 +23,6 @@ from core.report import plots
 from core.runs.checkpoint import CheckpointError
 from core.runs.record import decode, encode, read_record
 from core.runs.run import Run
-from core.session import run_experiment
 from core.spec import CIFAR10, DataInfo, SpecError, resolve, spec_id
 from tests.conftest import ROOT
 from tests.test_checkpoint import signed

@@ -5,13 +5,13 @@ and on CUDA where there is one (`pytest -m gpu tests benchmarks`).
 import pytest
 import torch
 
+from core import run_experiment
 from core.compile import fused
 from core.compile.device import to_device
 from core.events import Stopped
 from core.functional import step as steps
 from core.functional.tree import flatten
 from core.runs.run import Run
-from core.session import run_experiment
 from core.spec import static
 
 ON = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 
+from core import run_experiment
 from core.data import identity
 from core.data.cifar10 import DIRECTORY_HASH
 from core.data.identity import data_identity
@@ -13,7 +14,6 @@ from core.events import Stopped
 from core.runs.record import read_record
 from core.runs.resume import ResumeError
 from core.runs.run import OtherData, Run
-from core.session import run_experiment
 from core.verify import verify
 
 TINY = {"widths": [8], "epochs": 2, "batch_size": 100}

@@ -13,14 +13,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core import predict
+from core import predict, run_experiment
 from core.compile import isolation
 from core.compile.isolation import SettingError, check_threads, isolated
 from core.data import cifar10 as dataset
 from core.export import export
 from core.functional import model
 from core.runs.run import Run
-from core.session import run_experiment
 
 # Of all that a step can do, what is most sensitive: whitening, a second network for the average, products in bfloat16.
 SPEC = {

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from core import session
-from core.session import ForkError, run_experiment
+from core import run_experiment, session
+from core.session import ForkError
 
 TINY = {"widths": [8], "epochs": 1, "batch_size": 500}
 

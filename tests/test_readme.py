@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 
-from core import session
+import core
 from core.data import cifar10
 from core.runs.record import Failed
 from tests.conftest import ROOT
@@ -17,14 +17,14 @@ def test_the_notebook_of_the_readme(invented, tmp_path, monkeypatch, capsys):
     assert len([line for line in source.splitlines() if line]) <= 12
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cifar10, "load", lambda folder: invented)
-    real = session.run_experiment
+    real = core.run_experiment
 
     def run_experiment(name, spec, out, data):
         diverges = (spec["lr"], spec["seed"]) == (1e-3, 1)
         changes = {"epochs": 1, "lr": 1e38} if diverges else {"epochs": 1}
         return real(name, {**spec, **changes}, out, data, compiled=False)
 
-    monkeypatch.setattr(session, "run_experiment", run_experiment)
+    monkeypatch.setattr(core, "run_experiment", run_experiment)
     names = {}
     exec(source, names)
     best = names["best"]

@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 
+from core import run_experiment
 from core.runs.record import (
     MAX_BYTES,
     SCHEMA_VERSION,
@@ -18,7 +19,6 @@ from core.runs.record import (
     write_record,
 )
 from core.runs.run import Run
-from core.session import run_experiment
 from core.spec import spec_id
 from tests.conftest import EXPERIMENTS, ROOT, lacking
 from tests.test_experiments import OFFICIAL

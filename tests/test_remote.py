@@ -19,13 +19,13 @@ import pytest
 import safetensors.torch
 from msgspec.structs import replace
 
-from core import cli, remote
+from core import cli, remote, run_experiment
 from core.data import datasets
 from core.data.identity import data_identity
 from core.errors import UserError
 from core.runs.record import Failed, Finished, decode, encode, read_record, read_records
 from core.runs.run import Run
-from core.session import TooLarge, run_experiment
+from core.session import TooLarge
 from core.store import StoreError
 from main import PROJECT
 from tests.conftest import ROOT, lacking

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from core import run_experiment
 from core.compile import fused
 from core.errors import UserError
 from core.events import EpochDone, ModeChanged, Notice, Stopped
@@ -20,7 +21,6 @@ from core.runs.provenance import environment
 from core.runs.record import Partial, ResumePoint, read_record
 from core.runs.resume import KEEP, ResumeError
 from core.runs.run import Run
-from core.session import run_experiment
 from tests.conftest import EXPERIMENTS, MUON, ROOT, Events
 
 

@@ -17,7 +17,7 @@ from collections import namedtuple
 import pytest
 from PIL import Image
 
-from core import images, predict, store
+from core import images, predict, run_experiment, store
 from core.data import cifar10
 from core.errors import UserError
 from core.report.catalog import Catalog
@@ -25,7 +25,6 @@ from core.report.rebuild import rebuild
 from core.runs import checkpoint, files
 from core.runs.record import ResumePoint, read_record, read_records, write_record
 from core.runs.run import Run
-from core.session import run_experiment
 from core.store import Held, StoreError
 from core.verify import check_finished
 from tests.conftest import ROOT

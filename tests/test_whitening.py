@@ -5,12 +5,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from core import predict
+from core import predict, run_experiment
 from core.data.whitening import _principal_components, whitening
 from core.functional import augment, model, step
 from core.mode import Mode
 from core.runs import checkpoint
-from core.session import run_experiment
 from core.spec import resolve
 from core.train import Training, fit
 

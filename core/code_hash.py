@@ -15,6 +15,7 @@ NOT_HASHED = (
     "report",
     "cli.py",
     "commands",
+    "compare.py",
     "code_hash.py",
     "estimate.py",
     "events.py",

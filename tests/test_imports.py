@@ -14,7 +14,8 @@ RULES = {
     "data": {"errors", "store", "spec", "images"},  # images: for a folder of them
     "runs": {"code_hash", "errors", "mode", "store", "spec"},
     "compile": {"code_hash", "errors", "mode", "store", "spec", "functional"},
-    "report": {"code_hash", "errors", "store", "spec", "runs", "data"},  # data: its identity, classes, images
+    "compare": {"errors", "store", "spec", "runs"},
+    "report": {"code_hash", "compare", "errors", "store", "spec", "runs", "data"},  # identity, classes, images
     "events": {"mode", "runs"},
     "train": {"errors", "events", "mode", "spec", "functional", "data", "compile"},  # no files, so no runs; no terminal
     "predict": {"errors", "store", "spec", "functional", "data", "compile", "runs"},

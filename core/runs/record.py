@@ -194,6 +194,11 @@ class Failed(About, tag_field="status", tag="failed"):
 
     error: Text
 
+    @property
+    def diverged(self) -> bool:
+        """Whether a number became NaN or infinite. Any other failure, such as too little memory, is none of the run."""
+        return "NaN" in self.error
+
 
 class Partial(About, tag_field="status", tag="partial"):
     """The record of a run that fell behind and was stopped after an epoch. Its resume point lets it go on to its end."""

@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
     stop.importing = False
     try:
         args = cli.parse(argv, PROJECT)
+        terminal.console.stderr = getattr(args, "json", False)  # stdout has the results alone
         status = args.execute(args, PROJECT, stop)
         sys.stdout.flush()
         return status

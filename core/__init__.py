@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from core.interactive import run_experiment as run_experiment
+    from core.report.tables import histories as histories
+    from core.report.tables import records as records
 
 # MKL then sums the products of a matrix in the same order with one thread as with two, at no cost in speed
 # (tests/test_reproducible.py). It is read at the first product; elsewhere than on a CPU it says nothing.
@@ -24,7 +26,11 @@ if hasattr(os, "register_at_fork"):
 
 
 # What `from core import ...` offers beside the modules, and where it is. Each is imported when it is first asked for.
-OFFERED = {"run_experiment": "core.interactive"}
+OFFERED = {
+    "histories": "core.report.tables",
+    "records": "core.report.tables",
+    "run_experiment": "core.interactive",
+}
 
 if not TYPE_CHECKING:  # with it, a type checker would accept any name
 

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -18,6 +18,7 @@ from rich.table import Table
 from core.errors import UserError
 from core.estimate import Estimate
 from core.report import stats
+from core.runs.run import Run
 from core.spec import FIELDS
 from core.tally import Tally
 
@@ -138,6 +139,12 @@ def keys() -> None:
     console.print(grid)
 
 
+def keys_as_json() -> None:
+    """Print the same as a line of JSON for each key."""
+    for key, field in FIELDS.items():
+        as_json({"key": key, "default": field.default, "values": str(field.values), "meaning": field.meaning})
+
+
 def table(tally: Tally) -> None:
     """Print the results of the finished runs: a row for each experiment, the best ROWS if there are more."""
     names = list(tally.results) if len(tally.results) <= ROWS else tally.ranked()[:ROWS]
@@ -168,6 +175,18 @@ def table(tally: Tally) -> None:
         console.print(grid)
     if len(names) < len(tally.results):
         say(f"the best {ROWS} of {len(tally.results):,} experiments by validation accuracy")
+
+
+def as_json(line: Mapping[str, Any]) -> None:
+    """Print a result as one line of JSON on stdout; docs/json.md has the keys. Under `--json`, main.py sends all other
+    lines to stderr."""
+    print(json.dumps(line), flush=True)
+
+
+def estimate_as_json(run: Run, of: Estimate, **more: str) -> None:
+    """Print the estimate for a run as one line of JSON."""
+    numbers = {"estimated_seconds": of.seconds, "estimated_bytes": of.kept}
+    as_json({"experiment": run.name, "spec_id": run.id, **more, **run.spec, **numbers})
 
 
 def evaluation(path: Path, about: Any, evaluated: Any) -> None:
@@ -206,7 +225,7 @@ def prediction(path: Path, classes: Sequence[str], top_k: Sequence[tuple[int, fl
 def prediction_as_json(path: Path, classes: Sequence[str], top_k: Sequence[tuple[int, float]]) -> None:
     """Print the same as one line of JSON."""
     probabilities = [{"class": classes[i], "probability": probability} for i, probability in top_k]
-    print(json.dumps({"image": str(path), "classes": probabilities}))
+    as_json({"image": str(path), "classes": probabilities})
 
 
 def evaluation_as_json(path: Path, about: Any, evaluated: Any) -> None:
@@ -221,4 +240,4 @@ def evaluation_as_json(path: Path, about: Any, evaluated: Any) -> None:
         "tta": "flip" if evaluated.flip else "none",
         "recorded_test_accuracy": evaluated.recorded.accuracy if evaluated.recorded else None,
     }
-    print(json.dumps(line))
+    as_json(line)

@@ -16,6 +16,7 @@ from core.mode import Mode
 from core.plan import Project
 from core.report import stats
 from core.report.rebuild import prepare, rebuild
+from core.report.tables import row
 from core.runs import files
 from core.runs.record import Failed, Finished, Record, RecordError, read_records
 from core.runs.run import OtherCode, Run
@@ -66,6 +67,7 @@ def add_parser(commands: argparse._SubParsersAction, project: Project) -> argpar
     parser.add_argument("--checkpoint-every", type=int, default=1, metavar="N", help="epochs between resume points")
     parser.add_argument("--force", action="store_true", help="train again; the old result stays until then")
     parser.add_argument("--resume-anyway", action="store_true", help="resume even where the result is not exact")
+    parser.add_argument("--json", action="store_true", help="one JSON object a run, on stdout; messages go to stderr")
     parser.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard for TensorBoard")
     return parser
 
@@ -84,6 +86,8 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     for run, result in with_results(args, runs, source, tally):
         if result:
             tally.add(result)
+            if args.json:
+                terminal.as_json(row(result))
         else:
             todo.append(run)
     status = 0 if tally.done + len(todo) == len(runs) else 2
@@ -147,6 +151,8 @@ def train(args: argparse.Namespace, runs: list[Run], source: Source, tally: Tall
     with Display(tally, args.verbose, args.ray is not None) as display:
         listeners += [display, stop.listen]
         for result in schedule.train_all(runs, executor(args, source, stop), listeners, stop, args.cohort):
+            if args.json and isinstance(result, Record):
+                terminal.as_json(row(result))
             match result:
                 case Failed():
                     status = 1
@@ -220,11 +226,13 @@ def dry_run(args: argparse.Namespace, runs: list[Run], source: Source, stop: Sto
     mode = Mode("eager" if args.no_compile else "compiled")
     todo = []
     for run, result in with_results(args, runs, source, Tally(runs)):
-        if result:
-            say(f"{run.label}  {run.id}  finished")
-        else:
+        if not result:
             todo.append(run.spec)
-            say(f"{run.label}  {run.id}  {terminal.estimate(known.estimate([run.spec], mode))}")
+        estimated = known.estimate([] if result else [run.spec], mode)
+        if args.json:
+            terminal.estimate_as_json(run, estimated, status="finished" if result else "to train")
+        else:
+            say(f"{run.label}  {run.id}  {'finished' if result else terminal.estimate(estimated)}")
     total = terminal.estimate(known.estimate(todo, mode), while_trained=True)
     say(f"{len(runs):,} runs, {len(todo):,} to train: {total}")
     return 0

@@ -84,7 +84,14 @@ class Display:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *more
         # More than two refreshes a second would slow the training down.
         shown = console.is_terminal
-        self.bars = Progress(*columns, console=console, refresh_per_second=2, transient=True, disable=not shown)
+        self.bars = Progress(
+            *columns,
+            console=console,
+            refresh_per_second=2,
+            transient=True,
+            disable=not shown,
+            redirect_stdout=False,  # the bar may be on stderr, and JSON on stdout
+        )
         self.task = self.bars.add_task(description, **task)
         self.bars.start()
 

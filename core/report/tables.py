@@ -6,13 +6,14 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from core.report import plots, stats, text
 from core.report.stats import Results
-from core.runs.record import Environment, Failed, Finished, Record
+from core.runs.record import Environment, Failed, Finished, Record, read_records
 from core.spec import FIELDS
 
 RESULTS_CSV = "checkpoints/results.csv"
@@ -23,7 +24,7 @@ MAX_CURVE_ROWS = 50_000  # of learning-curves.csv, about: with very many experim
 
 
 def _metric(split: str, what: str) -> Callable[[Finished], Any]:
-    return lambda r: getattr(getattr(r.metrics, split), what, "")
+    return lambda r: getattr(getattr(r.metrics, split), what, None)
 
 
 # The measurements of a finished run, by heading. Every other run has empty cells.
@@ -36,21 +37,57 @@ MEASUREMENTS: dict[str, Callable[[Finished], Any]] = {
     "digest": lambda r: r.digest,
     "bitwise": lambda r: r.exact,
 }
-ENVIRONMENT = [field.name for field in msgspec.structs.fields(Environment)]
-HEADINGS = ("experiment", "spec_id", "status", *FIELDS, *MEASUREMENTS, *ENVIRONMENT, "data", "current", "error")
+HEADINGS = (
+    *("experiment", "spec_id", "status", *FIELDS, *MEASUREMENTS),
+    *(*Environment.__struct_fields__, "data", "current", "error"),
+)
+
+
+def row(record: Record) -> dict[str, Any]:
+    """A record as one flat dict; docs/json.md has its keys. What a record of its kind does not have is None."""
+    numbers = dict.fromkeys(MEASUREMENTS)
+    if isinstance(record, Finished):
+        numbers = {name: measure(record) for name, measure in MEASUREMENTS.items()}
+    return {
+        "experiment": record.name,
+        "spec_id": record.spec_id,
+        "status": record.__struct_config__.tag,
+        **record.spec,
+        **numbers,
+        **msgspec.structs.asdict(record.environment),
+        "data": record.data,
+        "error": record.error if isinstance(record, Failed) else None,
+    }
+
+
+def records(out: str | Path = ".") -> list[dict[str, Any]]:
+    """The records of all runs under `out`, each as `row` has it. `pandas.DataFrame(records())` is a frame of them.
+
+    A file that is not a record is skipped, with a warning in the log.
+    """
+    return [row(record) for record in read_records(out)]
+
+
+def histories(out: str | Path = ".") -> list[dict[str, Any]]:
+    """The epochs of all runs under `out`: a dict for each, with the experiment, the id and the seed of its run and what
+    core.runs.record.Epoch has. `pandas.DataFrame(histories())` is a frame of them. A failed run has no epochs.
+    """
+    return [
+        {"experiment": run.name, "spec_id": run.spec_id, "seed": run.seed, **msgspec.structs.asdict(epoch)}
+        for run in read_records(out)
+        if not isinstance(run, Failed)
+        for epoch in run.history
+    ]
 
 
 def results_csv(records: list[Record], results: Results) -> str:
     """A row for each run. `current` says whether its code and data are those that results.md compares."""
-    return _csv(HEADINGS, (_row(record, results.has(record)) for record in records))
+    rows = ({**row(record), "current": results.has(record)} for record in records)
+    return _csv(HEADINGS, ([_cell(each[key]) for key in HEADINGS] for each in rows))
 
 
-def _row(record: Record, current: bool) -> list[Any]:
-    numbers = [measure(record) if isinstance(record, Finished) else "" for measure in MEASUREMENTS.values()]
-    status, error = record.__struct_config__.tag, record.error if isinstance(record, Failed) else ""
-    spec = [stats.shown(v) if isinstance(v := record.spec[key], list) else v for key in FIELDS]
-    environment = [getattr(record.environment, name) for name in ENVIRONMENT]
-    return [record.name, record.spec_id, status, *spec, *numbers, *environment, record.data, current, error]
+def _cell(value: Any) -> Any:
+    return stats.shown(value) if isinstance(value, list) else value
 
 
 def curves_csv(results: Results) -> str:

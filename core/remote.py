@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import os
 import secrets
 import signal
@@ -12,7 +13,7 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,7 +267,7 @@ class Watch:
 
 
 def train(
-    groups: Sequence[Group],
+    groups: Iterable[Group],
     data: Data,
     address: str = LOCAL,
     device: str = "auto",
@@ -293,11 +294,16 @@ def train(
             a result of another run.
         core.store.StoreError: a file cannot be written.
     """
-    data_name, waiting = data_identity(data), deque(groups)
-    started = in_progress(groups[0][0].out) if groups else frozenset()
+    data_name, coming = data_identity(data), iter(groups)
+    waiting = deque(itertools.islice(coming, 1))
+    started = in_progress(waiting[0][0].out) if waiting else frozenset()
     sizes = functools.cache(functools.partial(split_sizes, data))
     tasks: dict[Any, tuple[list[Run], contextlib.ExitStack]] = {}  # with the locks of their runs
     deaths: Counter[Run] = Counter()  # of workers that were training the run
+
+    def more() -> bool:
+        waiting.extend(itertools.islice(coming, 0 if waiting else 1))
+        return bool(waiting)
 
     def end(run: Run, record: Record) -> Record:
         listener(run, Ended(record))
@@ -308,9 +314,9 @@ def train(
         task = ray.remote(num_cpus=1, num_gpus=int(chosen == "cuda"), max_retries=0)(by_value())
         stored = [ray.put([t.numpy() for t in data.tensors.values()]), data.info]
         watch = Watch(ray, chosen, on_notice)
-        while waiting or tasks:
+        while tasks or more():
             at_once = watch.at_once()
-            while waiting and len(tasks) < AHEAD * at_once:
+            while len(tasks) < AHEAD * at_once and more():
                 locks, group = held.enter_context(contextlib.ExitStack()), []
                 for run in waiting.popleft():
                     try:

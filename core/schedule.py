@@ -37,7 +37,7 @@ class Interrupted(NamedTuple):
 
 T = TypeVar("T")  # what an executor makes of a run: its record, or a core.verify.Verification
 Result: TypeAlias = T | Skipped | Interrupted
-Executor: TypeAlias = Callable[[Sequence[Group], Listener, ShouldStop], Iterator[Result[T]]]
+Executor: TypeAlias = Callable[[Iterable[Group], Listener, ShouldStop], Iterator[Result[T]]]
 
 
 def train_all(
@@ -50,6 +50,7 @@ def train_all(
     """Train runs and yield a result for each, as they end.
 
     Args:
+        runs: without cohorts, each is taken when there is room for it, so it may depend on earlier results.
         executor: trains groups of runs: `one_after_another`, or core.remote.train with its options.
         listeners: called with (run, event) for whatever happens; see core.events.
         should_stop: asked between two steps.
@@ -73,15 +74,14 @@ def one_after_another(train: Callable[..., Sequence[T | Stopped]]) -> Executor[T
             each run.
     """
 
-    def execute(groups: Sequence[Group], listener: Listener, should_stop: ShouldStop) -> Iterator[Result[T]]:
-        waiting = deque(groups)
-        while waiting:
-            group = waiting.popleft()
+    def execute(groups: Iterable[Group], listener: Listener, should_stop: ShouldStop) -> Iterator[Result[T]]:
+        alone, waiting = deque[Group](), iter(groups)
+        while group := alone.popleft() if alone else next(waiting, ()):
             try:
                 ended = train(group, listeners=[listener], should_stop=should_stop)
             except (Held, TooLarge) as error:
                 if len(group) > 1:  # some of them may succeed alone
-                    waiting.extendleft([run] for run in reversed(group))
+                    alone.extendleft([run] for run in reversed(group))
                 elif isinstance(error, Held):
                     yield Skipped(group[0], error)
                 else:
@@ -99,9 +99,11 @@ def one_after_another(train: Callable[..., Sequence[T | Stopped]]) -> Executor[T
     return execute
 
 
-def groups(runs: Iterable[Run], size: int) -> list[Group]:
+def groups(runs: Iterable[Run], size: int) -> Iterable[Group]:
     """The runs in groups of at most `size` that can be trained together (see core.session.run_cohort), in the order of
-    the first run of each."""
+    the first run of each. With the size 1, a run is not taken before its group is."""
+    if size == 1:
+        return ([run] for run in runs)
     result: list[list[Run]] = []
     growing: dict[Any, list[Run]] = {}
     for run in runs:
@@ -110,4 +112,4 @@ def groups(runs: Iterable[Run], size: int) -> list[Group]:
             growing[key] = []
             result.append(growing[key])
         growing[key].append(run)
-    return list(result)
+    return [*result]

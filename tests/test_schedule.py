@@ -213,3 +213,15 @@ def test_tensorboard_has_what_others_have_trained(small_spec, tmp_path, invented
     tags, _ = read(run)
     assert [step for step, _ in tags["loss/train"]] == [1, 2]
     assert "accuracy/validation" not in tags
+
+
+def test_a_run_may_depend_on_the_results_before_it(small_spec, invented, tmp_path):
+    seeds = []
+
+    def runs():
+        while sum(seeds) < 3:
+            yield Run("x", small_spec(epochs=1, seed=1 + len(seeds)), tmp_path)
+
+    for result in schedule.train_all(runs(), trains(invented)):
+        seeds.append(result.seed)
+    assert seeds == [1, 2]

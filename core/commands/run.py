@@ -1,8 +1,9 @@
 """run: train what is not finished yet, and rebuild results.md."""
 
 import argparse
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +149,8 @@ def train(args: argparse.Namespace, runs: list[Run], source: Source, tally: Tall
 
             listeners.append(TensorBoard(args.out))
     status = 0
+    if args.ray:  # one data set after the other
+        runs = sorted(runs, key=lambda run: run.spec["dataset"])
     with Display(tally, args.verbose, args.ray is not None) as display:
         listeners += [display, stop.listen]
         for result in schedule.train_all(runs, executor(args, source, stop), listeners, stop, args.cohort):
@@ -171,36 +174,41 @@ def train(args: argparse.Namespace, runs: list[Run], source: Source, tally: Tall
     return status
 
 
-def executor(args: argparse.Namespace, source: Source, stop: Stop) -> "Executor[Record]":
-    """Trains in this process or on a Ray cluster. A data set is loaded when its first run starts."""
+def executor(args: argparse.Namespace, source: Source, stop: Stop, **more: Any) -> "Executor[Record]":
+    """Trains in this process or on a Ray cluster. A data set is loaded when its first run starts.
 
-    def here(groups: "Sequence[Group]", listener: Listener, should_stop: "ShouldStop") -> "Iterator[Result[Record]]":
+    Args:
+        more: options of core.session.run_cohort for the runs of this process.
+    """
+
+    @functools.cache  # an executor may be called several times
+    def on_device() -> Any:
+        return options.data_on_device(args, source)
+
+    def here(groups: "Iterable[Group]", listener: Listener, should_stop: "ShouldStop") -> "Iterator[Result[Record]]":
         with stop.quick_imports():
             from core import schedule, session
-        on_device = options.data_on_device(args, source)
         settings = {
             "compiled": not args.no_compile,
             "checkpoint_every": args.checkpoint_every,
             "force": args.force,
             "exact": not args.resume_anyway,
+            **more,
         }
 
         def train(group: "Group", **how: Any) -> "Sequence[Record | Stopped]":
-            data, device = on_device(group[0].spec["dataset"])
+            data, device = on_device()(group[0].spec["dataset"])
             return session.run_cohort(group, data, device, **settings, **how)
 
         execute: Executor[Record] = schedule.one_after_another(train)
         return execute(groups, listener, should_stop)
 
     def on_cluster(
-        groups: "Sequence[Group]", listener: Listener, should_stop: "ShouldStop"
+        groups: "Iterable[Group]", listener: Listener, should_stop: "ShouldStop"
     ) -> "Iterator[Result[Record]]":
         with stop.quick_imports():
             from core import remote
-        by_dataset: dict[str, list[Group]] = defaultdict(list)
-        for group in groups:
-            by_dataset[group[0].spec["dataset"]].append(group)
-        for name, members in by_dataset.items():
+        for name, members in itertools.groupby(groups, lambda group: group[0].spec["dataset"]):
             data, compiled = source.load(name), not args.no_compile
             yield from remote.train(
                 members, data, args.ray, args.device, compiled, args.force, listener, on_notice=warn

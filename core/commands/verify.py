@@ -1,7 +1,7 @@
 """verify: trains finished runs again in a temporary folder and compares the bits of the weights."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from core.commands import options
@@ -38,7 +38,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
         check_finished(run, source.identity(run.spec["dataset"]))
 
     def executor(
-        groups: Sequence[schedule.Group], listener: Listener, should_stop: schedule.ShouldStop
+        groups: Iterable[schedule.Group], listener: Listener, should_stop: schedule.ShouldStop
     ) -> Iterator["schedule.Result[Verification]"]:
         on_device = options.data_on_device(args, source)
 

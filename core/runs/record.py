@@ -201,7 +201,7 @@ class Failed(About, tag_field="status", tag="failed"):
 
 
 class Partial(About, tag_field="status", tag="partial"):
-    """The record of a run that fell behind and was stopped after an epoch. Its resume point lets it go on to its end."""
+    """The record of a run that was stopped after an epoch because it fell behind. It can go on from there."""
 
     history: Annotated[list[Epoch], Meta(min_length=1)]
 

@@ -62,7 +62,7 @@ def _plain(node: Any) -> Any:
 
 
 CODE = code_hash(CORE)
-SAME_NUMBERS = frozenset(re.findall(r"^[0-9a-f]{12}\b", LIST.read_text(), re.MULTILINE))
+SAME_NUMBERS = frozenset(re.findall(r"^[0-9a-f]{12}\b", LIST.read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def same_numbers(code: str, other: str = CODE) -> bool:

@@ -100,11 +100,18 @@ def catalog(suites: Suites) -> dict[str, Experiments]:
     """Every name that may be used, with its experiments: those of a suite, of a grid, or just one.
 
     Raises:
-        UserError: a name has two meanings, a suite has no valid name, or a grid cannot be expanded.
+        UserError: a name has two meanings, or differs from another only in case; a suite has no valid name; or a grid
+            cannot be expanded.
     """
     names: dict[str, Experiments] = {}
+    written: dict[str, str] = {}  # each name, by itself in small letters
 
     def add(name: str, members: Experiments) -> None:
+        if (other := written.setdefault(name.lower(), name)) != name:
+            raise UserError(
+                f"the names {other} and {name} in experiments/ differ only in case, and Windows and macOS would keep "
+                "their files in one folder; rename one of them"
+            )
         if names.setdefault(name, members) != members:
             raise UserError(f"the name {name} stands for two different things in experiments/; rename one of them")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import platform
@@ -9,6 +10,7 @@ import re
 import shutil
 import signal
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -17,7 +19,8 @@ from filelock import FileLock, Timeout
 
 from core.errors import UserError
 
-PATIENCE = 1.0  # seconds to wait for a lock before a warning names its holder
+PATIENCE = 1.0  # seconds to wait for a lock before a warning names its holder, or for a file that is open elsewhere
+OPEN_ELSEWHERE = (5, 32, 33)  # of Windows: ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 # What file systems answer that cannot sync a folder, or reserve room.
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
@@ -75,8 +78,29 @@ def atomic_write(path: Path, *parts: bytes | memoryview, check: Callable[[Path],
             file.flush()
             os.fsync(file.fileno())
         check(temporary)
-        os.replace(temporary, path)
+        replace(temporary, path)
         _sync_folder(path.parent)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Give a file the name of another, which it replaces. Raises OSError."""
+    _until_closed(lambda: os.replace(source, target))
+
+
+def _until_closed(call: Callable[[], None]) -> None:
+    """Replace or delete a file. Windows refuses that while a program has the file open, and a virus scanner opens every
+    new file for a moment: it is tried again until PATIENCE is over."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return call()
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in OPEN_ELSEWHERE:
+                raise
+            if time.monotonic() > end:
+                reason = "another program has it open, or it is read-only"
+                raise PermissionError(errno.EACCES, reason) from None
+        time.sleep(0.02)
 
 
 def _sync_folder(path: Path) -> None:
@@ -138,7 +162,7 @@ def _temporary(path: Path) -> Iterator[Path]:
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            _until_closed(temporary.unlink)
 
 
 def local(path: str | Path) -> Path:
@@ -150,7 +174,7 @@ def delete(*paths: Path) -> None:
     """Delete those of the files that exist; StoreError if one cannot be deleted."""
     for path in paths:
         try:
-            path.unlink(missing_ok=True)
+            _until_closed(functools.partial(path.unlink, missing_ok=True))
         except OSError as error:
             raise StoreError(f"cannot delete {path}: {error.strerror or error}") from None
 
@@ -193,13 +217,13 @@ def locked(path: Path, owner: Path | None = None, timeout: float = -1) -> Iterat
     try:
         if owner is not None:
             with _temporary(owner) as temporary:  # It is not synced: after a power cut nobody holds the lock.
-                temporary.write_text(f"process {os.getpid()} on {platform.node()}\n")
-                os.replace(temporary, owner)
+                temporary.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+                replace(temporary, owner)
         yield
     finally:
         if owner is not None:
             with contextlib.suppress(OSError):
-                owner.unlink()
+                _until_closed(owner.unlink)
         lock.release()
 
 

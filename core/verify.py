@@ -50,7 +50,7 @@ def verify(
     """
     recorded = check_finished(run, data_identity(data))
     compiled = compiled and Mode.parse(recorded.environment.mode).kind != "eager"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         copy = dataclasses.replace(run, out=Path(folder))
         [again] = run_cohort([copy], data, device, listeners, should_stop, compiled=compiled, checkpoint_every=10**9)
     if isinstance(again, Stopped):

@@ -490,7 +490,7 @@ def test_a_record_that_cannot_be_read_costs_one_line_and_stops_nothing_else(call
     done = call("run", "smoke", "--seeds", 2, "--no-compile", "--force", "--epochs", 2, out=out, whole=False)
     assert done.returncode == 2
     refused, _ = done.stderr.splitlines()
-    assert refused.endswith(f"move that file away: mv {path} {path}.old")
+    assert refused.endswith(f"move that file to {path}.old")
     assert "smoke seed 0: validation" in done.stdout
     assert path.read_bytes() == before
     assert "(1 of 1 done" in done.stdout
@@ -676,8 +676,8 @@ def test_damaged_data(call, data_dir, tmp_path, damage):
         path.write_bytes(data[:-1] if damage == "truncated" else data[:-1] + b"!")
     done = call("run", "smoke", "--no-compile", "--data", tmp_path, "--out", tmp_path / "out")
     words = {
-        "truncated": ("has 157 bytes, expected 158", f"mv {path} "),
-        "altered": ("is altered", f"mv {path} "),
+        "truncated": ("has 157 bytes, expected 158", "move it to "),
+        "altered": ("is altered", "move it to "),
         "missing": ("lacks batches.meta", "--data-url"),
     }
     if damage == "missing":

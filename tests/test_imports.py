@@ -108,6 +108,19 @@ def test_only_the_terminal_and_main_print():
             assert "print" not in [call.id for call in calls if isinstance(call, ast.Name)], path
 
 
+def test_text_is_read_and_written_in_a_named_encoding():
+    """By default it is that of the system, which is not UTF-8 on Windows."""
+    for path in FILES:
+        for call in ast.walk(tree(path)):
+            if not isinstance(call, ast.Call):
+                continue
+            function, named = dotted(call.func).split(".")[-1], {each.arg for each in call.keywords}
+            is_text = function in ("read_text", "write_text") or "text" in named
+            if function == "fdopen" or (isinstance(call.func, ast.Name) and function == "open"):
+                is_text = not any("b" in str(getattr(mode, "value", "")) for mode in call.args[1:2])
+            assert not is_text or "encoding" in named, f"{path}:{call.lineno}"
+
+
 def test_what_answers_at_once_imports_no_torch():
     """`main.py --help`, `list --keys`, `report` and a refused argument need not wait for it."""
     seen, left = set(), [ROOT / "main.py"]

@@ -165,6 +165,22 @@ def test_a_suite_whose_picture_could_not_be_written_is_refused(suite):
         plan.catalog({suite: {"x": {}}})
 
 
+@pytest.mark.parametrize("name", ["con", "NUL", "aux.b", "Com1", "lpt9.lr=0.1", "x."])
+def test_names_that_windows_cannot_have_are_refused(name):
+    with pytest.raises(UserError, match=f"^'{name}' cannot name an experiment, as Windows has no files of that name"):
+        plan.runs({name: {}})
+    with pytest.raises(UserError, match="cannot name a suite"):
+        plan.catalog({name: {"x": {}}})
+    for good in (f"x{name}x", "console", "com10", "x.con"):
+        check_name(good)
+
+
+@pytest.mark.parametrize("suites", [{"s": {"Wide": {}, "wide": {}}}, {"s": {"Wide": {}}, "wide": {"x": {}}}])
+def test_names_that_differ_only_in_case_are_refused(suites):
+    with pytest.raises(UserError, match=r"the names (Wide|wide) and (Wide|wide) in experiments/ differ only in case"):
+        plan.catalog(suites)
+
+
 # Seeds
 
 

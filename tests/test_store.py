@@ -157,6 +157,56 @@ def test_a_file_that_only_its_owner_may_replace_is_known_beforehand(tmp_path, mo
     store.reserve(path, 1, 1)
 
 
+def busy(call, times, winerror=32):
+    """A call that fails so many times, as on Windows where a program has the file open."""
+    tries = []
+
+    def fails(*arguments, **options):
+        tries.append(arguments)
+        if len(tries) <= times:
+            error = PermissionError(errno.EACCES, "in use")
+            error.winerror = winerror
+            raise error
+        call(*arguments, **options)
+
+    return fails, tries
+
+
+@pytest.mark.parametrize("winerror", store.OPEN_ELSEWHERE)
+def test_a_file_that_a_virus_scanner_has_open_is_replaced_and_deleted_a_moment_later(tmp_path, monkeypatch, winerror):
+    path = tmp_path / "a"
+    for name in ("replace", "unlink"):
+        monkeypatch.setattr(os, name, busy(getattr(os, name), 3, winerror)[0])
+    store.atomic_write(path, b"new")
+    assert path.read_bytes() == b"new"
+    store.delete(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_stays_open_in_another_program_is_named(tmp_path, monkeypatch):
+    """As long as Excel shows results.csv."""
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(store, "PATIENCE", 0.05)
+    reason = "another program has it open, or it is read-only"
+    monkeypatch.setattr(os, "replace", busy(os.replace, 10**9)[0])
+    with pytest.raises(StoreError, match=f"^cannot write {path}: {reason}$"):
+        store.atomic_write(path, b"new")
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(os, "unlink", busy(os.unlink, 10**9)[0])
+    with pytest.raises(StoreError, match=f"^cannot delete {path}: {reason}$"):
+        store.delete(path)
+    assert path.read_bytes() == b"old"
+
+
+def test_what_may_not_be_replaced_is_not_tried_again(tmp_path, monkeypatch):
+    fails, tries = busy(os.replace, 10**9, winerror=None)  # no such attribute elsewhere than on Windows
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(StoreError, match="in use"):
+        store.atomic_write(tmp_path / "a", b"new")
+    assert len(tries) == 1
+
+
 # Locks
 
 
@@ -342,6 +392,18 @@ def test_resume_points_come_newest_first(run):
         run.resume_point(step).touch()
     steps = [int(path.name.split("-")[1].split(".")[0]) for path in run.resume_points()]
     assert steps == [2_250_000_000, 100_000_000, 99_999_999, 5]
+
+
+def test_an_experiment_beside_one_whose_name_differs_only_in_case_is_refused(run, tmp_path, invented):
+    """On Windows and macOS both would write into one folder; here a link makes it one."""
+    write_record(run.record, FINISHED)
+    said = f"^{run.folder} differs from the name X only in case"
+    with pytest.raises(UserError, match=said):
+        run_experiment("X", {"widths": [8]}, tmp_path, invented, "cpu", compiled=False)
+    assert not (tmp_path / "checkpoints" / "X").exists()
+    (tmp_path / "checkpoints" / "X").symlink_to(run.folder)
+    with pytest.raises(UserError, match=said):
+        Run("X", FINISHED.spec, tmp_path).finished(FINISHED.data)
 
 
 def test_a_run_is_finished_with_its_record_and_its_weights(run):

@@ -232,7 +232,7 @@ def parallel_builds(scratch: Path) -> Iterator[None]:
         build_now(builder)
 
     header = scratch / "wrapper.h"
-    header.write_text("#include <torch/csrc/inductor/aoti_include/cpu.h>\n")
+    header.write_text("#include <torch/csrc/inductor/aoti_include/cpu.h>\n", encoding="utf-8")
     with config.patch(options()):
         isa = cpu_vec_isa.pick_vec_isa()
         flags = cpp_builder.CppTorchDeviceOptions(

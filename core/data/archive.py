@@ -4,10 +4,8 @@ import base64
 import hashlib
 import http.client
 import io
-import os
 import pickle
 import re
-import shlex
 import shutil
 import tarfile
 import tempfile
@@ -19,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from core.data.tensors import DataError
-from core.store import locked, read_file
+from core.store import delete, locked, read_file, replace
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACKED = str(ROOT / "data.dvc")  # DVC takes a relative path from the current folder
@@ -98,7 +96,7 @@ class Archive(NamedTuple):
             lock, owner = (Path(f"{folder.resolve()}.{kind}") for kind in ("lock", "owner"))
             with locked(lock, owner):
                 for left in (folder / self.folder).glob("*.tmp"):  # by a killed process; DVC would not go on beside it
-                    left.unlink()
+                    delete(left)
                 self._fetch(folder, url, progress)
         except OSError as error:
             raise DataError(f"cannot write into {folder / self.folder}: {error.strerror or error}") from None
@@ -163,13 +161,13 @@ class Archive(NamedTuple):
                     temporary = target.with_name(name + ".tmp")
                     with member, open(temporary, "wb") as out:
                         shutil.copyfileobj(member, out)
-                    os.replace(temporary, target)
+                    replace(temporary, target)
 
 
 def _remedy(path: Path) -> str:
     # Out of the whole folder of the data: DVC does not fetch into one that holds other files.
     aside = path.parents[1].resolve().parent / f"{path.name}.old"
-    return f"move it away ({shlex.join(('mv', str(path), str(aside)))}) and run the command again to fetch it anew"
+    return f"move it to {aside} and run the command again to fetch it anew"
 
 
 def _dvc(command: Callable[[Any], Any]) -> str | None:

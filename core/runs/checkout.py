@@ -58,7 +58,7 @@ def read(root: Path) -> Checkout:
 
 def _diff(root: Path) -> bytes:
     """The changes of tracked files, and the new Python files, since the last commit."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         index = Path(folder) / "index"  # a copy, to which the new files are added
         shutil.copy(root / os.fsdecode(_git(root, "rev-parse", "--git-path", "index").rstrip(b"\n")), index)
         if new := _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *NEW):

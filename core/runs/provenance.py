@@ -93,6 +93,6 @@ def _instructions() -> str:
 def _cpuinfo(key: str) -> str:
     """A property of the first processor, as Linux names it; elsewhere the name of the processor."""
     with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith(key))
     return platform.processor() or platform.machine()

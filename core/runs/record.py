@@ -289,6 +289,9 @@ Record = Finished | Partial | Failed
 for _each in (Finished, Partial, Failed, Weights, ResumePoint):
     msgspec.json.Decoder(_each)
 
+# Windows has no files of these names, whatever their ending, and drops a dot at the end.
+NOT_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?|.*\.", re.IGNORECASE)
+
 # Endings of other names in checkpoints/, beside the folders of experiments.
 ENDINGS = (".csv", ".json", ".lock", ".owner", ".png", ".svg", ".tmp")
 
@@ -301,6 +304,8 @@ def check_name(name: str, what: str = "an experiment") -> None:
         raise UserError(
             f"{name!r} cannot name {what}, expected at most {MAX_NAME} letters, digits and _.+=-, no sign first"
         ) from None
+    if NOT_ON_WINDOWS.fullmatch(name):
+        raise UserError(f"{name!r} cannot name {what}, as Windows has no files of that name; choose another name")
     if name.lower().endswith(ENDINGS):
         raise UserError(
             f"{name!r} cannot name {what}, as files of the report end in {', '.join(ENDINGS)}; choose another name"

@@ -5,9 +5,9 @@ record), ID.diff.gz (uncommitted changes of the code, if there were any). While 
 ID.step-N.safetensors (resume points), ID.lock and ID.owner.
 """
 
+import contextlib
 import dataclasses
 import os
-import shlex
 from collections.abc import Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
@@ -127,8 +127,21 @@ class Run:
         return sorted(self.folder.glob(f"{self.id}.step-*.safetensors"), reverse=True)
 
     def lock(self):
-        """Lock the run for this process. Raises Held if another process trains it."""
+        """Lock the run for this process. Raises Held if another process trains it, UserError as `check_case`."""
+        self.check_case()
         return locked(self.folder / f"{self.id}.lock", self.folder / f"{self.id}.owner", timeout=1)
+
+    def check_case(self) -> None:
+        """Raise UserError if there is an experiment whose name differs from this one only in case."""
+        others: list[str] = []
+        with contextlib.suppress(OSError):  # it does not exist yet, or whoever writes there says what is wrong
+            others = os.listdir(self.folder.parent)
+        for other in others:
+            if other != self.name and other.lower() == self.name.lower():
+                raise UserError(
+                    f"{self.folder.with_name(other)} differs from the name {self.name} only in case, and Windows and "
+                    "macOS keep the files of both in one folder: choose another name, or another folder with --out"
+                )
 
     def read(self) -> Record | None:
         """The record, if there is one; see core.runs.record.read_record."""
@@ -143,12 +156,13 @@ class Run:
 
         Raises:
             RecordError: the record cannot be read. It may be the only copy of a result, so no run replaces it.
+            UserError: as `check_case`.
         """
         try:
             record = self.read()
         except RecordError as error:
-            aside = shlex.join(("mv", str(self.record), f"{self.record}.old"))
-            raise RecordError(f"{error}; to train it anew, move that file away: {aside}") from None
+            self.check_case()
+            raise RecordError(f"{error}; to train it anew, move that file to {self.record}.old") from None
         return record if isinstance(record, Finished) and self.weights.exists() else None
 
     def finished(self, data: str | None, in_progress: InProgress | None = None) -> Finished | None:

@@ -12,7 +12,7 @@ from core.errors import UserError
 from core.report.catalog import Catalog
 from core.runs.record import MAX_NAME, check_name
 from core.runs.run import Run, former_of
-from core.spec import FIELDS, Integers, SpecError, nearest, plain
+from core.spec import FIELDS, List, SpecError, nearest, plain
 
 LIMIT = 10_000  # runs of one call
 KEY = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
@@ -195,7 +195,7 @@ def parse_values(key: str, text: str) -> list[Any]:
     A text that is no valid value stays a text, which core.spec.resolve refuses.
     """
     allowed = FIELDS[key].values
-    return [allowed.parse(each) for each in text.split("/" if isinstance(allowed, Integers) else ",")]
+    return [allowed.parse(each) for each in text.split("/" if isinstance(allowed, List) else ",")]
 
 
 def parse_seeds(text: str) -> Sequence[int]:

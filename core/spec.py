@@ -157,14 +157,14 @@ class Word(NamedTuple):
         return text
 
 
-class Integers(NamedTuple):
-    """Lists of at most `length` integers."""
+class List(NamedTuple):
+    """Lists of at most `length` numbers."""
 
     length: int
-    each: Integer
+    each: "Integer | Number"
 
     def __str__(self) -> str:
-        return f"a list of at most {self.length} integers from {self.each.low} to {self.each.high}"
+        return f"a list of at most {self.length} values, each {self.each}"
 
     def accepts(self, value: Any) -> bool:
         return isinstance(value, list) and len(value) <= self.length and all(map(self.each.accepts, value))
@@ -184,11 +184,11 @@ class Field(NamedTuple):
         dynamic: How the value reaches the compiled step as a tensor, so that one compilation serves all values: the
             dtype of a 0-d tensor, or "derived" where other tensors are computed from it (core.functional.step,
             `hyper_tensors`). Empty for a constant of the compiled step.
-        switch: Whether a value above 0 adds operations to the step.
+        switch: Whether a value above 0, or a list that is not empty, adds operations to the step.
     """
 
     default: Any
-    values: Integer | Number | Choice | Word | Integers
+    values: Integer | Number | Choice | Word | List
     meaning: str
     dynamic: str = ""
     switch: bool = False
@@ -198,7 +198,7 @@ INFINITY = float("inf")
 
 FIELDS: dict[str, Field] = {
     # The network
-    "widths": Field([1024, 512, 256], Integers(16, Integer(1, 65536)), "Number of units of each hidden layer."),
+    "widths": Field([1024, 512, 256], List(16, Integer(1, 65536)), "Number of units of each hidden layer."),
     "expansion": Field(
         0,
         Integer(0, 16),
@@ -207,6 +207,14 @@ FIELDS: dict[str, Field] = {
     "norm": Field("batch", Choice(("batch", "layer", "none")), "Normalization in each hidden layer."),
     "activation": Field(
         "leaky_relu", Choice(("leaky_relu", "relu", "gelu", "tanh")), "Activation function of the hidden layers."
+    ),
+    "locality": Field(
+        [],
+        List(16, Number(0.1, INFINITY)),
+        "Reach of the units of the first, second, ... hidden layer in the image: the sigma of a Gaussian, in pixels. "
+        "The layers after the last value are dense.",
+        dynamic="derived",
+        switch=True,
     ),
     "dropout": Field(
         0.2, Number(0, 1), "Probability that dropout sets a hidden unit to zero.", dynamic="float32", switch=True
@@ -333,6 +341,8 @@ def resolve(spec: Mapping[str, Any]) -> Spec:
             raise SpecError(f"{key} = {value!r}, expected {field.values}")
         if isinstance(field.values, Number):
             value = float(value) + 0.0  # -0.0 becomes 0.0, so both have one id
+        elif isinstance(field.values, List) and isinstance(field.values.each, Number):
+            value = [float(each) for each in value]
         resolved[key] = value
     if resolved["warmup_epochs"] > resolved["epochs"]:
         raise SpecError(
@@ -343,7 +353,15 @@ def resolve(spec: Mapping[str, Any]) -> Spec:
             f"warmup_epochs = {resolved['warmup_epochs']:g}, expected 0 with schedule = 'one-cycle', which has a "
             "warm-up of its own: 30% of the steps"
         )
+    local = resolved["locality"]
+    if len(local) > len(resolved["widths"]):
+        raise SpecError(f"locality = {local}, expected at most a value for each of {len(resolved['widths'])} widths")
+    if local and (key := next((key for key in ("whiten", "expansion") if resolved[key]), None)):
+        raise SpecError(f"locality = {local} with {key} = {resolved[key]}, expected {key} = 0: {LOCAL_NEEDS[key]}")
     return resolved
+
+
+LOCAL_NEEDS = {"whiten": "principal components have no place in the image", "expansion": "local layers are plain ones"}
 
 
 def reads_bfloat16(resolved: Spec) -> bool:
@@ -368,8 +386,12 @@ def spec_id(resolved: Spec) -> str:
 def static(resolved: Spec) -> Spec:
     """The part of a resolved spec that is constant in the compiled step: no dynamic values, and switches as booleans.
     One compilation serves all specs that agree on it."""
-    switches = {key: resolved[key] > 0 for key, field in FIELDS.items() if field.switch}
+    switches = {key: _switched(resolved[key]) for key, field in FIELDS.items() if field.switch}
     return {key: resolved[key] for key, field in FIELDS.items() if not field.dynamic} | switches
+
+
+def _switched(value: Any) -> bool | int:
+    return len(value) if isinstance(value, list) else value > 0
 
 
 def static_key(resolved: Spec) -> str:

@@ -89,8 +89,9 @@ class Training:
     @property
     def network(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Parameters and batch-norm statistics of the network that is evaluated and saved: those of their moving
-        average, if there is one, and for normalised images, with the whitening folded in."""
+        average, if there is one, and for normalised images, with whitening and envelopes folded in."""
         params, stats = steps.trained(self.state)
+        params = model.enveloped(params, self.hyper.get("envelope", {}))
         return model.fold(params, self.whitening) if self.whitening else params, stats
 
     @property
@@ -134,7 +135,7 @@ def step_inputs(
     data: dict[str, Any] = {"images": images, "labels": labels, "order": order}
     if whitening:
         data["whitening"] = {**whitening, "weight": model.cast(whitening["weight"], spec["precision"])}
-    return state, data, steps.hyper_tensors(spec, steps_per_epoch, device)
+    return state, data, steps.hyper_tensors(spec, steps_per_epoch, device, info)
 
 
 def fit(

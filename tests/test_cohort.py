@@ -25,7 +25,8 @@ CHANGES = ({"lr": 1e-3, "seed": 0}, {"lr": 5e-4, "seed": 1, "dropout": 0.5}, {"w
 
 
 def members(small_spec, out):
-    return [Run(f"m{i}", small_spec(epochs=2, **change), out) for i, change in enumerate(CHANGES)]
+    """Each has a local layer of its own: the centres of its units depend on the seed."""
+    return [Run(f"m{i}", small_spec(epochs=2, locality=[3], **change), out) for i, change in enumerate(CHANGES)]
 
 
 @pytest.fixture

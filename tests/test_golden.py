@@ -90,6 +90,7 @@ CASES = {
         "schedule": "one-cycle",
         "lr": 3,  # so large that the last step, at a 250,000th of it, shows
     },
+    "local": {"locality": [2, 5], "optimizer": "adamw", "weight_decay": 0.1, "clip": 0.5, "ema": 0.9},
     "whitened": {"augment": "flip", "whiten": 4, "whiten_eps": 0.1},
     "muon": {"widths": [8, 12, 8], "optimizer": "muon", "precision": "bfloat16", "weight_decay": 0.1},
     "muon, no gradient": {"widths": [8, 12, 8], "optimizer": "muon", "clip": 1e-9},
@@ -292,6 +293,7 @@ NOTICED = {
     "functional.optim.MUON_C": "muon",
     "functional.optim.MUON_ITERATIONS": "muon",
     "functional.optim.MUON_EPS": "muon, no gradient",
+    "functional.locality.FLOOR": "local",
     "functional.optim.RISING": "reflected",
     "functional.optim.FIRST_DIVISOR": "reflected",
     "functional.optim.LAST_DIVISOR": "reflected",
@@ -300,6 +302,7 @@ NOTICED = {
     "functional.prng.AFFINE": "rotated",
     "functional.prng.CUTOUT": "sampled",
     "functional.prng.MIXUP": "sampled",
+    "functional.prng.CENTRES": "local",
     "functional.prng._PARITY": "default",
     "functional.prng._ROTATIONS": "default",
 }

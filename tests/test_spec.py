@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from core.compile import fused
 from core.functional import step
+from core.functional.tree import flatten
 from core.spec import (
     FIELDS,
     Choice,
     Field,
     Integer,
-    Integers,
+    List,
     Number,
     SpecError,
     Word,
@@ -49,7 +50,11 @@ def strategy(values):
 
 VALID = {key: strategy(field.values) for key, field in FIELDS.items()} | {"warmup_epochs": st.floats(0, 1)}
 SPECS = st.fixed_dictionaries({}, optional=VALID).filter(
-    lambda spec: spec.get("schedule") != "one-cycle" or not spec.get("warmup_epochs")
+    lambda spec: (
+        (spec.get("schedule") != "one-cycle" or not spec.get("warmup_epochs"))
+        and len(spec.get("locality", [])) <= len(spec.get("widths", [1, 1, 1]))
+        and not (spec.get("locality") and (spec.get("whiten") or spec.get("expansion")))
+    )
 )
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
@@ -61,8 +66,8 @@ ANYTHING = st.recursive(
 def another(field):
     """A value other than the default."""
     values, default = field.values, field.default
-    if isinstance(values, Integers):
-        return default[:-1]
+    if isinstance(values, List):
+        return default[:-1] or [2.0]
     if isinstance(values, Word):
         return f"{default}0"
     if isinstance(values, Choice):
@@ -80,7 +85,7 @@ def test_a_field_is_complete():
         assert field.values.accepts(field.default), key
         assert field.values.accepts(ANOTHER[key]), key
         assert re.fullmatch(r"(\S.*)?[a-z].*\.", field.meaning), key
-        assert not field.switch or (field.dynamic and field.values.low == 0), key
+        assert not field.switch or (field.dynamic and (field.default == [] or field.values.low == 0)), key
 
 
 def test_the_defaults_are_frozen():
@@ -98,7 +103,7 @@ def test_resolve_is_idempotent_and_complete(spec):
     assert once.keys() == FIELDS.keys()
     assert resolve(once) == once
     assert canonical(resolve(once)) == canonical(once)
-    assert {key: once[key] for key in spec} == {k: list(v) if k == "widths" else v for k, v in spec.items()}
+    assert {key: once[key] for key in spec} == {k: list(v) if isinstance(v, tuple) else v for k, v in spec.items()}
 
 
 @given(SPECS, st.randoms(use_true_random=False))
@@ -211,6 +216,10 @@ def test_whatever_the_value_it_is_resolved_or_refused_in_one_line(key, value):
         ("cutout", 8.0),
         ("mixup", -0.1),
         ("mixup", 10),
+        ("locality", [0.05]),
+        ("locality", [math.inf]),
+        ("locality", [1, 2, 3, 4]),
+        ("locality", 3.0),
     ],
     ids=lambda value: repr(value)[:20],
 )
@@ -230,6 +239,7 @@ def test_wrong_types_and_ranges_are_refused(key, value):
         ("widths", np.array([64, 32]), [64, 32]),
         ("widths", [np.int64(64), 32], [64, 32]),
         ("widths", range(3, 1, -1), [3, 2]),
+        ("locality", [1, np.float32(2)], [1.0, 2.0]),
         ("activation", np.str_("relu"), "relu"),
     ],
     ids=lambda value: repr(value)[:20],
@@ -247,6 +257,13 @@ def test_numbers_of_numpy_are_the_plain_numbers(key, value, same):
 def test_what_is_no_such_number_is_refused_from_numpy_too(key, value):
     with pytest.raises(SpecError, match=rf"^{key} = [^\n]*, expected [^\n]*$"):
         resolve({key: value})
+
+
+@pytest.mark.parametrize("other", [{"whiten": 20}, {"expansion": 2}], ids=str)
+def test_local_layers_need_images_and_plain_layers(other):
+    [(key, value)] = other.items()
+    with pytest.raises(SpecError, match=rf"^locality = \[2.0\] with {key} = {value}, expected {key} = 0: [^\n]*$"):
+        resolve({"locality": [2], **other})
 
 
 def test_one_cycle_has_a_warm_up_of_its_own():
@@ -299,16 +316,17 @@ def test_a_key_reaches_the_step_as_a_tensor_or_is_part_of_the_compilation(key):
     """Never neither: such a key would do nothing, or reuse a step that was compiled for another value."""
     one, other = resolve({}), resolve({key: ANOTHER[key]})
     if key in SWITCHES:  # on in both
-        one = one | {key: ANOTHER[key] / 2}
+        one = one | {key: [1.0] if key == "locality" else ANOTHER[key] / 2}
     same_step = static_key(one) == static_key(other)
     one, other = (step.hyper_tensors(spec, 10, torch.device("cpu")) for spec in (one, other))
+    one, other = flatten(one), flatten(other)
     same_tensors = all(torch.equal(one[name], other[name]) for name in one)
     assert (same_step, same_tensors) == ((True, False) if key in DYNAMIC else (False, True))
 
 
 @pytest.mark.parametrize("key", SWITCHES)
 def test_a_step_without_dropout_or_another_switch_is_compiled_by_itself(key):
-    assert static_key(resolve({key: 0})) != static_key(resolve({key: ANOTHER[key]}))
+    assert static_key(resolve({key: [] if key == "locality" else 0})) != static_key(resolve({key: ANOTHER[key]}))
 
 
 @given(SPECS)
@@ -316,6 +334,7 @@ def test_what_is_constant_in_the_step_says_no_dynamic_value(spec):
     spec = resolve(spec)
     found = static(spec)
     assert found.keys() == {key for key in FIELDS if key in SWITCHES or key not in DYNAMIC}
-    assert all(found[key] is (spec[key] > 0) for key in SWITCHES)
+    assert all(found[key] is (spec[key] > 0) for key in SWITCHES if key != "locality")
+    assert found["locality"] == len(spec["locality"]), "runs with other local layers are compiled apart"
     with pytest.raises(KeyError):
         found["lr"]

@@ -30,6 +30,7 @@ VARIANTS = [
     {"optimizer": "muon", "weight_decay": 0.1, "clip": 0.5},
     {"optimizer": "nesterov", "schedule": "one-cycle", "clip": 0.5, "precision": "bfloat16"},
     {"norm": "layer", "expansion": 2, "activation": "gelu", "widths": [24, 24, 16]},
+    {"locality": [2.0, 5.0], "ema": 0.9},
 ]
 
 

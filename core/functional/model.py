@@ -7,7 +7,7 @@ batch norm reduces along the contiguous axis. Callers see [batch, features].
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,10 +67,18 @@ def cast(t: Tensor, precision: str) -> Tensor:
     return t.bfloat16() if precision == "bfloat16" else t
 
 
-def effective(params: Tensors, spec: Spec) -> Tensors:
-    """The weight matrices that the products read instead of the trained ones: their copies in bfloat16."""
+def enveloped(tensors: Tensors, envelope: Mapping[str, Tensor]) -> Tensors:
+    """The tensors, those of local layers times their envelope (core.functional.locality): from trained weights to
+    those of the network, and from the gradient of these back to that of the trained ones."""
+    return {name: t * envelope[name].to(t.dtype) if name in envelope else t for name, t in tensors.items()}
+
+
+def effective(params: Tensors, spec: Spec, envelope: Mapping[str, Tensor] = {}) -> Tensors:
+    """The weight matrices that the products read instead of the trained ones: copies in bfloat16, and those of local
+    layers times their `envelope`."""
     precision = spec["precision"]
-    return {name: cast(p, precision) for name, p in params.items() if p.ndim == 2 and precision == "bfloat16"}
+    read = {name: p for name, p in params.items() if p.ndim == 2 and (precision == "bfloat16" or name in envelope)}
+    return {name: cast(t, precision) for name, t in enveloped(read, envelope).items()}
 
 
 def matmul(a: Tensor, b: Tensor, precision: str) -> Tensor:
@@ -263,8 +271,8 @@ def fold(params: Tensors, whitening: Tensors) -> Tensors:
 
 
 def folded(spec: Spec) -> Spec:
-    """The spec of the network that `fold` returns."""
-    return {**spec, "whiten": 0}
+    """The spec of the network that is evaluated and saved: whitening and envelopes are part of its weights."""
+    return {**spec, "whiten": 0, "locality": []}
 
 
 def run(stack: Stack, tensors: Tensors, h: Tensor, context: Context, prefix: str = "") -> tuple[Tensor, Tensors]:

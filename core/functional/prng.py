@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DROPOUT, AUGMENT, AFFINE, CUTOUT, MIXUP = 1, 2, 3, 4, 5  # the streams that a train step uses
+DROPOUT, AUGMENT, AFFINE, CUTOUT, MIXUP, CENTRES = 1, 2, 3, 4, 5, 6  # the streams: what random numbers are for
 
 _PARITY = 0x1BD11BDA
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))

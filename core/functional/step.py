@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.functional import augment, model, optim, prng
+from core.functional import augment, locality, model, optim, prng
 from core.spec import CIFAR10, FIELDS, DataInfo, Spec
 
 State = dict  # {"params", "effective", "stats", "average", "opt", "step", "metrics"}: nested dicts of tensors
@@ -34,6 +34,8 @@ def init_state(spec: Spec, info: DataInfo = CIFAR10) -> State:
             predictions (int64), and the first `bad_step` (int32), whose loss or gradient was not finite.
     """
     params, stats = model.init(spec, spec["seed"], info)
+    envelope = locality.envelopes(spec, info)
+    params = locality.rescaled(params, envelope)
     metrics = {
         "loss": torch.tensor(0.0, dtype=torch.float64),
         "correct": torch.tensor(0),
@@ -41,7 +43,7 @@ def init_state(spec: Spec, info: DataInfo = CIFAR10) -> State:
     }
     return {
         "params": params,
-        "effective": model.effective(params, spec),
+        "effective": model.effective(params, spec, envelope),
         "stats": stats,
         "average": {name: t.clone() for name, t in _averaged(params, stats).items()} if spec["ema"] > 0 else {},
         "opt": optim.OPTIMIZERS[spec["optimizer"]].init(params),
@@ -83,8 +85,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
     return -(target * log_probabilities).sum(1)
 
 
-def hyper_tensors(spec: Spec, steps_per_epoch: int, device: torch.device) -> dict[str, Tensor]:
-    """The dynamic values of a resolved spec as tensors on a device: 0-d, but for the quantiles of mixup, [1025]."""
+def hyper_tensors(spec: Spec, steps_per_epoch: int, device: torch.device, info: DataInfo = CIFAR10) -> dict[str, Any]:
+    """The dynamic values of a resolved spec as tensors on a device.
+
+    Returns:
+        0-d tensors; the quantiles of `mixup`, [1025]; with local layers `envelope`, what
+        core.functional.locality.envelopes returns.
+    """
 
     def tensor(value: Any, dtype: str) -> Tensor:
         if device.type == "mps" and dtype == "float64":  # MPS has no float64
@@ -94,7 +101,10 @@ def hyper_tensors(spec: Spec, steps_per_epoch: int, device: torch.device) -> dic
     values = {key: (spec[key], field.dynamic) for key, field in FIELDS.items() if field.dynamic not in ("", "derived")}
     values |= {name: (value, "float64") for name, value in optim.derived(spec, steps_per_epoch).items()}
     values |= {name: (value, "float32") for name, value in augment.derived(spec).items()}
-    return {name: tensor(value, dtype) for name, (value, dtype) in values.items()}
+    hyper: dict[str, Any] = {name: tensor(value, dtype) for name, (value, dtype) in values.items()}
+    if spec["locality"]:
+        hyper["envelope"] = {name: g.to(device) for name, g in locality.envelopes(spec, info).items()}
+    return hyper
 
 
 def make_train_step(spec: Spec, info: DataInfo = CIFAR10) -> Callable[[State, dict, dict], State]:
@@ -116,6 +126,7 @@ def make_train_step(spec: Spec, info: DataInfo = CIFAR10) -> Callable[[State, di
 
     def train_step(state: State, data: dict, hyper: dict) -> State:
         step, order = state["step"], data["order"]
+        envelope = hyper["envelope"] if spec["locality"] else {}
         batch = order.shape[1]
         examples = order.index_select(0, (step % order.shape[0]).view(1))[0]
         labels = data["labels"].index_select(0, examples)
@@ -137,7 +148,7 @@ def make_train_step(spec: Spec, info: DataInfo = CIFAR10) -> Callable[[State, di
 
         differentiated = torch.func.grad_and_value(loss_function, has_aux=True)
         grads, (loss, (stats, logits, losses)) = differentiated({**state["params"], **state["effective"]})
-        grads = {name: g.to(state["params"][name].dtype) for name, g in grads.items()}
+        grads = model.enveloped({name: g.to(state["params"][name].dtype) for name, g in grads.items()}, envelope)
         if spec["clip"]:
             grads = optim.clipped(grads, hyper["clip"])
         scheduled = {**hyper, "lr": optim.scheduled_lr(spec["schedule"], hyper, step)}
@@ -155,7 +166,7 @@ def make_train_step(spec: Spec, info: DataInfo = CIFAR10) -> Callable[[State, di
             average = moving_average(average, {**params, **stats}, hyper["ema"], step)
         return {
             "params": params,
-            "effective": model.effective(params, spec),  # compiled into the loop that writes the new weights
+            "effective": model.effective(params, spec, envelope),  # compiled into the loop that writes the new weights
             "stats": stats,
             "average": average,
             "opt": opt,

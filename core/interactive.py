@@ -5,20 +5,25 @@ This module joins what trains a run (core.session) with what shows it (core.list
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import core.report.display  # noqa: F401  # gives the records their looks
 from core.data.tensors import Data
 from core.events import Listener, Stopped
 from core.listeners.progress import Display
 from core.runs.record import Record
 from core.runs.run import Run
 from core.session import run_cohort
+from core.signals import Stop
 from core.spec import Spec
 from core.tally import Tally
+
+AGAIN = "the same call goes on from its last resume point"
 
 
 def run_experiment(
@@ -46,12 +51,33 @@ def run_experiment(
         behind. `Stopped` if `should_stop` returned true.
 
     Raises:
-        What `core.session.run_cohort` raises.
+        KeyboardInterrupt: after Ctrl-C, or the stop button of a notebook. The step is saved first; the message is one
+            sentence. What `core.session.run_cohort` raises.
     """
-    run = Run(name, spec, Path(out))
+    run, stop = Run(name, spec, Path(out)), Stop()
     with contextlib.ExitStack() as stack:
         listeners = list(listeners)
         if hasattr(sys, "ps1") if progress is None else progress:
-            listeners.append(stack.enter_context(Display(Tally([run]), verbose=True)))
-        [result] = run_cohort([run], data, device, listeners, should_stop, **options)
+            display = stack.enter_context(Display(Tally([run]), verbose=True))
+            display.since, display.what = time.perf_counter(), "this experiment"
+            listeners.append(display)
+        stack.enter_context(stop.during_call())
+        try:
+            [result] = run_cohort(
+                [run], data, device, [*listeners, stop.listen], lambda: stop() or should_stop(), **options
+            )
+        except KeyboardInterrupt:
+            raise _interrupted(f"{run.label} stopped before it could save a step; {AGAIN}") from None
+    if stop():
+        if isinstance(result, Stopped):
+            where = f"after step {result.step} of {result.total}, which is saved"
+            raise _interrupted(f"{run.label} stopped {where}; {AGAIN}")
+        raise _interrupted(f"{run.label} has ended, and its record is on disk")
     return result
+
+
+def _interrupted(sentence: str) -> KeyboardInterrupt:
+    """An exception, not a value, so that a loop over several runs ends too. IPython shows it as one sentence."""
+    error: Any = KeyboardInterrupt(sentence)
+    error._render_traceback_ = lambda: [sentence]
+    return error

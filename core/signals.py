@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,18 +21,20 @@ class Stop:
 
     While modules are imported, the first signal ends the process, since an exception could leave a module half
     imported. While there is nothing to save, it raises KeyboardInterrupt. During the steps, it only sets `requested`.
-    A later signal ends the process.
+    A later signal ends the process, or, in `during_call`, raises KeyboardInterrupt.
 
     Attributes:
         requested: when the first signal came.
         importing: whether modules are imported now.
         running: the number of runs that are trained together and have not ended.
         stepping: whether there are steps to save.
+        in_call: whether the process belongs to the caller: a script or the kernel of a notebook.
     """
 
     def __init__(self) -> None:
         self.requested: float | None = None
         self.importing, self.stepping, self.running = True, False, 0
+        self.in_call = False
 
     def install(self) -> None:
         for number in STOPS:
@@ -65,12 +68,31 @@ class Stop:
         if self.requested is not None:
             if now - self.requested < SAME_STOP:
                 return
+            if self.in_call:
+                raise KeyboardInterrupt
             if sys.stdout.isatty():
                 os.write(1, b"\x1b[?25h\n")  # the progress bar hid the cursor
             os._exit(128 + number)
         self.requested = now
         if not self.stepping:
             raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def during_call(self) -> Iterator[None]:
+        """Handle SIGINT for the length of a call: Ctrl-C, or the stop button of a notebook.
+
+        Only the main thread can, and a handler that the caller has set stays.
+        """
+        default, main = signal.default_int_handler, threading.main_thread()
+        if signal.getsignal(signal.SIGINT) != default or threading.current_thread() != main:
+            yield
+            return
+        self.importing, self.in_call = False, True
+        signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, default)
 
     @contextlib.contextmanager
     def quick_imports(self) -> Iterator[None]:

@@ -26,8 +26,11 @@ NARROW = 60  # columns
 ROWS = 30  # the most rows of a table
 LISTED = 20  # the most classes in a sentence
 
-console = Console(highlight=False, markup=False, emoji=False)
-errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
+# In a notebook, rich would make a block of HTML of each line. Lines of text work in Jupyter, Colab and VS Code alike; a
+# bar does not.
+PLAIN: dict[str, Any] = {"force_jupyter": False, "force_terminal": False} if Console().is_jupyter else {}
+console = Console(highlight=False, markup=False, emoji=False, **PLAIN)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False, **PLAIN)
 
 
 def open_standard_streams() -> None:

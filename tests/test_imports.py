@@ -30,7 +30,7 @@ RULES = {
     "tally": {"spec", "runs", "report", "estimate"},
     "terminal": {"errors", "spec", "report", "runs", "estimate", "tally"},
     "listeners": {"errors", "events", "report", "runs", "tally", "terminal"},
-    "interactive": {"data", "errors", "events", "listeners", "report", "runs", "session", "signals", "spec", "tally"},
+    "interactive": {"data", "events", "listeners", "report", "runs", "session", "signals", "spec", "tally"},
     "signals": {"events"},  # inside a function: to import the module takes no time
     "cli": {"commands", "plan"},
     "spec": {"errors"},

@@ -68,19 +68,26 @@ def is_picture(data: bytes) -> bool:
     return re.search(rb"(<dc:identifier>|Identifier\0)[0-9a-f]{64}", data) is not None
 
 
+def paint(picture: Picture, pixels: Any = ()) -> "Figure":
+    """The picture as a figure of matplotlib, in the style that the caller has set."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, picture.height), layout="constrained")
+    figure.suptitle(picture.title, x=0.01, horizontalalignment="left")
+    picture.paint(figure, picture.content, pixels)
+    return figure
+
+
 def draw(picture: Picture) -> bytes | None:
     """The picture as SVG or PNG; None if its pixels or matplotlib are not available."""
     pixels = picture.load()
     if pixels is None or not _import_matplotlib():
         return None
     from matplotlib import style
-    from matplotlib.figure import Figure
 
     # On top of matplotlib's defaults, not of this machine's matplotlibrc.
     with style.context(STYLE, after_reset=True):
-        figure = Figure(figsize=(WIDTH, picture.height), layout="constrained")
-        figure.suptitle(picture.title, x=0.01, horizontalalignment="left")
-        picture.paint(figure, picture.content, pixels)
+        figure = paint(picture, pixels)
         kind, out = picture.path.rpartition(".")[2], io.BytesIO()
         metadata = {"Identifier": identifier(picture).decode(), {"svg": "Date", "png": "Software"}[kind]: None}
         figure.savefig(out, format=kind, dpi=100, metadata=metadata)
@@ -144,17 +151,20 @@ class Curve(NamedTuple):
     lines: dict[str, list[float]]  # NaN where a run has no number
 
 
+EXPLAINED = "solid: validation, dotted: train while training"  # the lines of the curves
+
+
 def curves(groups: list[Group], default: Collection[str] = ()) -> Picture:
     """The curves of the experiments with the names `default`, or of all if there is none; the best of too many."""
     groups = [group for group in groups if group[0].name in default] or groups
     shown = stats.ranked(groups)[:MAX_CURVES]
-    title = "solid: validation, dotted: train while training"
+    title = EXPLAINED
     if any(len(group) > 1 for group in shown):
         title += "\nmeans over seeds; bands from least to greatest"
     if len(shown) < len(groups):
         title += f"\nthe best {MAX_CURVES} of {len(groups):,} experiments by validation"
     alt = f"Accuracy and loss of every epoch, on train and validation, of {', '.join(group.label for group in shown)}"
-    return Picture(CURVES, title, [curve(group, MAX_POINTS) for group in shown], _paint_curves, 8, alt)
+    return Picture(CURVES, title, [curve(group, MAX_POINTS) for group in shown], paint_curves, 8, alt)
 
 
 def curve(group: Group, points: int) -> Curve:
@@ -169,7 +179,7 @@ def curve(group: Group, points: int) -> Curve:
     return Curve(group.label, [histories[0][i].epoch for i in indices], lines)
 
 
-def _paint_curves(figure: "Figure", curves: list[Curve], _: Any) -> None:
+def paint_curves(figure: "Figure", curves: list[Curve], _: Any) -> None:
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 
@@ -182,7 +192,7 @@ def _paint_curves(figure: "Figure", curves: list[Curve], _: Any) -> None:
             validation, low, high, train = (factor * np.array(curve.lines[f"{quantity}_{name}"]) for name in names)
             color, marker = f"C{i}", "." if len(curve.epochs) == 1 else None
             ax.plot(curve.epochs, validation, color=color, label=short(curve.label), marker=marker, linewidth=2)
-            ax.plot(curve.epochs, train, color=color, linestyle=":", alpha=0.8)
+            ax.plot(curve.epochs, train, color=color, linestyle=":", marker=marker, alpha=0.8)
             ax.fill_between(curve.epochs, low, high, color=color, alpha=0.15, linewidth=0)
         ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))

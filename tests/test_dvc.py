@@ -190,7 +190,7 @@ def test_weights_go_through_a_remote(project, small_spec, invented, tmp_path):
     path = train(project, small_spec(), invented)
     saved = path.read_bytes()
     dvc(project, "remote", "add", "--default", "team", tmp_path / "remote")
-    dvc(project, "add", *project.glob("checkpoints/*/*.safetensors"))
+    dvc(project, "add", "--glob", "checkpoints/*/*.safetensors")
     dvc(project, "push")
     commit(project)
     kept = set(git(project, "ls-files", "checkpoints/x").split())

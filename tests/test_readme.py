@@ -60,6 +60,18 @@ def test_the_map_names_every_file_of_core():
     assert all((ROOT / name).exists() for name in re.findall(r"[\w./]+/[\w./]*", block))
 
 
+def test_the_commands_work_in_every_shell():
+    """PowerShell 5 has no `&&`, gives programs `*` as it is, and splits a word at a comma. SLURM is on Linux alone."""
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"):
+        text = page.read_text(encoding="utf-8").replace("\\\n", "")
+        commands = [line for block in re.findall(r"^```sh\n(.*?)```", text, re.M | re.S) for line in block.splitlines()]
+        commands += re.findall(r"`((?:uv|git|--seeds) [^`]+)`", text)
+        for command in commands:
+            if not command.startswith("srun "):
+                unquoted = re.sub(r'"[^"]*"|#.*', "", command)
+                assert not re.search(r"&&|[*,;$']|\\$", unquoted), (page.name, command)
+
+
 def test_the_core_has_about_as_many_lines_as_the_readme_says():
     said = re.search(r"numbers\s+take about ([\d,]+) lines", (ROOT / "README.md").read_text())
     files = [*(ROOT / "core" / "functional").glob("*.py"), ROOT / "core" / "data" / "loader.py"]

@@ -404,7 +404,8 @@ def test_runs_of_other_code_or_data_are_never_averaged(tmp_path, other):
     assert "\n3 finished runs are of other code or on other data, and not compared: see [Runs of other" in text
     anew = section(text, markdown.OTHER)
     assert "uv run main.py run lr-5e-4 --force" in anew
-    assert f"uv run main.py run lr-1e-3 --seed{'s 2,3' if said else ' 2'} --force" in anew
+    seeds = '--seeds "2,3"' if said else "--seed 2"
+    assert f"uv run main.py run lr-1e-3 {seeds} --force" in anew
     assert "## Choice" not in text
     assert "uv run main.py run lr-1e-3 --seeds 2\n" in section(text, "Reproduce")
     assert '"lr-1e-3": 0.51' in (tmp_path / "checkpoints" / "metrics.json").read_text()

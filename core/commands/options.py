@@ -47,7 +47,7 @@ def machine(project: Project) -> Parser:
     parser.add_argument(
         "--data-url",
         metavar="URL",
-        help="address of the archive, such as cifar-10-python.tar.gz, to try first (also $CIFAR10_URL, $CIFAR100_URL)",
+        help="address of the archive, such as cifar-10-python.tar.gz, to try first (or in CIFAR10_URL, CIFAR100_URL)",
     )
     parser.add_argument(
         "--data-folder",

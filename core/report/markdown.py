@@ -341,4 +341,6 @@ def _seeds(seeds: list[int], default: int) -> list[str]:
         return []
     if len(seeds) == 1:
         return [f"--seed {seeds[0]}"]
-    return [f"--seeds {len(seeds) if seeds == list(range(len(seeds))) else ','.join(map(str, seeds))}"]
+    if seeds == list(range(len(seeds))):
+        return [f"--seeds {len(seeds)}"]
+    return [f'--seeds "{",".join(map(str, seeds))}"']

@@ -195,6 +195,8 @@ class Field(NamedTuple):
 
 
 INFINITY = float("inf")
+# Keys that local layers exclude.
+NOT_LOCAL = {"whiten": "principal components have no place in the image", "expansion": "local layers are plain layers"}
 
 FIELDS: dict[str, Field] = {
     # The network
@@ -356,12 +358,10 @@ def resolve(spec: Mapping[str, Any]) -> Spec:
     local = resolved["locality"]
     if len(local) > len(resolved["widths"]):
         raise SpecError(f"locality = {local}, expected at most a value for each of {len(resolved['widths'])} widths")
-    if local and (key := next((key for key in ("whiten", "expansion") if resolved[key]), None)):
-        raise SpecError(f"locality = {local} with {key} = {resolved[key]}, expected {key} = 0: {LOCAL_NEEDS[key]}")
+    for key, reason in NOT_LOCAL.items():
+        if local and resolved[key]:
+            raise SpecError(f"locality = {local} with {key} = {resolved[key]}, expected {key} = 0: {reason}")
     return resolved
-
-
-LOCAL_NEEDS = {"whiten": "principal components have no place in the image", "expansion": "local layers are plain ones"}
 
 
 def reads_bfloat16(resolved: Spec) -> bool:

@@ -6,10 +6,9 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from core import predict
+from core import predict, run_experiment
 from core.functional import augment, locality, model, step
 from core.mode import Mode
-from core.session import run_experiment
 from core.spec import resolve, static
 from core.train import Training, fit
 

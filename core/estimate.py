@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from core.data import datasets
-from core.mode import COMPILED, Mode
+from core.mode import Kind, Mode
 from core.report import stats
 from core.runs.record import Finished, Record
 from core.spec import CIFAR10, Spec, static_key
@@ -56,22 +56,23 @@ class Measured:
             examples = record.metrics.train.n * record.spec["epochs"]
             speed = stats.speed(record)
             if speed and examples >= ENOUGH * record.spec["batch_size"]:
-                for key in self._keys(record.spec, Mode.parse(environment.mode)):
+                for key in self._keys(record.spec, Mode.parse(environment.mode).kind):
                     self.seconds[key] += examples / speed
                     self.work[key] += work(record.spec)
 
-    def _keys(self, spec: Spec, mode: Mode) -> Iterator[Any]:
+    def _keys(self, spec: Spec, kind: Kind) -> Iterator[Any]:
         """Groups of similar runs, the most similar first. A run of a cohort has only its share of the time, so the size
         of the cohort does not matter."""
-        yield static_key(spec), mode.kind
-        yield spec["precision"], mode.kind
+        yield static_key(spec), kind
+        yield spec["precision"], kind
         yield spec["precision"]
 
-    def estimate(self, specs: Iterable[Spec], mode: Mode = COMPILED) -> Estimate:
+    def estimate(self, specs: Iterable[Spec], compiled: bool = True) -> Estimate:
         seconds: float | None = 0.0
         kept = meanwhile = 0
         for spec in specs:
-            key = next((key for key in self._keys(spec, mode) if key in self.work), None)
+            kind: Kind = "compiled" if compiled and datasets.worth_compiling(spec["dataset"]) else "eager"
+            key = next((key for key in self._keys(spec, kind) if key in self.work), None)
             if key is None or seconds is None:
                 seconds = None
             else:

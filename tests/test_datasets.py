@@ -399,6 +399,13 @@ def commands(monkeypatch, tmp_path, capsys):
 CHANGES = ("widths=8", "epochs=2", "batch_size=9", "--no-compile")
 
 
+def test_only_a_very_small_data_set_is_not_compiled():
+    """Whatever other data sets are in the same call: the mode decides the bits of a run."""
+    assert [name for name in (*datasets.REGISTRY, "folder-123456789abc") if not datasets.worth_compiling(name)] == [
+        "synthetic"
+    ]
+
+
 @pytest.mark.parametrize("kind", ["demo", "folder", "cifar100"])
 def test_every_command(kind, commands, photos, small_cifar100, tmp_path):
     run, where, title, info = {

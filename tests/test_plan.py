@@ -12,7 +12,6 @@ from core.errors import UserError
 from core.events import Ended, Started
 from core.functional import model
 from core.listeners import progress
-from core.mode import Mode
 from core.runs.record import check_name
 from core.spec import resolve
 from core.tally import Tally
@@ -252,7 +251,7 @@ def test_an_estimate_is_what_was_measured_here():
     known = estimate.Measured([here, failed("b")], name, threads)
     assert known.estimate([here.spec]).seconds == pytest.approx(took)
     longer = {**here.spec, "epochs": 7 * epochs, "lr": 0.1, "seed": 3}
-    assert known.estimate([longer, here.spec], Mode("eager")).seconds == pytest.approx(8 * took)
+    assert known.estimate([longer, here.spec], compiled=False).seconds == pytest.approx(8 * took)
     small = resolve({"widths": [64], "epochs": epochs})
     ratio = estimate.work(small) / estimate.work(here.spec)
     assert known.estimate([small]).seconds == pytest.approx(ratio * took)

@@ -84,21 +84,21 @@ def which() -> Parser:
 
 
 def chosen(args: argparse.Namespace, project: Project, source: Source) -> list[Run]:
-    """The runs of a command; all are checked before anything starts. Prints the notes on their data sets, and turns the
-    compiler off if that is faster for all of them."""
+    """The runs of a command; all are checked before anything starts. Prints the notes on their data sets."""
     values = {key: getattr(args, key) for key in KEYS if getattr(args, key) is not None}
     if source.own is not None:
         values["dataset"] = source.own_name
     words = [new_name(word, project) for word in args.names]
     runs = plan.chosen(project, words, values, args.seeds, args.out)
-    names = dict.fromkeys(run.spec["dataset"] for run in runs)
-    published = [datasets.get(name) for name in names if source.own is None or name != source.own_name]
-    for dataset in published:
-        if dataset.note:
-            terminal.warn(dataset.note)
-    if len(published) == len(names) and not any(dataset.compiled for dataset in published):
-        args.no_compile = True
+    for name in dict.fromkeys(run.spec["dataset"] for run in runs):
+        if (source.own is None or name != source.own_name) and (note := datasets.get(name).note):
+            terminal.warn(note)
     return runs
+
+
+def compiled(args: argparse.Namespace, dataset: str) -> bool:
+    """Whether to compile the train step of a run on a data set."""
+    return not args.no_compile and datasets.worth_compiling(dataset)
 
 
 def source(args: argparse.Namespace) -> Source:

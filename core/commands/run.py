@@ -13,7 +13,6 @@ from core.data.datasets import Source
 from core.errors import UserError
 from core.events import Listener, Stopped
 from core.listeners.progress import Display
-from core.mode import Mode
 from core.plan import Project
 from core.report import stats
 from core.report.rebuild import prepare, rebuild
@@ -189,7 +188,6 @@ def executor(args: argparse.Namespace, source: Source, stop: Stop, **more: Any) 
         with stop.quick_imports():
             from core import schedule, session
         settings = {
-            "compiled": not args.no_compile,
             "checkpoint_every": args.checkpoint_every,
             "force": args.force,
             "exact": not args.resume_anyway,
@@ -197,8 +195,8 @@ def executor(args: argparse.Namespace, source: Source, stop: Stop, **more: Any) 
         }
 
         def train(group: "Group", **how: Any) -> "Sequence[Record | Stopped]":
-            data, device = on_device()(group[0].spec["dataset"])
-            return session.run_cohort(group, data, device, **settings, **how)
+            data, device = on_device()(name := group[0].spec["dataset"])
+            return session.run_cohort(group, data, device, compiled=options.compiled(args, name), **settings, **how)
 
         execute: Executor[Record] = schedule.one_after_another(train)
         return execute(groups, listener, should_stop)
@@ -209,7 +207,7 @@ def executor(args: argparse.Namespace, source: Source, stop: Stop, **more: Any) 
         with stop.quick_imports():
             from core import remote
         for name, members in itertools.groupby(groups, lambda group: group[0].spec["dataset"]):
-            data, compiled = source.load(name), not args.no_compile
+            data, compiled = source.load(name), options.compiled(args, name)
             yield from remote.train(
                 members, data, args.ray, args.device, compiled, args.force, listener, on_notice=warn
             )
@@ -231,16 +229,15 @@ def measured(stop: Stop, out: Path, device: str = "auto", threads: int | None = 
 def dry_run(args: argparse.Namespace, runs: list[Run], source: Source, stop: Stop) -> int:
     """Show each run with its time and disk space; write nothing."""
     known = measured(stop, args.out, args.device, 1 if args.ray else None)
-    mode = Mode("eager" if args.no_compile else "compiled")
     todo = []
     for run, result in with_results(args, runs, source, Tally(runs)):
         if not result:
             todo.append(run.spec)
-        estimated = known.estimate([] if result else [run.spec], mode)
+        estimated = known.estimate([] if result else [run.spec], not args.no_compile)
         if args.json:
             terminal.estimate_as_json(run, estimated, status="finished" if result else "to train")
         else:
             say(f"{run.label}  {run.id}  {'finished' if result else terminal.estimate(estimated)}")
-    total = terminal.estimate(known.estimate(todo, mode), while_trained=True)
+    total = terminal.estimate(known.estimate(todo, not args.no_compile), while_trained=True)
     say(f"{len(runs):,} runs, {len(todo):,} to train: {total}")
     return 0

@@ -43,8 +43,9 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
         on_device = options.data_on_device(args, source)
 
         def again(group: schedule.Group, **how: Any) -> list["Verification | Stopped"]:
-            data, device = on_device(group[0].spec["dataset"])
-            return [verify(group[0], data, device, compiled=not args.no_compile, **how)]
+            data, device = on_device(name := group[0].spec["dataset"])
+            compiled = options.compiled(args, name)
+            return [verify(group[0], data, device, compiled=compiled, **how)]
 
         return schedule.one_after_another(again)(groups, listener, should_stop)
 

@@ -93,6 +93,11 @@ def get(name: str) -> Dataset:
     raise DataError(f"unknown data set {name!r}{nearest(name, list(REGISTRY))}")
 
 
+def worth_compiling(name: str) -> bool:
+    """Whether to compile the train step for a data set; also a folder of images has a name."""
+    return name not in REGISTRY or REGISTRY[name].compiled
+
+
 def home(name: str, where: Path) -> Path:
     """The folder of the files of a data set, if `where` is asked for. data/ is versioned and holds CIFAR-10 alone."""
     archive = get(name).archive

@@ -1,11 +1,14 @@
 """Data sets other than CIFAR-10: what is read, what is refused, and all commands on each of them."""
 
+import argparse
 import dataclasses
 import hashlib
 import io
 import json
 import pickle
 import tarfile
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from PIL import Image
 
 import main
 from core import predict, run_experiment
+from core.commands import options
 from core.compile import fused
 from core.data import cifar100, datasets, folder, loader, synthetic
 from core.data.identity import data_identity
@@ -404,6 +408,15 @@ def test_only_a_very_small_data_set_is_not_compiled():
     assert [name for name in (*datasets.REGISTRY, "folder-123456789abc") if not datasets.worth_compiling(name)] == [
         "synthetic"
     ]
+
+
+def test_the_device_holds_one_data_set(invented):
+    fresh = SimpleNamespace(load=lambda name: invented.map(torch.clone))
+    load = options.data_on_device(argparse.Namespace(device="cpu"), fresh)
+    first = weakref.ref(load("cifar10")[0].train_images)
+    assert load("cifar10")[0].train_images is first()
+    load("synthetic")
+    assert first() is None
 
 
 @pytest.mark.parametrize("kind", ["demo", "folder", "cifar100"])

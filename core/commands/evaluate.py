@@ -1,7 +1,6 @@
 """evaluate: checkpoints on the test split, compared with the records of their runs."""
 
 import argparse
-import functools
 from collections import defaultdict
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction, project: Project) -> argpar
 def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     """Returns 1 if a checkpoint differs from the record of its run, 2 if it, or the record, cannot be read."""
     with stop.quick_imports():
-        from core import predict, session
+        from core import predict
     if args.checkpoints:
         paths = [options.weights(args, project, word) for word in args.checkpoints]
     else:
@@ -53,9 +52,10 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     if not good:
         return status
     show = terminal.evaluation_as_json if args.json else terminal.evaluation
+    on_device = options.data_on_device(args, source)
     for name, members in good.items():
         try:
-            data, device = session.prepare(args.device, functools.partial(source.load, name))
+            data, device = on_device(name)
         except DataError as error:
             if len(good) == 1:
                 raise

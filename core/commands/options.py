@@ -1,7 +1,6 @@
 """Options that several commands share, and their meaning."""
 
 import argparse
-import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -107,10 +106,18 @@ def source(args: argparse.Namespace) -> Source:
 
 
 def data_on_device(args: argparse.Namespace, source: Source) -> "Callable[[str], tuple[Data, torch.device]]":
-    """A function from the name of a data set to its data on the device of this call. Each is loaded once."""
+    """A function from the name of a data set to its data on the device of this call, which keeps only the last one."""
     from core.session import prepare  # it imports torch
 
-    return functools.cache(lambda name: prepare(args.device, lambda: source.load(name)))
+    kept: dict[str, tuple[Data, torch.device]] = {}
+
+    def load(name: str) -> "tuple[Data, torch.device]":
+        if name not in kept:
+            kept.clear()  # first: the device may not have room for both
+            kept[name] = prepare(args.device, lambda: source.load(name))
+        return kept[name]
+
+    return load
 
 
 def weights(args: argparse.Namespace, project: Project, word: str) -> Path:

@@ -30,7 +30,7 @@ from core.events import (
     Started,
     Stopped,
 )
-from core.functional import step
+from core.functional import augment, step
 from core.functional.tree import flatten
 from core.mode import Mode
 from core.runs import checkpoint, resume
@@ -118,7 +118,7 @@ def run_cohort(
         The records, in the order of `runs`; `Stopped` in place of the record of a run that was stopped.
 
     Raises:
-        core.spec.SpecError: the specs cannot be trained together.
+        core.spec.SpecError: the specs cannot be trained together, or an augmentation cannot take the images.
         core.data.tensors.DataError: the data cannot be trained on.
         core.compile.device.DeviceError: the device is not available.
         core.store.Held: another process is training one of the runs.
@@ -143,6 +143,7 @@ def run_cohort(
     sessions = []
     for run in runs:
         loader.check(data, run.spec)
+        augment.check(run.spec, data.info)
         sessions.append(Session(run, data, data_name, device, listener, mode))
     shapes = {(static_key(run.spec), run.spec["epochs"]) for run in runs}
     if len(shapes) > 1 or len({run.record for run in runs}) < len(runs):

@@ -372,7 +372,7 @@ def test_an_entry_in_the_registry_is_all_that_a_data_set_needs(grey, tmp_path, c
 def test_augmentation_of_another_shape_is_refused(grey, tmp_path):
     for changes, key in (({"augment": "flip"}, "augment"), ({"rotate": 5}, "rotate"), ({"cutout": 4}, "cutout")):
         spec = {**TINY, "dataset": "grey", "batch_size": 20, **changes}
-        with pytest.raises(DataError, match=f"{key} takes images of 3x32x32, those of grey have 1x28x20"):
+        with pytest.raises(SpecError, match=f"{key} takes images of 3x32x32, those of grey have 1x28x20"):
             run_experiment("x", spec, tmp_path, grey, "cpu", compiled=False)
     with pytest.raises(DataError, match="whiten = 600, expected at most 560"):
         run_experiment("x", {**TINY, "dataset": "grey", "whiten": 600}, tmp_path, grey, "cpu", compiled=False)

@@ -19,17 +19,13 @@ def check(data: Data, spec: Spec) -> None:
     """Refuse data that a run of this spec cannot be trained on.
 
     Raises:
-        core.data.tensors.DataError: It is another data set, its images have a shape that an augmentation cannot take,
-            or there are too few for the validation split or for one step.
+        core.data.tensors.DataError: It is another data set, its images have fewer values than `whiten`, or there are
+            too few for the validation split or for one step.
     """
     datasets.check(data, spec["dataset"])
     info, counts = data.info, data.train_labels.bincount().tolist()
     if spec["whiten"] > info.inputs:
         raise DataError(f"whiten = {spec['whiten']}, expected at most {info.inputs}, the number of values of an image")
-    changed = [key for key in ("rotate", "zoom", "cutout") if spec[key]] + ["augment"] * (spec["augment"] != "none")
-    if info.shape != CIFAR10.shape and changed:
-        shape = "x".join(map(str, info.shape))
-        raise DataError(f"{changed[0]} takes images of 3x32x32, those of {spec['dataset']} have {shape}")
     smallest = min(filter(None, counts))
     if spec["train_on"] != "all" and smallest <= info.held_out:
         raise DataError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from core.functional import model, prng
-from core.spec import CIFAR10, DataInfo, Spec
+from core.spec import CIFAR10, DataInfo, Spec, SpecError
 
 
 def normalise(images: Tensor, info: DataInfo = CIFAR10) -> Tensor:
@@ -44,6 +44,18 @@ def whiten(x: Tensor, whitening: dict[str, Tensor], precision: str) -> Tensor:
     """
     product = model.matmul(whitening["weight"], model.cast(x, precision).t(), precision)
     return (product + whitening["bias"][:, None]).t()
+
+
+def check(spec: Spec, info: DataInfo) -> None:
+    """Refuse a resolved spec whose augmentations cannot take the images.
+
+    Raises:
+        core.spec.SpecError: They take images of 3x32x32 alone.
+    """
+    used = [key for key in ("rotate", "zoom", "cutout") if spec[key]] + ["augment"] * (spec["augment"] != "none")
+    if used and info.shape != CIFAR10.shape:
+        shape = "x".join(map(str, info.shape))
+        raise SpecError(f"{used[0]} takes images of 3x32x32, those of {spec['dataset']} have {shape}")
 
 
 def derived(spec: Spec) -> dict[str, list[float]]:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from core.errors import UserError
 from core.report.catalog import Catalog
-from core.runs.record import MAX_NAME, check_name
-from core.runs.run import Run, former_of
+from core.runs.record import MAX_NAME, check_name, former_names
+from core.runs.run import Run
 from core.spec import FIELDS, List, SpecError, nearest, plain
 
 LIMIT = 10_000  # runs of one call
@@ -227,7 +227,7 @@ def runs(
     for change in changes:
         for name, spec in experiments.items():
             try:
-                result.append(Run(name, {**spec, **change}, Path(out), former_of(name, former)))
+                result.append(Run(name, {**spec, **change}, Path(out), former_names(name, former)))
             except SpecError as error:
                 raise UserError(f"experiment {name}: {error}") from None
     return result

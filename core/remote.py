@@ -467,6 +467,7 @@ def keep(run: Run, record: Record, weights: bytes, started: InProgress = frozens
     had = run.result()  # refuses to replace a record that cannot be read
     if isinstance(record, Failed) and had:  # it does not replace an earlier result
         return record
+    points = run.resume_points() if run.is_in_progress(started) else []
     run = run.target
     if isinstance(record, Finished):
         if run.record.exists():  # it belongs to the old weights, so it must not stand beside the new ones
@@ -475,6 +476,6 @@ def keep(run: Run, record: Record, weights: bytes, started: InProgress = frozens
         atomic_write(run.weights, weights)
     keep_diff(run, record.environment)
     records.write_record(run.record, record)
-    if isinstance(record, Finished) and (run.name, run.id) in started:
-        delete(*run.resume_points())
+    if isinstance(record, Finished):
+        delete(*points)
     return record

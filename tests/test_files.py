@@ -5,10 +5,11 @@ import re
 import pytest
 
 from core.errors import UserError
+from core.events import Resumed
 from core.remote import keep as keep_from_worker
-from core.runs.files import find_weights
-from core.runs.record import read_records, write_record
-from core.runs.run import Run, former_of
+from core.runs.files import find_weights, in_progress
+from core.runs.record import former_names, new_name, read_records, write_record
+from core.runs.run import Run
 from core.session import run_cohort
 from core.verify import check_finished
 from tests.test_report import failed, make
@@ -68,7 +69,7 @@ def test_a_word_that_means_nothing_or_several_things_is_refused(keep, tmp_path):
 
 
 FORMER = {"old": "new", "older": "new"}
-OLD = former_of("new", FORMER)
+OLD = former_names("new", FORMER)
 
 
 def test_a_run_under_a_former_name_is_read_under_the_new_one(keep, tmp_path):
@@ -103,6 +104,29 @@ def test_weights_may_be_in_the_old_folder_and_the_record_in_the_new_one(keep, tm
     weights.with_suffix(".json").unlink()
     assert Run("new", record.spec, tmp_path, OLD).finished(record.data) == record
     assert find_weights(tmp_path, "new", former=OLD) == weights
+
+
+def test_a_run_goes_on_from_a_resume_point_under_a_former_name(tmp_path, invented):
+    spec = {"widths": [8], "epochs": 2, "batch_size": 500}
+    old, run = Run("old", spec, tmp_path), Run("new", spec, tmp_path, ["old"])
+    [stopped] = run_cohort([old], invented, "cpu", should_stop=lambda: bool(old.resume_points()), compiled=False)
+    assert 0 < stopped.step < stopped.total
+    assert run.is_in_progress()
+    assert run.is_in_progress(in_progress(tmp_path))
+    events = []
+    [record] = run_cohort([run], invented, "cpu", [lambda run, event: events.append(event)], compiled=False)
+    assert [event.step for event in events if isinstance(event, Resumed)] == [stopped.step]
+    assert run.finished(record.data) == record
+    assert not in_progress(tmp_path)
+    [alone] = run_cohort([Run("alone", spec, tmp_path)], invented, "cpu", compiled=False)
+    assert record.digest == alone.digest
+
+
+def test_the_members_of_a_grid_are_renamed_with_it():
+    for old, new in (("old", "new"), ("older-lr=0.001-dropout=0", "new-lr=0.001-dropout=0"), ("old-lr", "old-lr")):
+        assert new_name(old, FORMER) == new
+    assert former_names("new-lr=0.001", FORMER) == ("old-lr=0.001", "older-lr=0.001")
+    assert former_names("new-lr", FORMER) == ()
 
 
 def test_a_new_result_never_replaces_files_under_a_former_name(tmp_path, invented):

@@ -9,6 +9,7 @@ from core.commands import options
 from core.data.tensors import DataError
 from core.errors import UserError
 from core.plan import Project
+from core.runs.record import new_name
 from core.signals import Stop
 from core.store import StoreError
 from core.terminal import warn
@@ -64,7 +65,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
             continue
         for path in members:
             network = predict.load(path, device)
-            network.about.name = project.former.get(network.about.name, network.about.name)
+            network.about.name = new_name(network.about.name, project.former)
             evaluation = predict.evaluate(path, network, data, args.tta == "flip")
             status = max(status, 0 if evaluation.same else 1)
             show(path, network.about, evaluation)

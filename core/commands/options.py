@@ -12,7 +12,8 @@ from core.data.tensors import Data
 from core.errors import UserError
 from core.plan import Project
 from core.runs import files
-from core.runs.run import Run, former_of
+from core.runs.record import former_names, new_name
+from core.runs.run import Run
 from core.store import local
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def chosen(args: argparse.Namespace, project: Project, source: Source) -> list[R
     values = {key: getattr(args, key) for key in KEYS if getattr(args, key) is not None}
     if source.own is not None:
         values["dataset"] = source.own_name
-    words = [new_name(word, project) for word in args.names]
+    words = [current_name(word, project) for word in args.names]
     runs = plan.chosen(project, words, values, args.seeds, args.out)
     for name in dict.fromkeys(run.spec["dataset"] for run in runs):
         if (source.own is None or name != source.own_name) and (note := datasets.get(name).note):
@@ -122,17 +123,16 @@ def data_on_device(args: argparse.Namespace, source: Source) -> "Callable[[str],
 
 def weights(args: argparse.Namespace, project: Project, word: str) -> Path:
     """The file of weights that `word` means."""
-    name = new_name(word, project)
+    name = current_name(word, project)
     spec = plan.experiments(project.suites).get(name)
-    return files.find_weights(args.out, name, args.seed, spec, former_of(name, project.former))
+    return files.find_weights(args.out, name, args.seed, spec, former_names(name, project.former))
 
 
-def new_name(word: str, project: Project) -> str:
+def current_name(word: str, project: Project) -> str:
     """The current name of an experiment or suite; a former name still works."""
-    if word not in project.former:
-        return word
-    terminal.warn(f"{word} has a new name: {project.former[word]}")
-    return project.former[word]
+    if (name := new_name(word, project.former)) != word:
+        terminal.warn(f"{word} has a new name: {name}")
+    return name
 
 
 def labels(runs: Iterable[Run], most: int = 3) -> str:

@@ -13,8 +13,8 @@ from core.report.catalog import Catalog
 from core.report.plots import Picture
 from core.runs import files
 from core.runs.files import lock_results
-from core.runs.record import Finished, Record, read_records
-from core.runs.run import Run, former_of
+from core.runs.record import Finished, Record, former_names, read_records
+from core.runs.run import Run
 from core.spec import CIFAR10, FIELDS, SpecError, nearest
 
 MAX_BYTES = 64 << 20  # of a file of a report on disk; a larger file is not ours
@@ -118,7 +118,7 @@ def _pictures(out: Path, results: stats.Results, catalog: Catalog, data: Path | 
     if mistakes := best_run.mistakes(run, run.data_info.classes, lambda indices: _test_images(data, run, indices)):
         yield mistakes
     yield best_run.filters(
-        run, lambda: _first_layer(Run(run.name, run.spec, out, former_of(run.name, catalog.former)).weights)
+        run, lambda: _first_layer(Run(run.name, run.spec, out, former_names(run.name, catalog.former)).weights)
     )
     if confusion := best_run.confusion(best, run.data_info.classes):
         yield confusion

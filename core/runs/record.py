@@ -292,6 +292,8 @@ for _each in (Finished, Partial, Failed, Weights, ResumePoint):
 # Windows has no files of these names, whatever their ending, and drops a dot at the end.
 NOT_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?|.*\.", re.IGNORECASE)
 
+POINT = r"(?=-\w+=)"  # where the values begin in the name of a member of a grid
+
 # Endings of other names in checkpoints/, beside the folders of experiments.
 ENDINGS = (".csv", ".json", ".lock", ".owner", ".png", ".svg", ".tmp")
 
@@ -310,6 +312,22 @@ def check_name(name: str, what: str = "an experiment") -> None:
         raise UserError(
             f"{name!r} cannot name {what}, as files of the report end in {', '.join(ENDINGS)}; choose another name"
         )
+
+
+def new_name(name: str, former: Mapping[str, str]) -> str:
+    """The current name of an experiment. A member of a grid, such as NAME-lr=0.001, is renamed with its grid.
+
+    Args:
+        former: old names, with the new names.
+    """
+    base, *point = re.split(POINT, name, maxsplit=1)
+    return "".join([former.get(base, base), *point])
+
+
+def former_names(name: str, former: Mapping[str, str]) -> tuple[str, ...]:
+    """The former names of an experiment; see `new_name`."""
+    base, *point = re.split(POINT, name, maxsplit=1)
+    return tuple("".join([old, *point]) for old, new in former.items() if new == base)
 
 
 def decode(data: bytes) -> Record:
@@ -374,10 +392,10 @@ def read_records(out: str | Path, former: Mapping[str, str] = {}) -> Iterator[Re
     folder = local(out) / "checkpoints"
     paths = (path for path in sorted(folder.glob("*/*.json")) if re.fullmatch(r"[0-9a-f]{12}\.json", path.name))
     for record in read_each(paths):
-        if new := former.get(record.name):
-            if (folder / new / f"{record.spec_id}.json").exists():
+        if (name := new_name(record.name, former)) != record.name:
+            if (folder / name / f"{record.spec_id}.json").exists():
                 continue
-            record.name = new
+            record.name = name
         yield record
 
 

@@ -8,7 +8,7 @@ ID.step-N.safetensors (resume points), ID.lock and ID.owner.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,6 @@ from core.spec import DataInfo, Spec, resolve, spec_id
 from core.store import local, locked
 
 InProgress = Set[tuple[str, str]]  # runs that have resume points, by name and id
-
-
-def former_of(name: str, former: Mapping[str, str]) -> tuple[str, ...]:
-    """The former names of an experiment, from a table of old names with the new names."""
-    return tuple(old for old, new in former.items() if new == name)
 
 
 class OtherData(UserError):
@@ -43,8 +38,8 @@ class Run:
         name: of the experiment.
         spec: may lack keys that have their default; it is resolved here.
         out: the folder of results.md and checkpoints/.
-        former: earlier names of the experiment. The run reads weights and a record from there if `name` has none. It
-            writes only under `name`.
+        former: earlier names of the experiment. The run reads weights and a record from there if `name` has none, and
+            goes on from the resume points there. It writes only under `name`.
 
     Raises:
         core.errors.UserError: the name cannot name an experiment, or the spec is not valid (core.spec.SpecError).
@@ -104,11 +99,13 @@ class Run:
 
     def _existing(self, file: str) -> Path:
         """A file of the run; in the folder of a former name if it exists only there."""
-        if self.former and not os.path.lexists(self.folder / file):
-            for name in self.former:
-                if os.path.lexists(self.folder.with_name(name) / file):
-                    return self.folder.with_name(name) / file
-        return self.folder / file
+        paths = [folder / file for folder in self._folders]
+        return next(filter(os.path.lexists, paths), paths[0])
+
+    @property
+    def _folders(self) -> list[Path]:
+        """The folder of the name, then those of its former names."""
+        return [self.folder.with_name(name) for name in (self.name, *self.former)]
 
     @property
     def target(self) -> "Run":
@@ -123,8 +120,19 @@ class Run:
         return self.folder / f"{self.id}.step-{step:010d}.safetensors"
 
     def resume_points(self) -> list[Path]:
-        """The newest first."""
-        return sorted(self.folder.glob(f"{self.id}.step-*.safetensors"), reverse=True)
+        """The newest first; also those under former names."""
+        points = [path for folder in self._folders for path in folder.glob(f"{self.id}.step-*.safetensors")]
+        return sorted(points, key=lambda path: path.name, reverse=True)
+
+    def is_in_progress(self, known: InProgress | None = None) -> bool:
+        """Whether the run has resume points.
+
+        Args:
+            known: what `core.runs.files.in_progress` returns; by default the folders of this run are searched.
+        """
+        if known is None:
+            return bool(self.resume_points())
+        return any((folder.name, self.id) in known for folder in self._folders)
 
     def lock(self):
         """Lock the run for this process. Raises Held if another process trains it, UserError as `check_case`."""
@@ -170,17 +178,14 @@ class Run:
 
         Args:
             data: the identity of the data to train on (core.data.identity); None for whatever it is.
-            in_progress: runs with resume points, as `core.runs.files.in_progress` finds them; by default the folder of
-                this run is searched.
+            in_progress: as `is_in_progress` takes it.
 
         Raises:
             OtherData, OtherCode: the result is of other data, or of code that gives other numbers. RecordError: as
                 `result`.
         """
         result = self.result()  # first: the search below reads the names of all files of a folder
-        if result is None:
-            return None
-        if self.resume_points() if in_progress is None else (self.name, self.id) in in_progress:
+        if result is None or self.is_in_progress(in_progress):
             return None
         if data is not None and result.data != data:
             raise OtherData(

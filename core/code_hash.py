@@ -14,6 +14,7 @@ NOT_HASHED = (
     "runs",
     "report",
     "cli.py",
+    "cluster.py",
     "commands",
     "compare.py",
     "code_hash.py",

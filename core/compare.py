@@ -24,7 +24,7 @@ from msgspec import Meta, Struct
 
 from core.errors import UserError
 from core.runs.record import Finished, Name, Record, Text
-from core.spec import Spec, canonical, resolve, spec_id
+from core.spec import Spec, canonical, resolve
 from core.store import StoreError, atomic_write, read_file
 
 DIFFERENCE = 0.5  # points of accuracy: a smaller difference does not matter

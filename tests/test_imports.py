@@ -24,7 +24,8 @@ RULES = {
     "session": {"errors", "events", "mode", "store", "spec", "functional", "data", "compile", "runs", "train"},
     "verify": {"errors", "events", "mode", "data", "runs", "session"},
     "schedule": {"events", "spec", "store", "runs", "session"},
-    "remote": {"code_hash", "errors", "events", "mode", "store", "spec", "data", "runs", "session", "schedule"},
+    "cluster": {"errors"},
+    "remote": {"cluster", "code_hash", "events", "mode", "store", "spec", "data", "runs", "session", "schedule"},
     "plan": {"errors", "spec", "runs", "report"},  # report: its catalog
     "estimate": {"mode", "spec", "functional", "data", "runs", "report"},
     "tally": {"spec", "runs", "report", "estimate"},

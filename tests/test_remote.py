@@ -19,7 +19,7 @@ import pytest
 import safetensors.torch
 from msgspec.structs import replace
 
-from core import cli, remote, run_experiment
+from core import cli, cluster, remote, run_experiment
 from core.data import datasets
 from core.data.identity import data_identity
 from core.errors import UserError
@@ -69,7 +69,7 @@ for record in remote.train(groups, data, address, compiled=False):
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def two_nodes():
     if importlib.util.find_spec("ray") is None:
         lacking("Ray is not installed: uv run --group ray pytest")
     process = subprocess.Popen(
@@ -87,12 +87,12 @@ def cluster():
 
 
 @pytest.fixture
-def driver(cluster, tmp_path):
+def driver(two_nodes, tmp_path):
     """Starts a process that trains on the cluster; its lines are JSON."""
     started = []
 
     def start(out, epochs, count):
-        command = sys.executable, "-c", DRIVER, cluster.address, str(tmp_path / out), str(epochs), str(count)
+        command = sys.executable, "-c", DRIVER, two_nodes.address, str(tmp_path / out), str(epochs), str(count)
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         started.append(process)
         return process
@@ -120,10 +120,10 @@ def alone(tmp_path_factory, invented, small_spec):
     return digest
 
 
-def workers(cluster):
+def workers(two_nodes):
     """The processes that train, by the process of their node."""
     found = {}
-    for process in psutil.Process(cluster.pid).children(recursive=True):
+    for process in psutil.Process(two_nodes.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has ended
             if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::task"):
                 found[process.ppid()] = process.pid
@@ -145,17 +145,17 @@ def until(condition):
 
 
 @pytest.mark.slow
-def test_whoever_is_killed_costs_time_alone(cluster, driver, alone, tmp_path):
+def test_whoever_is_killed_costs_time_alone(two_nodes, driver, alone, tmp_path):
     """A worker, the node of the other worker, and then the driver: another one goes on with what is missing. All files
     are those of runs here."""
     count, epochs = 5, 10
     process = driver("out", epochs, count)
-    until(lambda: len(workers(cluster)) == 2)
-    [elsewhere] = [worker for node, worker in workers(cluster).items() if node != cluster.node]
+    until(lambda: len(workers(two_nodes)) == 2)
+    [elsewhere] = [worker for node, worker in workers(two_nodes).items() if node != two_nodes.node]
     os.kill(elsewhere, signal.SIGKILL)
-    cluster.stdin.write("kill\n")
-    cluster.stdin.flush()
-    until(lambda: cluster.stdout.readline().strip() == "killed")
+    two_nodes.stdin.write("kill\n")
+    two_nodes.stdin.flush()
+    until(lambda: two_nodes.stdout.readline().strip() == "killed")
     assert process.stdout.readline(), "no run was trained again"
     process.kill()
     process.wait()
@@ -198,7 +198,7 @@ def test_a_local_cluster_and_then_another_in_an_empty_home(tmp_path):
         stderr=subprocess.DEVNULL,
     )
     try:
-        until(lambda: remote._silent(address, timeout=1) is None)
+        until(lambda: cluster.silent(address, timeout=1) is None)
         there = train(address)
         assert there.returncode == 0, there.stderr
         assert there.stdout == here.stdout
@@ -209,12 +209,12 @@ def test_a_local_cluster_and_then_another_in_an_empty_home(tmp_path):
 
 def test_without_ray_a_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(remote.ClusterError, match="uv run --group ray"), remote.connected("local"):
+    with pytest.raises(cluster.ClusterError, match="uv run --group ray"), cluster.connected("local"):
         pass
 
 
 class Errors(types.SimpleNamespace):
-    """The part of ray.exceptions that core/remote.py names."""
+    """The part of ray.exceptions that core/cluster.py and core/remote.py name."""
 
     class RayError(Exception):
         pass
@@ -250,7 +250,7 @@ def ray(monkeypatch):
     services = types.SimpleNamespace(canonicalize_bootstrap_address=find)
     module._private = types.SimpleNamespace(services=services)
     monkeypatch.setitem(sys.modules, "ray", module)
-    monkeypatch.setattr(remote.os, "environ", dict(os.environ))  # what Ray is told stays in this test
+    monkeypatch.setattr(cluster.os, "environ", dict(os.environ))  # what Ray is told stays in this test
     return module
 
 
@@ -259,7 +259,7 @@ def test_sigterm_is_handled_as_before(ray):
     ray.init = lambda *_, **__: signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with remote.connected("local"):
+        with cluster.connected("local"):
             assert signal.getsignal(signal.SIGTERM) == before
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -268,14 +268,14 @@ def test_sigterm_is_handled_as_before(ray):
 @pytest.mark.parametrize("address", ["", " ", "ray://127.0.0.1:10001"])
 def test_no_address_and_one_of_another_protocol_are_refused(ray, address):
     ray.init = lambda *_, **__: pytest.fail("a cluster was started")
-    with pytest.raises(remote.ClusterError, match="expected HOST:PORT"), remote.connected(address):
+    with pytest.raises(cluster.ClusterError, match="expected HOST:PORT"), cluster.connected(address):
         pass
 
 
 def test_an_empty_option_does_not_mean_this_machine():
     with pytest.raises(UserError, match="--ray has an empty address"):
         cli.parse(["run", "baseline", "--ray", ""], PROJECT)
-    assert cli.parse(["run", "baseline", "--ray"], PROJECT).ray == remote.LOCAL
+    assert cli.parse(["run", "baseline", "--ray"], PROJECT).ray == cluster.LOCAL
     assert cli.parse(["run", "baseline"], PROJECT).ray is None
 
 
@@ -305,12 +305,12 @@ SETTINGS_OF_HTTP2 = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # the first frame of a g
 def test_a_head_that_does_not_answer_is_told_from_one_that_does(port):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        assert remote._silent(address, timeout=0.2) == "no answer within 0.2 s"  # it accepts, and is silent
-    assert remote._silent(address, timeout=5) == "Connection refused"
-    assert remote._silent(port(b"HTTP/1.1 400 Bad Request\r\n"), timeout=5) == "what answers there is no Ray cluster"
-    assert remote._silent(port(b""), timeout=0.2) == "no answer within 0.2 s"
-    assert remote._silent("no-such-host.invalid:1", timeout=5)
-    assert remote._silent(port(SETTINGS_OF_HTTP2), timeout=5) is None
+        assert cluster.silent(address, timeout=0.2) == "no answer within 0.2 s"  # it accepts, and is silent
+    assert cluster.silent(address, timeout=5) == "Connection refused"
+    assert cluster.silent(port(b"HTTP/1.1 400 Bad Request\r\n"), timeout=5) == "what answers there is no Ray cluster"
+    assert cluster.silent(port(b""), timeout=0.2) == "no answer within 0.2 s"
+    assert cluster.silent("no-such-host.invalid:1", timeout=5)
+    assert cluster.silent(port(SETTINGS_OF_HTTP2), timeout=5) is None
 
 
 @pytest.mark.parametrize(
@@ -331,27 +331,27 @@ def test_a_cluster_that_cannot_be_used_is_a_sentence(ray, port, monkeypatch, ans
         raise raised
 
     ray.init = init
-    monkeypatch.setattr(remote, "FIRST_ANSWER", 0.2)
-    with pytest.raises(remote.ClusterError, match=said) as error, remote.connected(port(answer)):
+    monkeypatch.setattr(cluster, "FIRST_ANSWER", 0.2)
+    with pytest.raises(cluster.ClusterError, match=said) as error, cluster.connected(port(answer)):
         pass
     assert "\n" not in str(error.value)
 
 
 def test_a_local_cluster_leaves_no_token_behind(ray, tmp_path, monkeypatch):
     """With one in the home folder, `ray start` demands it of everybody."""
-    environ = remote.os.environ
+    environ = cluster.os.environ
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         environ.pop(name, None)
     monkeypatch.setenv("HOME", str(tmp_path))
-    remote._choose_token("10.0.0.1:6379")
+    cluster._choose_token("10.0.0.1:6379")
     assert not environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_MODE"}, "a cluster without tokens is used without"
-    remote._choose_token("local")
+    cluster._choose_token("local")
     assert len(environ.pop("RAY_AUTH_TOKEN")) == 64, "Ray would write one into the home folder"
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("mine")
-    remote._choose_token("local")
+    cluster._choose_token("local")
     assert "RAY_AUTH_TOKEN" not in environ, "the user's own would be replaced"
-    remote._choose_token("10.0.0.1:6379")
+    cluster._choose_token("10.0.0.1:6379")
     assert environ["RAY_AUTH_MODE"] == "token", "`ray start` demands it now"
 
 
@@ -364,7 +364,7 @@ def test_the_device_is_one_that_the_cluster_has(asked, gpus, chosen):
 
 @pytest.mark.parametrize("asked", ["cuda", "mps"])
 def test_a_device_that_the_cluster_lacks_is_refused(asked):
-    with pytest.raises(remote.ClusterError, match=r"^the cluster has no "):
+    with pytest.raises(cluster.ClusterError, match=r"^the cluster has no "):
         remote._device(asked, {"CPU": 4})
 
 
@@ -439,7 +439,9 @@ def test_a_result_of_something_else_is_refused(returned, invented, what, alter):
         return remote.split_sizes(invented, train_on)
 
     assert remote.check(run, trained, named, sizes) == record
-    with pytest.raises(remote.ClusterError, match=f"^a worker returned x seed 0 with {what} .*, expected .* not kept$"):
+    with pytest.raises(
+        cluster.ClusterError, match=f"^a worker returned x seed 0 with {what} .*, expected .* not kept$"
+    ):
         remote.check(run, trained._replace(record=encode(alter(record))), named, sizes)
 
 
@@ -454,13 +456,13 @@ def test_a_result_that_is_none_is_refused(returned, invented):
     first = next(iter(tensors))
     others = safetensors.torch.save(tensors | {first: -tensors[first]})
     for weights in (b"", trained.weights[:-4], others):
-        with pytest.raises(remote.ClusterError, match=r"it is not kept$"):
+        with pytest.raises(cluster.ClusterError, match=r"it is not kept$"):
             remote.check(run, trained._replace(weights=weights), named, sizes)
     longer = json.loads(trained.record)
     longer["history"] = {key: [*column, 2] for key, column in longer["history"].items()}
     stopped = {**json.loads(trained.record), "status": "partial"}
     for bad in (b"{}", b"", json.dumps(longer).encode(), json.dumps(stopped).encode()):
-        with pytest.raises(remote.ClusterError, match="a worker returned no result of x"):
+        with pytest.raises(cluster.ClusterError, match="a worker returned no result of x"):
             remote.check(run, trained._replace(record=bad), named, sizes)
 
 
@@ -470,10 +472,10 @@ def cluster_of(ray, monkeypatch, returned, invented):
     "x 0" or, of a cohort, "x 0 1", and how often it was tried, and may raise; `look` gives its resources."""
     monkeypatch.setattr(remote, "_mapped", lambda *stored: invented)
     monkeypatch.setattr(remote.torch, "set_num_threads", lambda count: None)
-    monkeypatch.setattr(remote, "_silent", lambda address, timeout: None)
-    monkeypatch.setattr(remote, "QUIET", 0.1)
-    monkeypatch.setattr(remote, "GONE", 0.3)
-    monkeypatch.setattr(remote, "LOOK", 0.02)
+    monkeypatch.setattr(cluster, "silent", lambda address, timeout: None)
+    monkeypatch.setattr(cluster, "QUIET", 0.1)
+    monkeypatch.setattr(cluster, "GONE", 0.3)
+    monkeypatch.setattr(cluster, "LOOK", 0.02)
 
     def make(fate, look=lambda: {"CPU": 2}):
         tried = {}
@@ -596,7 +598,7 @@ def test_a_record_under_another_id_never_lands(cluster_of, small_spec, invented,
         return work([(name, {**spec, "lr": 0.5})], *rest, **options)
 
     monkeypatch.setattr(remote, "work", other)
-    with pytest.raises(remote.ClusterError, match="a worker returned x seed 0 with id "):
+    with pytest.raises(cluster.ClusterError, match="a worker returned x seed 0 with id "):
         list(remote.train(seeds(small_spec, 1, tmp_path), invented, compiled=False))
     assert not list(tmp_path.glob("checkpoints/x/*.json"))
     assert not list(tmp_path.glob("checkpoints/x/*.safetensors"))
@@ -620,7 +622,7 @@ def test_a_cluster_without_a_node_for_the_runs_is_said_once_and_waited_for(clust
 def test_a_head_that_is_gone_is_said_and_then_given_up(cluster_of, small_spec, invented, tmp_path, monkeypatch):
     """While it is silent no call is made that would not return."""
     silent = []
-    monkeypatch.setattr(remote, "_silent", lambda address, timeout: "Connection refused" if silent else None)
+    monkeypatch.setattr(cluster, "silent", lambda address, timeout: "Connection refused" if silent else None)
 
     def fate(label, attempt):
         assert not silent
@@ -632,9 +634,9 @@ def test_a_head_that_is_gone_is_said_and_then_given_up(cluster_of, small_spec, i
         return {"CPU": 1}
 
     cluster_of(fate, look)
-    monkeypatch.setattr(remote, "LOOK", 0.0)
+    monkeypatch.setattr(cluster, "LOOK", 0.0)
     notices, begun = [], time.monotonic()
-    with pytest.raises(remote.ClusterError, match=r"^the head of the Ray cluster, 10\.0\.0\.1:6379, is gone "):
+    with pytest.raises(cluster.ClusterError, match=r"^the head of the Ray cluster, 10\.0\.0\.1:6379, is gone "):
         list(remote.train(seeds(small_spec, 2, tmp_path), invented, compiled=False, on_notice=notices.append))
     assert time.monotonic() - begun < 5
     assert notices == [

@@ -108,11 +108,11 @@ def source(args: argparse.Namespace) -> Source:
 
 def data_on_device(args: argparse.Namespace, source: Source) -> "Callable[[str], tuple[Data, torch.device]]":
     """A function from the name of a data set to its data on the device of this call, which keeps only the last one."""
-    from core.session import prepare  # it imports torch
-
     kept: dict[str, tuple[Data, torch.device]] = {}
 
     def load(name: str) -> "tuple[Data, torch.device]":
+        from core.session import prepare  # it imports torch
+
         if name not in kept:
             kept.clear()  # first: the device may not have room for both
             kept[name] = prepare(args.device, lambda: source.load(name))

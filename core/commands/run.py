@@ -1,7 +1,6 @@
 """run: train what is not finished yet, and rebuild results.md."""
 
 import argparse
-import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -180,9 +179,7 @@ def executor(args: argparse.Namespace, source: Source, stop: Stop, **more: Any) 
         more: options of core.session.run_cohort for the runs of this process.
     """
 
-    @functools.cache  # an executor may be called several times
-    def on_device() -> Any:
-        return options.data_on_device(args, source)
+    on_device = options.data_on_device(args, source)
 
     def here(groups: "Iterable[Group]", listener: Listener, should_stop: "ShouldStop") -> "Iterator[Result[Record]]":
         with stop.quick_imports():
@@ -195,7 +192,7 @@ def executor(args: argparse.Namespace, source: Source, stop: Stop, **more: Any) 
         }
 
         def train(group: "Group", **how: Any) -> "Sequence[Record | Stopped]":
-            data, device = on_device()(name := group[0].spec["dataset"])
+            data, device = on_device(name := group[0].spec["dataset"])
             return session.run_cohort(group, data, device, compiled=options.compiled(args, name), **settings, **how)
 
         execute: Executor[Record] = schedule.one_after_another(train)

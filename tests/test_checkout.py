@@ -57,7 +57,7 @@ def files(root):
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and ".git" not in p.parts}
 
 
-def test_the_commit_is_that_of_the_code_whatever_the_caller_has_set(project, tmp_path, monkeypatch):
+def test_the_commit_is_that_of_the_code_whatever_the_variables_of_git_say(project, tmp_path, monkeypatch):
     head = git(project, "rev-parse", "HEAD").decode()[:12]
     other = tmp_path / "other"
     shutil.copytree(project, other)
@@ -137,7 +137,7 @@ def changed(monkeypatch):
     return change
 
 
-def test_the_changes_lie_beside_the_record_that_has_their_hash(changed, invented, tmp_path):
+def test_the_diff_is_kept_beside_the_record_that_has_its_hash(changed, invented, tmp_path):
     """A run without changes, or one that cannot keep them, leaves none of an earlier run."""
 
     def train(diff):
@@ -172,7 +172,7 @@ def test_the_changes_lie_beside_the_record_that_has_their_hash(changed, invented
     assert not run.diff.exists()
 
 
-def test_changes_of_another_machine_are_not_taken_for_those_of_this_one(changed, tmp_path):
+def test_a_diff_of_another_machine_is_not_kept(changed, tmp_path):
     """A worker says in its record which changes it had; this process keeps its own if they are the same."""
     run, mine = Run("x", {}, tmp_path), b"--- a\n+++ b\n"
     run.folder.mkdir(parents=True)

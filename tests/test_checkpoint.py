@@ -90,7 +90,7 @@ def test_equal_tensors_give_equal_bytes(path, tmp_path):
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_the_signing_of_these_tests_is_that_of_the_program(path, tmp_path):
+def test_these_tests_sign_files_as_the_program_does(path, tmp_path):
     """Else what follows would be refused for its signature and prove nothing."""
     load(signed(TENSORS, META, tmp_path / "b.safetensors", meta={"name": "y"}))
 
@@ -147,7 +147,7 @@ def test_every_truncation_is_refused(path):
     ],
     ids=["dtype", "shape", "odd name", "missing", "nan", "infinity", "negative"],
 )
-def test_rightly_signed_but_not_the_network(tensors, tmp_path):
+def test_a_signed_file_with_other_tensors_is_refused(tensors, tmp_path):
     with pytest.raises(CheckpointError, match=r"tensor|NaN|negative"):
         load(signed(tensors, META, tmp_path / "b.safetensors"))
 
@@ -157,7 +157,7 @@ def test_rightly_signed_but_not_the_network(tensors, tmp_path):
     [[0, 2399], [-8, 2392], [0, 2**62], ["0", 2400], None, [0, 2400], [0, 2408], [16, 2416]],
     ids=["short", "negative", "huge", "text", "none", "overlap", "too many", "hole"],
 )
-def test_offsets_that_lie(offsets, tmp_path):
+def test_wrong_offsets_are_refused(offsets, tmp_path):
     entry = {"dtype": "F32", "shape": [20, 30], "data_offsets": offsets}
     with pytest.raises(CheckpointError):
         load(signed(TENSORS, META, tmp_path / "b.safetensors", {"1.weight": entry}))
@@ -174,7 +174,7 @@ def test_offsets_that_lie(offsets, tmp_path):
     ],
     ids=["tensor", "metadata", "key", "key of the metadata", "key of a tensor"],
 )
-def test_duplicate_names(path, old, new):
+def test_duplicate_names_are_refused(path, old, new):
     """Rightly signed: two programs may read a different one of the two."""
     data = path.read_bytes()
     end = header_length(data)
@@ -189,14 +189,14 @@ def test_duplicate_names(path, old, new):
 
 
 @pytest.mark.parametrize("claim", [0, 1, 2**18 + 1, 2**40, 2**63, 2**64 - 1])
-def test_the_header_claims_a_size(path, claim):
+def test_a_wrong_size_of_the_header_is_refused(path, claim):
     path.write_bytes(struct.pack("<Q", claim) + path.read_bytes()[8:])
     with pytest.raises(CheckpointError):
         load(path)
 
 
 @pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 40_000, b"null", b"\xff\xfe", b"{}"], ids=range(5))
-def test_headers_that_are_no_header(path, text):
+def test_an_invalid_header_is_refused(path, text):
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(CheckpointError):
         load(path)
@@ -217,7 +217,7 @@ def test_refusing_costs_little_memory(tmp_path):
         tracemalloc.stop()
 
 
-def test_what_is_more_than_the_memory_is_refused_before_any_is_taken(tmp_path, monkeypatch):
+def test_a_file_larger_than_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
     """A file that has the 4 GB that it claims, where the memory is 4 GB; they are not on the disk."""
     monkeypatch.setattr(checkpoint, "MEMORY", 1 << 32)
     entry = {"dtype": "F32", "shape": [1 << 30], "data_offsets": [8, 8 + (1 << 32)]}
@@ -257,14 +257,14 @@ def test_refusing_a_resume_point_of_the_default_network_costs_little_memory(tmp_
         tracemalloc.stop()
 
 
-def test_what_was_loaded_shares_nothing_with_the_file(path):
+def test_loaded_tensors_share_no_memory_with_the_file(path):
     tensors, _ = load(path)
     path.write_bytes(b"\0" * path.stat().st_size)
     path.write_bytes(b"")
     assert all(torch.equal(tensors[name], t) for name, t in TENSORS.items())
 
 
-def test_what_is_used_is_what_was_hashed(path, monkeypatch):
+def test_the_tensors_come_from_the_bytes_that_were_hashed(path, monkeypatch):
     """Another file takes the place of this one, in the same inode, when the hash is computed."""
     data, sha256 = path.read_bytes(), checkpoint.hashlib.sha256
 
@@ -287,7 +287,7 @@ def test_a_failing_write_leaves_the_old_file(path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_no_other_way_to_unpickle():
+def test_nothing_else_is_unpickled():
     """torch.load is nowhere, and pickle is only where the batches of CIFAR-10 have just been hashed."""
     for path in [ROOT / "main.py", *ROOT.glob("core/**/*.py")]:
         tree = ast.parse(path.read_text())
@@ -347,7 +347,7 @@ def progress(**changes):
     ],
     ids=lambda meta: ascii(meta)[:50],
 )
-def test_metadata_that_no_run_writes(meta, tmp_path):
+def test_invalid_metadata_is_refused(meta, tmp_path):
     about = ResumePoint(**ABOUT, progress=Progress())
     path = tmp_path / "b.safetensors"
     load(signed(TENSORS, about, path, meta={"name": "y"}), ResumePoint)
@@ -362,7 +362,7 @@ def test_metadata_that_no_run_writes(meta, tmp_path):
     [{"schema_version": 2}, {"spec": {**SPEC, "lookahead": 5}}, {"spec": {**SPEC, "optimizer": "lion"}}],
     ids=str,
 )
-def test_a_checkpoint_of_another_version_is_not_called_damaged(meta, tmp_path):
+def test_a_checkpoint_of_another_version_is_not_reported_as_damaged(meta, tmp_path):
     path = signed(TENSORS, META, tmp_path / "b.safetensors", meta=meta)
     with pytest.raises(OtherVersion, match=rf"^{path} is a checkpoint of another version of this program: "):
         load(path)
@@ -388,7 +388,7 @@ def test_a_checkpoint_of_another_version_is_not_called_damaged(meta, tmp_path):
     ],
     ids=["name", "dtype", "list", "shape", "huge", "offsets", "none", "four bits", "no integer", "overflow"],
 )
-def test_a_header_that_would_write_to_the_terminal(entry, tmp_path):
+def test_control_characters_in_a_header_do_not_reach_the_terminal(entry, tmp_path):
     with pytest.raises(CheckpointError) as refused:
         load(signed(TENSORS, META, tmp_path / "b.safetensors", entry))
     sentence(refused)
@@ -428,7 +428,7 @@ def refuses(go_on, *arguments, **options):
     assert said.endswith("; looking for the one before")
 
 
-def test_a_resume_point_comes_back(go_on):
+def test_a_resume_point_is_restored(go_on):
     found = go_on()
     assert not go_on.said
     assert (found.step, found.mode, found.inexact) == (2 * STEPS, Mode("compiled"), None)
@@ -468,11 +468,11 @@ def put(row, column, value):
         ("params/1.weight", lambda t: t / 0),
     ],
 )
-def test_a_resume_point_that_no_run_writes(go_on, name, change):
+def test_an_invalid_resume_point_is_refused(go_on, name, change):
     refuses(go_on, name, change)
 
 
-def test_a_resume_point_of_another_version_stays(go_on, tmp_path):
+def test_a_resume_point_of_another_version_is_not_deleted(go_on, tmp_path):
     """An older one lies beside it, from which this version could go on: the newer one would be lost."""
     with pytest.raises(resume.ResumeError, match=r"of another version .*; go on with that version, or start anew with"):
         go_on(meta={"schema_version": 2})
@@ -480,11 +480,11 @@ def test_a_resume_point_of_another_version_stays(go_on, tmp_path):
     assert not go_on.said
 
 
-def test_more_steps_were_timed_than_an_epoch_has(go_on):
+def test_more_timed_steps_than_an_epoch_has_are_refused(go_on):
     go_on(meta=progress(timed=STEPS))
     refuses(go_on, meta=progress(timed=STEPS + 1))
 
 
-def test_a_resume_point_beyond_the_end_of_the_run(go_on):
+def test_a_resume_point_beyond_the_end_of_the_run_is_refused(go_on):
     go_on(spec=resolve({**SPEC, "epochs": 2}))
     refuses(go_on, spec=resolve({**SPEC, "epochs": 1}))

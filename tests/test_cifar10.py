@@ -186,14 +186,14 @@ def test_real_data(data_dir):
     assert real.train_images[0, [0, 1024, 2048]].tolist() == [59, 62, 63]  # red, green and blue of the first pixel
 
 
-def test_complete_data_asks_nobody(filled, monkeypatch):
+def test_complete_data_is_not_fetched(filled, monkeypatch):
     monkeypatch.setattr(archives.Archive, "_download", None)
     monkeypatch.setattr(archives, "_dvc", None)
     cifar10.ARCHIVE.fetch(filled)
 
 
 @whole
-def test_a_mirror_delivers_the_seven_files_and_no_other(fake, serve, tmp_path, monkeypatch):
+def test_a_mirror_provides_the_seven_files_and_no_other(fake, serve, tmp_path, monkeypatch):
     files, archive = fake
     monkeypatch.setattr(cifar10, "ARCHIVE", cifar10.ARCHIVE._replace(addresses=(DEAD, serve({"/a": archive}) + "/a")))
     progress = []
@@ -262,7 +262,7 @@ def busy(fake, monkeypatch):
         server.server_close()
 
 
-def test_a_download_that_only_trickles_is_given_up_in_words(busy, tmp_path, monkeypatch):
+def test_a_slow_download_is_given_up_with_a_message(busy, tmp_path, monkeypatch):
     """A byte now and then: no single wait is ever long enough for a timeout."""
     monkeypatch.setattr(archives, "PATIENCE", 0.3)
 
@@ -296,7 +296,7 @@ def test_a_download_may_pause(busy, fake, tmp_path, monkeypatch):
     assert listing(tmp_path) == SEVEN
 
 
-def test_a_loop_of_redirects_is_one_line(busy, tmp_path):
+def test_a_loop_of_redirects_is_reported_in_one_line(busy, tmp_path):
     def to_itself(handler):
         handler.send_response(302)
         handler.send_header("Location", "/a")
@@ -348,14 +348,14 @@ def one_line_each(refused):
     "address",
     ["nonsense", "http://", "http://a b/c", "ftp://127.0.0.1:9/x", "file:///nowhere/x", "http://127.0.0.1:x/"],
 )
-def test_an_address_that_is_none_is_refused(fake, tmp_path, address):
+def test_an_invalid_address_is_refused(fake, tmp_path, address):
     with pytest.raises(DataError) as refused:
         cifar10.load(tmp_path, address)
     assert refused.value.args[1].startswith(f"  {address}: ")
     assert one_line_each(refused)
 
 
-def test_nobody_delivers(fake, tmp_path):
+def test_data_that_cannot_be_fetched_is_reported_with_remedies(fake, tmp_path):
     with pytest.raises(DataError) as refused:
         cifar10.load(tmp_path)
     assert refused.value.args == (
@@ -368,7 +368,7 @@ def test_nobody_delivers(fake, tmp_path):
     )
 
 
-def test_what_dvc_says_is_a_line_without_escape_codes(fake, tmp_path, monkeypatch):
+def test_an_error_of_dvc_is_a_line_without_escape_codes(fake, tmp_path, monkeypatch):
     """The real one ends in a link in colour."""
 
     def fails(*_, **__):
@@ -447,7 +447,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(filled):
 
 
 @whole
-def test_what_is_unpickled_are_the_bytes_that_were_hashed(filled, monkeypatch):
+def test_the_bytes_that_were_hashed_are_unpickled(filled, monkeypatch):
     """A file that changes between the two must not slip through: it is opened once."""
     opened: list[str] = []
     real, real_open = os.open, open
@@ -505,7 +505,7 @@ def fetch_in(project, cwd=None):
 
 
 @pytest.mark.slow
-def test_dvc_delivers_in_a_copy_without_git(project):
+def test_dvc_provides_the_data_in_a_copy_without_git(project):
     """Even where a fetch was killed before, which left a part of a file."""
     (project / "data" / cifar10.ARCHIVE.folder).mkdir(parents=True)
     (project / "data" / cifar10.ARCHIVE.folder / ".4ZLalXq.tmp").write_bytes(b"part of a file")
@@ -518,7 +518,7 @@ def test_dvc_delivers_in_a_copy_without_git(project):
 
 
 @pytest.mark.slow
-def test_dvc_delivers_from_another_folder_and_through_a_link(project):
+def test_dvc_provides_the_data_from_another_folder_and_through_a_link(project):
     """As a scheduler or a notebook starts it, with the data on another disk."""
     elsewhere = project.parent / "elsewhere"
     elsewhere.mkdir()
@@ -532,7 +532,7 @@ def test_dvc_delivers_from_another_folder_and_through_a_link(project):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stray", [False, True])
-def test_dvc_knows_what_a_mirror_delivered(project, data_dir, stray):
+def test_dvc_tracks_files_from_a_mirror(project, data_dir, stray):
     """Without the remote, from an archive of the real files: `dvc status` is then clean, and `dvc push` has something
     to push. A folder that holds anything else is not made known, for it is not what data.dvc names."""
     shutil.rmtree(project.parent / "shared")
@@ -559,7 +559,7 @@ assert problem is None, problem
 
 
 @pytest.mark.slow
-def test_a_tampered_remote_is_not_believed(project):
+def test_files_of_a_tampered_remote_are_refused(project):
     """`verify = true` in .dvc/config: without it DVC hands over what it finds."""
     digest, _ = cifar10.ARCHIVE.files["batches.meta"]
     stored = project.parent / "shared" / "dvc-remote" / "files" / "md5" / digest[:2] / digest[2:]

@@ -195,7 +195,7 @@ def test_overrides_make_another_run_and_leave_the_official_one_alone(call, out):
 
 
 @pytest.mark.slow
-def test_report_gives_the_bytes_that_the_run_left(call, out):
+def test_report_writes_the_same_bytes_as_the_run(call, out):
     before = contents(out)
     for name in ("results.md", *(f"checkpoints/{n}" for n in ("learning-curves.svg", "results.csv", "metrics.json"))):
         (out / name).unlink()
@@ -208,21 +208,21 @@ def test_report_gives_the_bytes_that_the_run_left(call, out):
     assert "\n## By lr\n" in (out / "results.md").read_text()
 
 
-def test_a_report_by_a_key_that_is_none(call, out):
+def test_a_report_by_an_unknown_key_is_refused(call, out):
     before = contents(out)
     done = call("report", "--group-by", "learning_rate", "--out", out)
     assert_refused(done, "cannot group by 'learning_rate'", "did you mean 'lr'?")
     assert contents(out) == before
 
 
-def test_a_report_of_a_folder_that_has_no_runs(call, tmp_path):
+def test_a_report_of_a_folder_without_runs_is_refused(call, tmp_path):
     assert_refused(call("report", "--out", tmp_path / "typo"), "there are no runs under", tmp_path / "typo")
     assert_refused(call("report", "--out", tmp_path), "there are no runs under")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", [["run", "smoke", "--no-compile"], ["report"]], ids=lambda value: value[0])
-def test_a_file_of_somebody_else_is_left_as_it_is(call, tmp_path, command):
+def test_a_file_of_another_program_is_not_replaced(call, tmp_path, command):
     """Which is known before anything is trained."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "results.md").write_text("# Results of my thesis\n")
@@ -289,7 +289,7 @@ def test_a_grid_with_seeds_and_the_plan_of_it(start, data_dir, tmp_path):
     assert re.match("8 runs, 4 to train: (about|under) ", more[-1])
 
 
-def test_a_sweep_shows_its_epochs_if_asked(start, data_dir, tmp_path):
+def test_verbose_shows_the_epochs_of_a_sweep(start, data_dir, tmp_path):
     command = ("smoke", "--seeds", "3,7", "--epochs", 1, "--no-compile", "--data", data_dir)
     for options, epochs in (((), 0), (("-v", "--force"), 2)):
         process = start("run", *command, *options, out=tmp_path)
@@ -312,7 +312,7 @@ def test_a_sweep_shows_its_epochs_if_asked(start, data_dir, tmp_path):
         ("{'a b': {}}", "'a b' cannot name an experiment"),
     ],
 )
-def test_grids_that_cannot_be_run(call, tmp_path, suite, words):
+def test_invalid_grids_are_refused(call, tmp_path, suite, words):
     patch = f"import experiments\nexperiments.SUITES['s'] = {suite}"
     for command in (["run", "s", "--dry-run", "--out", tmp_path], ["list"]):
         assert_refused(call(*command, patch=patch), words)
@@ -361,12 +361,12 @@ def untrue(tmp_path, small_spec):
     return path
 
 
-def test_a_checkpoint_that_claims_too_much_is_found_out(call, untrue):
+def test_a_checkpoint_with_wrong_metrics_is_detected(call, untrue):
     assert call("evaluate", untrue).returncode == 1
 
 
 @pytest.mark.parametrize("key", ["test", "name", "digest"])
-def test_a_checkpoint_without_what_its_run_recorded_is_refused(call, untrue, key, monkeypatch):
+def test_a_checkpoint_that_lacks_metadata_is_refused(call, untrue, key, monkeypatch):
     tensors, about = checkpoint.load(untrue, Weights, predict.template)
     to_builtins = checkpoint.msgspec.to_builtins
     with monkeypatch.context() as patch:
@@ -427,7 +427,7 @@ def test_evaluate_compares_with_the_record_beside(call, out, key):
 # Terminals
 
 
-def test_whatever_a_name_holds_it_is_shown_in_one_line(capsys):
+def test_any_name_is_shown_in_one_line(capsys):
     """A file may be called "a\\nb". Only a program makes paragraphs: a UserError with several lines."""
     odd = "a\nb\r\x1b[31m\u2028"
     terminal.say(odd)
@@ -451,7 +451,7 @@ os.dup2(writer, 1)
 """
 
 
-def test_nobody_reads_the_output(call, out):
+def test_a_closed_pipe_is_no_error(call, out):
     """A pipe that is closed is no error of the program's, neither on the way nor at the very end."""
     assert run_main("list", "--keys", shell="| true").stderr == ""
     done = call("evaluate", "--json", "--out", out, patch=NOBODY_READS)
@@ -467,7 +467,7 @@ def test_names_that_look_like_markup(call, out, tmp_path):
 
 
 @pytest.mark.parametrize("command", [["evaluate", "--out"], ["run", "smoke", "--no-compile", "--data"]], ids=str)
-def test_a_name_that_is_too_long(call, tmp_path, command):
+def test_a_name_that_is_too_long_is_refused(call, tmp_path, command):
     arguments = [*command, tmp_path / ("x" * 300)]
     if command[0] == "run":
         arguments += ["--out", tmp_path / "out"]
@@ -475,7 +475,7 @@ def test_a_name_that_is_too_long(call, tmp_path, command):
 
 
 @pytest.mark.parametrize("kind", ["damaged", "later"])
-def test_a_record_that_cannot_be_read_costs_one_line_and_stops_nothing_else(call, out, data_dir, kind):
+def test_an_unreadable_record_is_reported_in_one_line_and_stops_nothing_else(call, out, data_dir, kind):
     """A damaged one, or one of a later version, whose experiment is asked for in a call for two."""
     finished, path = record(out), weights(out).with_name(f"{SEED_1}.json")
     later = {**finished, "schema_version": 2, "seed": 1, "spec_id": SEED_1, "spec": {**finished["spec"], "seed": 1}}
@@ -505,7 +505,7 @@ def run_main(*arguments, shell="", **env):
 
 
 @pytest.mark.parametrize("option", ["-P", "-I"])
-def test_a_python_that_leaves_the_folder_of_the_script_out_of_its_path(tmp_path, option):
+def test_a_python_whose_path_lacks_the_folder_of_the_script(tmp_path, option):
     """PYTHONSAFEPATH=1 is -P."""
     done = subprocess.run(
         (sys.executable, option, str(ROOT / "main.py"), "list", "--keys"), cwd=tmp_path, capture_output=True, text=True
@@ -535,7 +535,7 @@ def test_closed_streams_are_no_error(streams):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_an_out_that_the_terminal_cannot_show(start, out, tmp_path, encoding):
+def test_a_path_that_the_terminal_cannot_encode_is_escaped(start, out, tmp_path, encoding):
     odd = tmp_path / "\u5b66\u7fd2\x1b[31m"
     shutil.copytree(out, odd)
     process = start("report", out=odd, patch=f"import sys; sys.stdout.reconfigure(encoding={encoding!r})")
@@ -626,7 +626,7 @@ def test_a_hostile_record_is_named_at_once(call, out, kind):
     ],
     ids=lambda value: " ".join(value)[:40],
 )
-def test_bad_arguments(call, tmp_path, arguments, words):
+def test_bad_arguments_are_refused(call, tmp_path, arguments, words):
     assert_refused(call(*arguments, "--out", tmp_path), *words)
     assert contents(tmp_path) == {}
 
@@ -634,11 +634,11 @@ def test_bad_arguments(call, tmp_path, arguments, words):
 @pytest.mark.parametrize(
     "arguments", [["run", "--epochs", "many"], ["run", "--device", "tpu"], ["run", "--learning-rate", "1"]], ids=str
 )
-def test_arguments_that_do_not_parse(call, arguments):
+def test_unknown_arguments_are_refused(call, arguments):
     assert_refused(call(*arguments), arguments[1], "--help")
 
 
-def test_a_device_that_is_not_there(call, tmp_path):
+def test_a_device_that_is_not_available(call, tmp_path):
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     done = call("run", "smoke", "--device", "cuda", "--data", tmp_path, "--out", tmp_path, env=hidden)
     assert_refused(done, "device cuda is not available; available:", "cpu")
@@ -664,7 +664,7 @@ def test_no_data_and_no_network(call, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
-def test_damaged_data(call, data_dir, tmp_path, damage):
+def test_damaged_data_is_refused(call, data_dir, tmp_path, damage):
     folder = tmp_path / dataset.ARCHIVE.folder
     folder.mkdir()
     for name in dataset.ARCHIVE.files:
@@ -687,7 +687,7 @@ def test_damaged_data(call, data_dir, tmp_path, damage):
         assert_refused(done, folder, *words[damage])
 
 
-def test_damaged_checkpoints(call, out):
+def test_damaged_checkpoints_are_named(call, out):
     """Missing, truncated, altered, no checkpoint at all, a folder: each is named, whatever else was asked for."""
     good = weights(out).read_bytes()
     bad = {
@@ -714,7 +714,7 @@ def test_damaged_checkpoints(call, out):
 
 @pytest.mark.parametrize("command", [["run", "smoke", "--no-compile"], ["report"]], ids=lambda value: value[0])
 @pytest.mark.parametrize("where", ["out", "checkpoints"])
-def test_an_out_that_cannot_be_written(call, tmp_path, command, where):
+def test_an_out_that_cannot_be_written_is_refused_before_the_training(call, tmp_path, command, where):
     """A file in the way, since permissions do not bind root; nothing is trained before it is known."""
     out = tmp_path / "out"
     if where == "checkpoints":
@@ -726,7 +726,7 @@ def test_an_out_that_cannot_be_written(call, tmp_path, command, where):
     assert in_the_way.read_text() == "mine"
 
 
-def test_a_folder_in_the_place_of_results(call, out):
+def test_a_folder_named_results_md_is_refused(call, out):
     (out / "results.md").unlink()
     (out / "results.md").mkdir()
     before = contents(out)

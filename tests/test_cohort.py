@@ -73,7 +73,7 @@ def test_each_has_the_files_and_numbers_that_it_has_alone(together, runs, tmp_pa
 
 @compiles
 @pytest.mark.slow
-def test_a_compiled_step_is_that_of_each_member_alone(runs, invented):
+def test_a_compiled_step_of_a_cohort_equals_that_of_each_run_alone(runs, invented):
     """Gradients, as the first moments hold them, statistics and losses; that draws are the same to the bit when they
     are vmapped and compiled is tested in test_prng.py. Muon's weights are near: see test_optim.py. Adam trains what
     Muon does not."""
@@ -116,7 +116,7 @@ def test_a_member_that_diverges_leaves_the_others_alone(runs, whole, tmp_path, i
 
 
 @pytest.mark.parametrize("after", [7, 15, 20])
-def test_it_is_stopped_and_goes_on(together, whole, runs, tmp_path, after):
+def test_a_stopped_cohort_is_resumed(together, whole, runs, tmp_path, after):
     stops = together("cut", after)
     assert stops == [Stopped(stops[0].step, 30)] * 3
     again = together("cut")
@@ -125,7 +125,7 @@ def test_it_is_stopped_and_goes_on(together, whole, runs, tmp_path, after):
 
 
 @pytest.mark.parametrize("saves", range(7))
-def test_killed_between_the_saves_of_its_members(together, whole, monkeypatch, saves):
+def test_a_cohort_killed_between_two_saves_is_resumed(together, whole, monkeypatch, saves):
     """Some have a resume point more than others, or a record: they go on as if nothing had happened."""
 
     class Killed(BaseException):
@@ -153,7 +153,7 @@ def test_killed_between_the_saves_of_its_members(together, whole, monkeypatch, s
     assert all(record.exact for record in again)
 
 
-def test_what_was_in_another_cohort_goes_on_and_says_so(together, runs, tmp_path, invented):
+def test_a_run_from_another_cohort_is_resumed_and_marked(together, runs, tmp_path, invented):
     """A member alone, and two that stand at different steps."""
     together("cut", 7)
     events = Events()
@@ -166,7 +166,7 @@ def test_what_was_in_another_cohort_goes_on_and_says_so(together, runs, tmp_path
     assert records[1].environment.mode == "eager, cohort of 2"
 
 
-def test_memory_that_lacks_for_one_of_several_steps_is_no_failure_of_the_run(runs, tmp_path, invented, monkeypatch):
+def test_a_run_without_memory_beside_others_has_not_failed(runs, tmp_path, invented, monkeypatch):
     """The others, which stand at other steps, are in memory, too. Alone it may fit."""
     left = iter(range(25))  # two resume points, so that it does not begin anew with the other
     run_cohort(runs[:1], invented, "cpu", (), lambda: next(left, None) is None, **EAGER)

@@ -223,7 +223,7 @@ def test_a_compiled_step_of_muon_in_bfloat16_is_near_the_eager_one(default_input
     assert state["metrics"]["loss"].item() == pytest.approx(eager["metrics"]["loss"].item(), rel=1e-3)
 
 
-def test_eager_fuse_advances_the_standing_buffers(small_spec, step_inputs):
+def test_an_eager_step_updates_the_buffers_in_place(small_spec, step_inputs):
     """The state is replaced in place, by exactly what the pure step gives."""
     spec = small_spec()
     state, data, hyper = step_inputs(spec)
@@ -241,7 +241,7 @@ def test_eager_fuse_advances_the_standing_buffers(small_spec, step_inputs):
 # Without a compiler
 
 
-def test_a_missing_compiler_is_said_in_one_line(monkeypatch, tmp_path):
+def test_a_missing_compiler_is_reported_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert fused.compiler_problem(CPU) == NO_COMPILER
@@ -277,7 +277,7 @@ def test_the_compiler_is_what_a_shell_would_take(monkeypatch, tmp_path):
 
 @compiles
 @pytest.mark.slow
-def test_a_library_that_is_there_needs_no_compiler(compiled, nothing_compiles, monkeypatch, tmp_path):
+def test_a_cached_library_needs_no_compiler(compiled, nothing_compiles, monkeypatch, tmp_path):
     spec, state, data, hyper, after = compiled
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -314,7 +314,7 @@ PATCHED = {
 
 
 @compiles
-def test_what_is_patched_is_there_with_its_signature(tmp_path, monkeypatch):
+def test_the_patched_names_exist_with_their_signatures(tmp_path, monkeypatch):
     """At most five names, each with the parameters that its replacement was written for."""
     replaced, nothing = [], Future()
     nothing.set_result(None)
@@ -356,7 +356,7 @@ def test_the_settings_of_torch_are_pinned(monkeypatch):
 
 @compiles
 @pytest.mark.slow
-def test_where_a_patch_fails_the_step_is_compiled_without(places, monkeypatch, small_spec, step_inputs):
+def test_if_a_patch_fails_the_step_is_compiled_without_patches(places, monkeypatch, small_spec, step_inputs):
     from torch._inductor import config
 
     def gone(scratch):
@@ -441,7 +441,7 @@ def test_a_library_is_built_once(places):
     assert places.left() == {".so", ".json", ".lock"}
 
 
-def test_the_temporary_folder_of_the_process_stays(places, monkeypatch):
+def test_the_temporary_folder_of_the_process_does_not_change(places, monkeypatch):
     """Python keeps the first answer. While a library is built, $TMPDIR is a folder that is removed afterwards."""
     expected = tempfile.gettempdir()
     monkeypatch.setattr(tempfile, "tempdir", None)
@@ -465,7 +465,7 @@ def test_threads_build_one_at_a_time_and_nothing_twice(places):
     assert places.built() == 2
 
 
-def test_only_what_is_built_goes_to_the_folder_that_is_chosen(places, monkeypatch, tmp_path):
+def test_only_new_libraries_go_to_the_chosen_folder(places, monkeypatch, tmp_path):
     """A library that is in the user's cache folder is used where it lies, and nothing is created anywhere."""
     monkeypatch.setenv(cache.VARIABLE, str(places.home / "cifar10-mlp"))
     cache.get_or_build(places.recipe())
@@ -479,7 +479,7 @@ def test_only_what_is_built_goes_to_the_folder_that_is_chosen(places, monkeypatc
     assert cache.problem() is None
 
 
-def test_the_default_that_torch_exports_is_not_the_choice_of_the_user(places, monkeypatch):
+def test_the_default_folder_of_torch_is_not_taken_for_a_choice_of_the_user(places, monkeypatch):
     """Importing Dynamo exports it, and it lies in a temporary folder."""
     monkeypatch.setenv(cache.VARIABLE, os.path.join(tempfile.gettempdir(), "torchinductor_me"))
     assert cache.folder() == places.cache
@@ -548,14 +548,14 @@ def test_a_project_that_cannot_be_written_trains(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="no folder here that refuses everybody")
-def test_a_folder_without_permission_is_passed_over(places, monkeypatch):
+def test_a_folder_without_permission_is_skipped(places, monkeypatch):
     monkeypatch.setenv(cache.VARIABLE, "/sys/x")
     assert cache.folder() == places.home / "cifar10-mlp"
     assert re.fullmatch(r"cannot use /sys/x \(.*permi.*\): compiled steps are kept in (.*)", cache.problem(), re.I)
     assert cache.problem().endswith(f" {places.home / 'cifar10-mlp'}")
 
 
-def test_a_folder_whose_files_others_can_change_is_passed_over(places, monkeypatch):
+def test_a_folder_whose_files_others_can_change_is_skipped(places, monkeypatch):
     """Such as a file system where all files belong to one user, or may be written by everybody."""
     fstat = os.fstat
 
@@ -569,7 +569,7 @@ def test_a_folder_whose_files_others_can_change_is_passed_over(places, monkeypat
     assert cache.problem().startswith(f"cannot use {places.cache} (other users can change the files there): ")
 
 
-def test_a_folder_that_no_library_can_be_loaded_from_is_passed_over(places, monkeypatch):
+def test_a_folder_that_no_library_can_be_loaded_from_is_skipped(places, monkeypatch):
     """Nor is a library that lies there used."""
     library = cache.get_or_build(places.recipe())
     statvfs = os.fstatvfs
@@ -642,7 +642,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_library_is_built_anew(places, damage):
+def test_a_damaged_library_is_rebuilt(places, damage):
     """It is never loaded: that could end the process, or train wrongly."""
     suffix, damage = DAMAGE[damage]
     recipe = places.recipe()
@@ -675,7 +675,7 @@ def test_a_damaged_library_is_built_anew(places, damage):
         pytest.param(lambda path: path.chmod(0o664), id="writable by a group"),
     ],
 )
-def test_a_library_that_another_user_can_write_is_built_anew(places, suffix, take_over):
+def test_a_library_that_another_user_can_write_is_rebuilt(places, suffix, take_over):
     recipe = places.recipe()
     path = cache.get_or_build(recipe).path.with_suffix(suffix)
     take_over(path)
@@ -716,7 +716,7 @@ def fail():
     raise RuntimeError("the linker is \x1b[31mmissing\nand much more")
 
 
-def test_a_failure_is_told_in_one_line_and_not_repeated(places):
+def test_a_failed_build_is_reported_in_one_line_and_not_repeated(places):
     """Where the project's path had a space, each run of a sweep compiled and failed anew."""
     for _ in range(2):
         with pytest.raises(cache.CompileError) as raised:
@@ -727,7 +727,7 @@ def test_a_failure_is_told_in_one_line_and_not_repeated(places):
     assert cache.get_or_build(places.recipe(name="1" * 32))
 
 
-def test_what_may_succeed_the_next_time_is_tried_again(places):
+def test_a_temporary_failure_is_tried_again(places):
     def no_space():
         try:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -828,7 +828,7 @@ def test_an_interrupted_build_ends_at_once_and_leaves_nothing(places, interrupt)
     assert os.environ == environment
 
 
-def test_what_a_killed_process_left_is_removed(places):
+def test_leftovers_of_a_killed_process_are_removed(places):
     """But not what another process still builds."""
     place, middle = cache._scratch_place(places.cache)
     mine, old, busy = (place / f"{digit * 32}.{middle}.abc.scratch" for digit in "012")
@@ -841,7 +841,7 @@ def test_what_a_killed_process_left_is_removed(places):
     assert busy.exists()
 
 
-def test_work_that_nobody_waits_for_ends_at_its_next_check(interrupt):
+def test_abandoned_work_ends_at_its_next_check(interrupt):
     started, ended = threading.Event(), threading.Event()
 
     def work():
@@ -878,7 +878,7 @@ except KeyboardInterrupt:
 """
 
 
-def test_work_that_nobody_waits_for_ends_with_the_process():
+def test_abandoned_work_ends_with_the_process():
     done = subprocess.run((sys.executable, "-c", LEFT_BEHIND), cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.split()) == (130, ["stopped", "interrupted", "stopped"]), done.stderr
 
@@ -897,7 +897,7 @@ def compiler(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_failing_compiler_is_quiet_and_not_asked_again(places, compiler, capfd, tmp_path, small_spec, step_inputs):
+def test_a_failing_compiler_is_quiet_and_not_called_again(places, compiler, capfd, tmp_path, small_spec, step_inputs):
     says = "fatal error: no such thing"
     log = tmp_path / "log"
     fails = f"echo In file x: >&2; echo x.h:1: {says} >&2; exit 1"

@@ -115,7 +115,7 @@ def test_the_page_lists_every_entry():
         ("folder-0123456789ab", "dataset folder-0123456789ab is a folder of images: --data-folder says where it is"),
     ],
 )
-def test_an_unknown_data_set_is_refused_in_words(name, message, capsys, tmp_path):
+def test_an_unknown_data_set_is_refused(name, message, capsys, tmp_path):
     with pytest.raises(DataError, match=message):
         datasets.get(name)
     assert main.main(["run", "smoke", f"dataset={name}", "--out", str(tmp_path)]) == 2
@@ -153,7 +153,7 @@ def test_other_data_than_the_spec_names_is_refused(invented, tmp_path):
         ({"held_out": 0}, "0 are held out"),
     ],
 )
-def test_what_no_data_set_can_be_is_refused(changes, message):
+def test_an_impossible_data_set_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         DataInfo(**changes)
 
@@ -262,7 +262,7 @@ def test_a_share_of_each_class_is_drawn_once_for_testing(photos):
     assert folder.name_of(one) == folder.name_of(again) != folder.name_of(folder.load(photos / "train", 0.5))
 
 
-def test_bad_images_are_named_before_anything_is_trained(photos, tmp_path, capsys):
+def test_bad_images_are_named_before_the_training(photos, tmp_path, capsys):
     for i in range(12):
         (photos / "train" / "red" / f"bad-{i:02}.png").write_text("no image")
     (photos / "test" / "zebra" / "deeper").mkdir()
@@ -288,7 +288,7 @@ def test_bad_images_are_named_before_anything_is_trained(photos, tmp_path, capsy
         (lambda p: (p / "train" / "re\nd").mkdir() or (p / "train" / "re\nd" / "x").touch(), None, "is in one of"),
     ],
 )
-def test_another_layout_is_refused_in_words(photos, change, share, message):
+def test_another_layout_is_refused(photos, change, share, message):
     change(photos)
     with pytest.raises(DataError, match=message):
         folder.load(photos, share)
@@ -323,7 +323,7 @@ def test_the_classes_are_in_the_record_and_in_the_weights(tmp_path):
         predict.load(run.weights)
 
 
-def test_files_of_cifar10_are_as_they_were(invented, tmp_path):
+def test_files_of_cifar10_do_not_name_the_data_set(invented, tmp_path):
     record = run_experiment("x", TINY, tmp_path, invented, "cpu", compiled=False)
     run = Run("x", record.spec, tmp_path)
     assert b'"info"' not in encode(record)
@@ -481,7 +481,7 @@ def test_one_call_trains_on_several_data_sets(commands, small_cifar100, tmp_path
     assert (status, said.count("as recorded"), "lacks the files of CIFAR-100" in said) == (2, 1, True), said
 
 
-def test_an_option_that_means_nothing_is_refused(commands, tmp_path):
+def test_an_option_without_effect_is_refused(commands, tmp_path):
     status, said = commands("run", "demo", "--test-share", 0.2)
     assert (status, "--test-share is for a folder of images" in said) == (2, True), said
     status, said = commands("run", "demo", "--data-folder", tmp_path / "nowhere")

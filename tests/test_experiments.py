@@ -88,7 +88,7 @@ def test_the_ablation_of_the_minute_takes_one_ingredient_away_at_a_time():
         assert without[key] in (0, "none") or name == f"minute-{full[key]}"
 
 
-def test_a_former_name_has_one_new_name_and_is_in_use_no_more():
+def test_a_former_name_has_one_new_name_and_is_no_longer_used():
     assert FORMER_NAMES.keys() == {"minute-activation", "minute-dropout", "minute-precision", "records"}
     assert set(FORMER_NAMES.values()) <= {*EXPERIMENTS, *SUITES}
     assert not FORMER_NAMES.keys() & {*EXPERIMENTS, *SUITES}

@@ -96,7 +96,7 @@ main.main = lambda argv: max([export([argv[0], path, *argv[2:]]) for path in {}]
 
 
 @pytest.mark.slow
-def test_another_program_finds_the_same_logits(call, trained, images, data_dir, kind, tmp_path):
+def test_another_program_computes_the_same_logits(call, trained, images, data_dir, kind, tmp_path):
     """Whatever layers and precision the network has. What the command says of the tolerance is so, too."""
     first = torch.from_numpy(cifar10.ARCHIVE.read(data_dir, "test_batch")[b"data"][:100])
     checkpoints = {name: trained(name, **changes) for name, changes in NETWORKS.items()}
@@ -130,7 +130,7 @@ def test_the_tensors_have_the_names_of_the_checkpoint(trained, images, tmp_path)
     assert all(torch.equal(t, found[name]) for name, t in (network.params | network.stats).items())
 
 
-def test_without_the_data_random_images_serve_and_nothing_is_fetched(call, trained, tmp_path):
+def test_without_the_data_random_images_are_used_and_nothing_is_fetched(call, trained, tmp_path):
     output = tmp_path / "here" / "net.pt2"
     output.parent.mkdir()
     output.write_bytes(b"an older export")
@@ -148,7 +148,7 @@ def test_without_the_data_random_images_serve_and_nothing_is_fetched(call, train
 
 @pytest.mark.parametrize("wrong", [1e-3, float("nan")])
 @pytest.mark.parametrize("older", [None, b"an older export"])
-def test_a_file_with_other_logits_is_not_left_there(trained, images, tmp_path, monkeypatch, wrong, older):
+def test_a_file_with_other_logits_is_not_kept(trained, images, tmp_path, monkeypatch, wrong, older):
     path = tmp_path / "out" / "x.pt2"
     path.parent.mkdir()
     if older:
@@ -204,7 +204,7 @@ importlib.util.find_spec = lambda name, *rest: None if name == {missing!r} else 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_outputs_that_cannot_be_written(trained, images, tmp_path):
+def test_an_output_that_cannot_be_written_is_refused(trained, images, tmp_path):
     network = predict.load(trained())
     (tmp_path / "folder.pt2").mkdir()
     for path, error, words in (
@@ -217,7 +217,7 @@ def test_outputs_that_cannot_be_written(trained, images, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.pt2", "x.safetensors"]
 
 
-def test_a_network_that_a_format_cannot_hold(trained, images, tmp_path, monkeypatch):
+def test_a_network_that_a_format_cannot_hold_is_refused(trained, images, tmp_path, monkeypatch):
     monkeypatch.setitem(FORMATS, "torch", FORMATS["torch"]._replace(limit=1000))
     with pytest.raises(ExportError, match=r"x\.pt2: [0-9,]+ bytes of weights, expected at most 1,000 in torch$"):
         export.export(predict.load(trained()), "torch", tmp_path / "x.pt2", images)
@@ -231,5 +231,5 @@ def test_a_network_that_a_format_cannot_hold(trained, images, tmp_path, monkeypa
         (["gone.safetensors"], "the following arguments are required: --format"),
     ],
 )
-def test_bad_arguments(call, arguments, words):
+def test_bad_arguments_are_refused(call, arguments, words):
     assert_refused(call("export", *arguments), words)

@@ -46,7 +46,7 @@ def test_an_id_and_a_path_mean_themselves(keep, tmp_path):
         assert str(find_weights(tmp_path, gone)) == gone
 
 
-def test_the_spec_in_experiments_comes_first(keep, tmp_path):
+def test_the_spec_in_experiments_is_preferred(keep, tmp_path):
     keep(make("x", lr=0.1))
     official = make("x", lr=0.2, seed=5)
     path = keep(official)
@@ -54,7 +54,7 @@ def test_the_spec_in_experiments_comes_first(keep, tmp_path):
     assert find_weights(tmp_path, "x") != path
 
 
-def test_a_word_that_means_nothing_or_several_things_is_refused(keep, tmp_path):
+def test_an_unknown_or_ambiguous_word_is_refused(keep, tmp_path):
     one, other = keep(make("x", lr=0.1)), keep(make("x", lr=0.2))
     keep(failed("z"))
     ids = ", ".join(sorted((one.stem, other.stem)))

@@ -220,7 +220,7 @@ def remember(code):
     code_hash.LIST.write_text(f"{listed}{code}\n")
 
 
-def test_the_hash_is_added_once_and_demanded_in_ci(monkeypatch, tmp_path):
+def test_the_hash_is_added_once_and_required_in_ci(monkeypatch, tmp_path):
     monkeypatch.setattr(code_hash, "LIST", tmp_path / "list.txt")
     code_hash.LIST.write_text("# Hashes.\n000000000000\n")
     monkeypatch.setenv("CI", "true")

@@ -88,7 +88,7 @@ def test_the_record_names_the_data_that_the_run_had(invented, tmp_path):
         assert read_record(Run("x", record.spec, tmp_path / str(i)).record).data == record.data
 
 
-def test_a_result_of_other_data_is_neither_taken_nor_replaced(invented, tmp_path):
+def test_a_result_of_other_data_is_neither_used_nor_replaced(invented, tmp_path):
     record = train(invented, tmp_path)
     path = Run("x", record.spec, tmp_path).record
     before = path.read_bytes()
@@ -144,14 +144,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_trained_on_is_refused_in_a_sentence(invented, tmp_path, change, message):
+def test_unusable_data_is_refused_in_a_sentence(invented, tmp_path, change, message):
     with pytest.raises(DataError, match=message) as refused:
         train(change(invented), tmp_path)
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.rglob("*"))
 
 
-def test_a_class_may_be_absent_and_the_layout_another(invented, tmp_path):
+def test_a_class_may_be_absent_and_the_memory_layout_may_differ(invented, tmp_path):
     two = invented.train_labels < 2
     data = invented._replace(train_images=invented.train_images[two], train_labels=invented.train_labels[two])
     record = train(data, tmp_path)

@@ -54,14 +54,14 @@ def test_each_format_by_its_content(tmp_path, name):
 
 
 @pytest.mark.parametrize("size", [(96, 32), (32, 96), (300, 100), (9, 3)])
-def test_the_central_square_counts(tmp_path, size):
+def test_the_central_square_is_used(tmp_path, size):
     image, side = Image.new("RGB", size, RED), min(size)
     corner = [(length - side) // 2 for length in size]
     image.paste(GREEN, (*corner, *(start + side for start in corner)))
     assert flat(images.read(saved(tmp_path, image))) == GREEN
 
 
-def test_what_is_finer_than_a_pixel_is_averaged(tmp_path):
+def test_details_finer_than_a_pixel_are_averaged(tmp_path):
     y, x = torch.meshgrid(torch.arange(320), torch.arange(320), indexing="ij")
     board = ((x + y) % 2 * 255).to(torch.uint8).expand(3, 320, 320)
     found = images.read(saved(tmp_path, picture(board))).int()
@@ -69,7 +69,7 @@ def test_what_is_finer_than_a_pixel_is_averaged(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_orientation_of_a_camera_is_honoured(tmp_path, orientation):
+def test_the_orientation_of_a_camera_is_applied(tmp_path, orientation):
     upright = Image.new("RGB", (32, 32), BLUE)
     upright.paste(RED, (0, 0, 16, 16))
     upright.paste(GREEN, (16, 0, 32, 16))
@@ -97,7 +97,7 @@ def test_every_mode_of_eight_bits_becomes_rgb(tmp_path, mode):
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tiff", "x.pgm"])
-def test_of_sixteen_bits_the_upper_eight_count(tmp_path, name):
+def test_the_upper_eight_of_sixteen_bits_are_used(tmp_path, name):
     values = torch.arange(1024).view(32, 32) * 64
     grey = Image.fromarray(values.numpy().astype("uint16"))
     if name == "x.pgm":  # Pillow reads such a file, but does not write it
@@ -108,7 +108,7 @@ def test_of_sixteen_bits_the_upper_eight_count(tmp_path, name):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_what_is_transparent_is_white(tmp_path, mode):
+def test_transparent_pixels_become_white(tmp_path, mode):
     image = Image.new("RGBA", (64, 64), (0, 0, 0, 0)).convert(mode)
     path = saved(tmp_path, image, **({"transparency": image.getpixel((0, 0))} if mode == "P" else {}))
     assert flat(images.read(path)) == (255, 255, 255)
@@ -147,7 +147,7 @@ HALVES = {
 
 
 @pytest.mark.parametrize(("depth", "colour", "row", "transparent", "expected"), HALVES.values(), ids=HALVES)
-def test_the_transparent_colour_of_a_png_is_white(tmp_path, depth, colour, row, transparent, expected):
+def test_the_transparent_colour_of_a_png_becomes_white(tmp_path, depth, colour, row, transparent, expected):
     chunk = b"tRNS" + struct.pack(f">{len(transparent)}H", *transparent)
     (tmp_path / "x.png").write_bytes(png_of(depth, colour, [row] * 32, chunk))
     found = images.read(tmp_path / "x.png")
@@ -155,7 +155,7 @@ def test_the_transparent_colour_of_a_png_is_white(tmp_path, depth, colour, row, 
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [((0, 0), (10, 20, 30)), ((0, 255), None)])
-def test_a_bmp_whose_alpha_is_nowhere_set_has_none(tmp_path, alpha, expected):
+def test_a_bmp_with_zero_alpha_is_opaque(tmp_path, alpha, expected):
     image = Image.new("RGBA", (32, 32), (10, 20, 30, alpha[0]))
     image.paste((10, 20, 30, alpha[1]), (0, 0, 16, 32))
     saved(tmp_path, image, "x.bmp")
@@ -183,7 +183,7 @@ def test_a_bmp_whose_alpha_is_nowhere_set_has_none(tmp_path, alpha, expected):
         (12, 1, bytes([0xC8, 0x3C, 0x83] * 512), 200),
     ],
 )
-def test_grey_of_a_tiff_is_as_bright_as_it_says(tmp_path, bits, photometric, data, expected):
+def test_the_brightness_of_a_grey_tiff_is_that_of_the_file(tmp_path, bits, photometric, data, expected):
     (tmp_path / "x.tiff").write_bytes(tiff(bits, photometric, data))
     assert flat(images.read(tmp_path / "x.tiff")) == (expected,) * 3
 
@@ -215,7 +215,7 @@ def test_a_png_may_have_much_text(tmp_path, after):
         images.read(tmp_path / "x.png")
 
 
-def test_of_an_animation_the_first_picture(tmp_path):
+def test_the_first_picture_of_an_animation_is_used(tmp_path):
     first, *rest = [Image.new("RGB", (40, 40), colour) for colour in (RED, GREEN, BLUE)]
     assert flat(images.read(saved(tmp_path, first, "x.gif", save_all=True, append_images=rest))) == RED
 
@@ -242,7 +242,7 @@ def truncated(folder, name):
 
 
 @pytest.mark.parametrize("name", ["x.avif", "x.bmp", "x.gif", "x.jpeg", "x.png", "x.ppm", "x.tiff", "x.webp"])
-def test_a_truncated_image(tmp_path, name):
+def test_a_truncated_image_is_refused(tmp_path, name):
     path = truncated(tmp_path, name)
     with pytest.raises(ImageError, match=rf"^cannot read {path} as an image: [^\n]+$"):
         images.read(path)
@@ -260,7 +260,7 @@ def test_a_truncated_image(tmp_path, name):
     ],
     ids=["empty", "text", "eps", "wide", "large", "bomb"],
 )
-def test_not_an_image_or_too_many_pixels(tmp_path, data, words):
+def test_no_image_or_too_many_pixels_is_refused(tmp_path, data, words):
     path = tmp_path / "x.png"
     path.write_bytes(data)
     with pytest.raises(ImageError, match=rf"^cannot read {path} as an image: {words}[^\n]*$"):
@@ -281,14 +281,14 @@ def test_signed_numbers_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("strange", [s for s in STRANGE if s != "folder"])  # what a folder holds is read
-def test_what_is_no_file_of_a_fair_size(tmp_path, strange):
+def test_a_special_or_too_large_file_is_refused(tmp_path, strange):
     make_strange, reason = STRANGE[strange]
     make_strange(tmp_path / "x.png")
     with pytest.raises(ImageError, match=f"^cannot read {tmp_path / 'x.png'} as an image: (it has )?{reason}"):
         images.read(tmp_path / "x.png")
 
 
-def test_a_missing_file(tmp_path):
+def test_a_missing_image_is_named(tmp_path):
     with pytest.raises(ImageError, match=f"^cannot read {tmp_path / 'x.png'} as an image: No such file"):
         images.read(tmp_path / "x.png")
 
@@ -348,6 +348,6 @@ def test_predictions_as_json(call, weights, folder):
     assert [entry["probability"] for entry in found["classes"]] == expected
 
 
-def test_predictions_that_cannot_start(call, weights, tmp_path, folder):
+def test_predict_refuses_bad_arguments(call, weights, tmp_path, folder):
     assert_refused(call("predict", tmp_path / "gone", folder), "cannot read", "gone: No such file or directory")
     assert_refused(call("predict", weights), "the following arguments are required: IMAGE")

@@ -122,7 +122,7 @@ def test_text_is_read_and_written_in_a_named_encoding():
             assert not is_text or "encoding" in named, f"{path}:{call.lineno}"
 
 
-def test_what_answers_at_once_imports_no_torch():
+def test_commands_that_answer_at_once_import_no_torch():
     """`main.py --help`, `list --keys`, `report` and a refused argument need not wait for it."""
     seen, left = set(), [ROOT / "main.py"]
     while left:

@@ -166,7 +166,7 @@ def network(plain, invented):
 
 
 @pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
-def test_no_switch_changes_what_a_network_answers(network, invented, switch):
+def test_no_switch_changes_the_logits_of_a_network(network, invented, switch):
     path, logits, evaluated = network
     with switch():
         before = state()

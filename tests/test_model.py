@@ -95,7 +95,7 @@ def test_the_blocks_of_sequential_written_out(sequential):
     assert [type(module) for module in plain[2]] == [nn.Linear, nn.LeakyReLU, nn.Linear]
 
 
-def test_a_block_written_out():
+def test_a_residual_block_against_its_formula():
     """x + W2 gelu(W1 norm(x)), and no norm before the head."""
     spec = resolve({"widths": [6], "norm": "layer", "activation": "gelu", "dropout": 0.0, "expansion": 4})
     params, stats = map(double, model.init(spec, 0))
@@ -143,7 +143,7 @@ def test_evaluation_mode(spec, twins):
     assert all(torch.equal(after[name], stats[name]) for name in stats)
 
 
-def test_evaluation_mode_sees_each_image_alone(spec, twins):
+def test_evaluation_mode_treats_each_image_independently(spec, twins):
     params, stats, _ = twins
     x = images()
     together, _ = model.forward(params, stats, x, spec)

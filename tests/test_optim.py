@@ -123,7 +123,7 @@ def test_muon_solves_a_convex_problem():
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (64, 24), (24, 64)], ids=str)
-def test_what_is_orthogonalised_has_singular_values_near_one(shape):
+def test_an_orthogonalised_matrix_has_singular_values_near_one(shape):
     """And the singular vectors of the matrix, so it is near U V^T."""
     u, s, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
     s = torch.linspace(0.1, 3, len(s), dtype=torch.float64)
@@ -135,7 +135,7 @@ def test_what_is_orthogonalised_has_singular_values_near_one(shape):
     assert (inside - inside.diag().diag()).abs().max() < 0.05
 
 
-def test_what_is_orthogonalised_in_a_cohort_is_as_near_as_bfloat16_allows():
+def test_orthogonalisation_in_a_cohort_is_as_near_as_bfloat16_allows():
     """vmap rounds more results to bfloat16, and Newton-Schulz iterations enlarge what is rounded off: a matrix that is
     scaled by 1%, which changes nothing but the rounding, gives as large a difference."""
     matrices = torch.randn(3, 24, 64)
@@ -208,7 +208,7 @@ def test_schedules_against_a_plain_formula(kind, warmup):
         assert found.item() == pytest.approx(expected(step), rel=1e-12, abs=1e-15)
 
 
-def test_schedules_begin_and_end_as_they_say():
+def test_schedules_start_and_end_at_their_values():
     values = hyper(lr=1.0, warmup_steps=4, total_steps=20)
     for kind in ("constant", "linear", "cosine"):
         rates = [optim.scheduled_lr(kind, values, counter(step)).item() for step in range(21)]

@@ -33,7 +33,7 @@ def test_several_values_make_a_grid():
     assert {run.spec["norm"] for run in found} == {"none"}  # what baseline says stays
 
 
-def test_names_and_keys_may_stand_after_options():
+def test_names_and_keys_may_follow_options():
     found = chosen("baseline", "--epochs", "3", "lr-1e-3", "dropout=0.1")
     assert [run.name for run in found] == ["baseline", "lr-1e-3"]
     assert {run.spec["dropout"] for run in found} == {0.1}

@@ -120,7 +120,7 @@ def test_names_of_members_are_valid():
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_grids_that_are_refused(spec, words):
+def test_an_invalid_grid_is_refused(spec, words):
     with pytest.raises(UserError, match=re.escape(f"experiment wide: {words}")):
         plan.expand("wide", spec)
 
@@ -144,7 +144,7 @@ def test_a_name_is_a_suite_a_grid_or_an_experiment():
         {"s": {"wide": {"lr": [0.1, 0.2]}}, "t": {"wide": {"lr": [0.1, 0.3]}}},
     ],
 )
-def test_a_name_for_two_things_is_refused(suites):
+def test_an_ambiguous_name_is_refused(suites):
     with pytest.raises(UserError, match=r"the name (x|wide|wide-lr=0.1) stands for two different things"):
         plan.catalog(suites)
 
@@ -192,7 +192,7 @@ def test_seeds():
 @pytest.mark.parametrize(
     "text", ["0", "-1", "-1,2", "3,3", "3,03", "many", "", "3,", ",", "1.5", "1e3", "5 ", "\u0665", "9" * 5000]
 )
-def test_seeds_that_are_refused(text):
+def test_invalid_seeds_are_refused(text):
     with pytest.raises(UserError, match=r"^--seeds .*, expected how many"):
         plan.parse_seeds(text)
 
@@ -215,7 +215,7 @@ def test_every_experiment_has_a_seed_before_any_has_the_next():
         ({"a": {}}, [2**31], "experiment a: seed = 2147483648"),
     ],
 )
-def test_runs_that_are_refused(experiments, seeds, words):
+def test_invalid_or_too_many_runs_are_refused(experiments, seeds, words):
     with pytest.raises(UserError, match=re.escape(words)):
         plan.runs(experiments, {}, seeds)
 
@@ -297,7 +297,7 @@ def tally():
     return Tally(plan.runs({"a": {"lr": 0.1}, "b": {"lr": 0.2}}, {"epochs": 3}, range(2)))
 
 
-def test_progress_tells_the_time_left_and_the_best_mean(tally):
+def test_progress_shows_the_time_left_and_the_best_mean(tally):
     tally.add(make("a", seed=0, validation=0.55, epochs=3))
     assert tally.seconds_left() is None
     assert progress.progress(tally) == "1 of 4 done; best so far a, validation 55.00%"
@@ -309,7 +309,7 @@ def test_progress_tells_the_time_left_and_the_best_mean(tally):
     assert progress.progress(tally) == "4 of 4 done; best so far b, mean validation of 2 seeds 51.00%"
 
 
-def test_an_hour_of_ctrl_z_is_no_measure_of_the_time_left(tally):
+def test_a_pause_of_an_hour_does_not_change_the_time_left(tally):
     for seed, seconds in enumerate((30, 3600, 30)):
         tally.add(make("ab"[seed % 2], seed=seed, epochs=3), seconds=seconds)
     assert tally.seconds_left() == pytest.approx(30)

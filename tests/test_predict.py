@@ -57,7 +57,7 @@ def saved(request, tmp_path, small_spec, invented):
     return path, spec, *write_checkpoint(path, spec, invented)
 
 
-def test_load_gives_back_what_was_saved(saved):
+def test_load_returns_the_network_that_was_saved(saved):
     path, spec, params, stats = saved
     for where in (path, str(path)):
         net = predict.load(where)
@@ -143,7 +143,7 @@ WRONG_IMAGES = {
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG_IMAGES.values(), ids=WRONG_IMAGES)
-def test_other_images_are_refused_in_a_sentence(saved, invented, change, message):
+def test_invalid_images_are_refused_in_a_sentence(saved, invented, change, message):
     network, images = predict.load(saved[0]), invented.test_images.view(-1, 3, 32, 32)
     for call in (network, lambda wrong: network.evaluate(wrong, invented.test_labels)):
         with pytest.raises(InputError, match=message) as refused:
@@ -161,7 +161,7 @@ def test_other_images_are_refused_in_a_sentence(saved, invented, change, message
         (lambda t: t.tolist(), "the labels are of the type list"),
     ],
 )
-def test_other_labels_are_refused_in_a_sentence(saved, invented, change, message):
+def test_invalid_labels_are_refused_in_a_sentence(saved, invented, change, message):
     with pytest.raises(InputError, match=message):
         predict.load(saved[0]).evaluate(invented.test_images, change(invented.test_labels))
     with pytest.raises(InputError, match="there are no images"):
@@ -186,7 +186,7 @@ def record_beside(path, **changes):
     write_record(path.with_suffix(".json"), replace(record, **changes))
 
 
-def test_a_checkpoint_alone_is_compared_with_what_it_says_itself(saved, invented):
+def test_a_checkpoint_without_a_record_is_compared_with_its_metadata(saved, invented):
     path, *_ = saved
     found = evaluate(path, invented)
     assert found.same
@@ -230,7 +230,7 @@ def test_numbers_of_other_data_are_not_compared(saved, invented):
     assert not evaluate(path, other).same
 
 
-def test_a_checkpoint_that_is_not_as_recorded(saved, invented):
+def test_a_checkpoint_that_differs_from_its_record(saved, invented):
     path, *_ = saved
     test = predict.load(path).about.test
     swapped = [test.correct[1], test.correct[0], *test.correct[2:]]

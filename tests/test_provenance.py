@@ -61,7 +61,7 @@ def test_a_changed_constant_counts(core, name, old, new):
     assert code_hash(core) != before
 
 
-def test_words_and_layout_do_not_count(core):
+def test_comments_and_layout_do_not_count(core):
     path = core / "functional" / "new.py"
     path.write_text("class A:\n    def f(self, x):\n        return x + 1\n")
     before = code_hash(core)
@@ -82,7 +82,7 @@ def test_a_text_that_is_no_docstring_counts(core):
     assert code_hash(core) != before
 
 
-def test_what_decides_no_bit_does_not_count(core):
+def test_code_that_decides_no_bit_does_not_count(core):
     """A new column in a report must not keep a run from going on."""
     before = code_hash(core)
     for name in ("commands", "listeners", "runs", "report"):
@@ -167,14 +167,14 @@ def test_a_record_that_is_older_than_the_settings_was_made_with_the_default(sett
         ("diff", 64 * "0", False),
     ],
 )
-def test_what_decides_bits_is_named_and_nothing_else(settings, key, value, named):
+def test_only_changes_that_decide_bits_are_named(settings, key, value, named):
     now = environment(CPU, EAGER)
     then = msgspec.structs.replace(now, **{key: value})
     expected = f"{key} {value or 'unknown'} (now {getattr(now, key)})" if named else None
     assert difference(then, now) == expected
 
 
-def test_every_part_of_an_environment_was_thought_of():
+def test_every_field_of_an_environment_is_covered():
     """A new one belongs to the test above, and perhaps to DECIDE_BITS."""
     known = "code torch device hardware mode settings device_name threads python git diff"
     assert set(Environment.__struct_fields__) == set(known.split())

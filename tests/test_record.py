@@ -89,7 +89,7 @@ def refusal(path):
     [make("x"), answered(make("x")), failed("x"), partial("x")],
     ids=["finished", "with answers", "failed", "partial"],
 )
-def test_a_record_comes_back(tmp_path, record):
+def test_a_record_is_read_as_it_was_written(tmp_path, record):
     run = Run("x", record.spec, tmp_path)
     run.folder.mkdir(parents=True)
     write_record(run.record, record)
@@ -116,7 +116,7 @@ def test_an_official_record_stays_valid(name):
     assert decode(json.dumps(later).encode()) == record
 
 
-def test_a_spec_may_lack_a_key_that_is_younger_than_the_record(put):
+def test_a_key_that_is_newer_than_the_record_has_its_default(put):
     record = read_record(put(edited(FINISHED, (("spec", "weight_decay"), None), (("spec", "seed"), None))))
     assert record == decode(json.dumps(FINISHED).encode())
 
@@ -160,7 +160,7 @@ def test_the_longest_run_has_a_record(tmp_path):
     ],
     ids=lambda data: repr(data[:12]) + f", {len(data)} bytes",
 )
-def test_what_is_no_record_is_named_and_left_alone(put, tmp_path, data, caplog):
+def test_an_invalid_record_is_named_and_not_changed(put, tmp_path, data, caplog):
     """The report leaves it out; the run that would write it is refused, with or without weights."""
     path, good = put(data), Run("y", make("y").spec, tmp_path)
     said = refusal(path)
@@ -212,7 +212,7 @@ TEXTS += [(FAILED, ("error",)), (FAILED, ("environment", "git"))]
     "text",
     ["1" * 400, "1" * 5000, "-1", "-0.5", "1e999", "-1e999", "NaN", "Infinity", "true", '"1"', "null", "[]", "{}"],
 )
-def test_a_number_that_is_none_is_refused_wherever_it_is(put, text):
+def test_an_invalid_number_is_refused_in_every_place(put, text):
     assert {("seed",), ("history", "seconds", 1), ("environment", "threads"), ("spec", "widths", 0)} < set(NUMBERS)
     for where in NUMBERS:
         said = refusal(put(edited(FINISHED, (where, text))))
@@ -227,7 +227,7 @@ def test_a_number_that_is_none_is_refused_wherever_it_is(put, text):
     ],
     ids=ascii,
 )
-def test_a_character_that_is_not_shown_is_refused_wherever_it_is(put, text):
+def test_an_invisible_character_is_refused_in_every_place(put, text):
     for record, where in TEXTS:
         value = record
         for key in where:
@@ -236,7 +236,7 @@ def test_a_character_that_is_not_shown_is_refused_wherever_it_is(put, text):
 
 
 @pytest.mark.parametrize("name", ["", "../x", "x/y", "..", ".x", "-x", "a|b", "a b", "<b>", "`x`", "ä", "x" * 101])
-def test_a_name_that_is_no_folder_is_refused(put, name):
+def test_a_name_that_cannot_be_a_folder_is_refused_in_a_record(put, name):
     said = refusal(put(edited(FINISHED, (("name",), json.dumps(name)))))
     assert "$.name" in said
 
@@ -297,11 +297,11 @@ def counts(key, i, value):
     ],
     ids=lambda value: ascii(value)[:60] if isinstance(value, list) else None,
 )
-def test_a_record_that_contradicts_itself_is_refused_in_words(put, edits, reason):
+def test_a_record_that_contradicts_itself_is_refused(put, edits, reason):
     assert reason in refusal(put(edited(FINISHED, *edits)))
 
 
-def test_a_record_without_answers_stays_as_it_is(put):
+def test_a_record_without_answers_is_rewritten_without_them(put):
     """An older one, which can say nothing of them: no key appears."""
     data = encode(make("x"))
     assert b"answers" not in data
@@ -342,7 +342,7 @@ RIGHT, CONFUSION, MISTAKES = (("answers", key) for key in ("right", "confusion",
     ],
     ids=lambda value: ascii(value)[:60] if isinstance(value, list) else None,
 )
-def test_answers_that_are_not_those_of_the_run_are_refused_in_words(put, edits, reason):
+def test_answers_that_contradict_the_metrics_are_refused(put, edits, reason):
     read_record(put(edited(ANSWERED)))
     assert reason in refusal(put(edited(ANSWERED, *edits)))
 
@@ -372,7 +372,7 @@ def test_the_record_of_another_run_is_refused(put, tmp_path):
         assert OF_ANOTHER_RUN in refusal(elsewhere)
 
 
-def test_a_record_that_could_not_be_read_is_not_written(tmp_path):
+def test_an_invalid_record_is_not_written(tmp_path):
     record = failed("x")
     record.error = "\x1b[31m"
     with pytest.raises(ValueError, match="matching regex"):

@@ -145,7 +145,7 @@ def until(condition):
 
 
 @pytest.mark.slow
-def test_whoever_is_killed_costs_time_alone(two_nodes, driver, alone, tmp_path):
+def test_a_killed_worker_node_or_driver_costs_only_time(two_nodes, driver, alone, tmp_path):
     """A worker, the node of the other worker, and then the driver: another one goes on with what is missing. All files
     are those of runs here."""
     count, epochs = 5, 10
@@ -207,7 +207,7 @@ def test_a_local_cluster_and_then_another_in_an_empty_home(tmp_path):
         head.wait(60)
 
 
-def test_without_ray_a_sentence_says_what_to_install(monkeypatch):
+def test_without_ray_a_sentence_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(cluster.ClusterError, match="uv run --group ray"), cluster.connected("local"):
         pass
@@ -266,7 +266,7 @@ def test_sigterm_is_handled_as_before(ray):
 
 
 @pytest.mark.parametrize("address", ["", " ", "ray://127.0.0.1:10001"])
-def test_no_address_and_one_of_another_protocol_are_refused(ray, address):
+def test_an_empty_address_and_another_protocol_are_refused(ray, address):
     ray.init = lambda *_, **__: pytest.fail("a cluster was started")
     with pytest.raises(cluster.ClusterError, match="expected HOST:PORT"), cluster.connected(address):
         pass
@@ -302,7 +302,7 @@ def port():
 SETTINGS_OF_HTTP2 = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # the first frame of a gRPC server
 
 
-def test_a_head_that_does_not_answer_is_told_from_one_that_does(port):
+def test_a_head_that_does_not_answer_is_detected(port):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         assert cluster.silent(address, timeout=0.2) == "no answer within 0.2 s"  # it accepts, and is silent
@@ -326,7 +326,7 @@ def test_a_head_that_does_not_answer_is_told_from_one_that_does(port):
         (SETTINGS_OF_HTTP2, ERRORS.RayError("RPC error: InvalidAuthToken: ..."), "it demands a token: copy"),
     ],
 )
-def test_a_cluster_that_cannot_be_used_is_a_sentence(ray, port, monkeypatch, answer, raised, said):
+def test_an_unusable_cluster_is_reported_in_a_sentence(ray, port, monkeypatch, answer, raised, said):
     def init(*_, **__):
         raise raised
 
@@ -368,7 +368,7 @@ def test_a_device_that_the_cluster_lacks_is_refused(asked):
         remote._device(asked, {"CPU": 4})
 
 
-def test_a_worker_without_the_project_or_with_another_says_so(tmp_path):
+def test_a_worker_without_the_same_project_reports_it(tmp_path):
     """The task reaches it with its code: nothing of it is found by its name."""
     if importlib.util.find_spec("ray") is None:
         lacking("Ray is not installed: uv run --group ray pytest")
@@ -387,7 +387,7 @@ def test_a_worker_without_the_project_or_with_another_says_so(tmp_path):
     assert "has other code or another torch, " in remote.by_value()(("0", remote.SOFTWARE.torch), 1, 2)
 
 
-def test_what_a_worker_shares_is_every_byte_of_core():
+def test_a_worker_must_have_every_byte_of_core():
     assert remote.SOFTWARE.code == importlib.import_module("core.code_hash").core_bytes_hash()
 
 
@@ -431,7 +431,7 @@ def fewer(record):
         ("digest", lambda record: change(record, digest="0" * 64)),
     ],
 )
-def test_a_result_of_something_else_is_refused(returned, invented, what, alter):
+def test_a_result_of_another_run_is_refused(returned, invented, what, alter):
     run, trained = returned
     named, record = data_identity(invented), decode(trained.record)
 
@@ -445,7 +445,7 @@ def test_a_result_of_something_else_is_refused(returned, invented, what, alter):
         remote.check(run, trained._replace(record=encode(alter(record))), named, sizes)
 
 
-def test_a_result_that_is_none_is_refused(returned, invented):
+def test_an_invalid_result_is_refused(returned, invented):
     run, trained = returned
     named = data_identity(invented)
 
@@ -579,7 +579,7 @@ def test_a_cohort_that_cannot_be_trained_together_is_trained_one_by_one(
         (ERRORS.RayTaskError(StoreError("cannot write /tmp/x")), "cannot write /tmp/x"),
     ],
 )
-def test_what_else_fails_ends_the_sweep_in_a_sentence(cluster_of, small_spec, invented, tmp_path, raised, said):
+def test_any_other_failure_ends_the_sweep_with_a_sentence(cluster_of, small_spec, invented, tmp_path, raised, said):
     def fate(label, attempt):
         raise raised
 
@@ -589,7 +589,7 @@ def test_what_else_fails_ends_the_sweep_in_a_sentence(cluster_of, small_spec, in
     assert not list(tmp_path.glob("checkpoints/x/*.json"))
 
 
-def test_a_record_under_another_id_never_lands(cluster_of, small_spec, invented, tmp_path, monkeypatch):
+def test_a_record_under_another_id_is_not_written(cluster_of, small_spec, invented, tmp_path, monkeypatch):
     cluster_of(lambda label, attempt: None)
     work = remote.work
 
@@ -604,7 +604,7 @@ def test_a_record_under_another_id_never_lands(cluster_of, small_spec, invented,
     assert not list(tmp_path.glob("checkpoints/x/*.safetensors"))
 
 
-def test_a_cluster_without_a_node_for_the_runs_is_said_once_and_waited_for(cluster_of, small_spec, invented, tmp_path):
+def test_a_cluster_without_a_node_is_reported_once_and_waited_for(cluster_of, small_spec, invented, tmp_path):
     begun = time.monotonic()
     notices = []
 
@@ -619,7 +619,7 @@ def test_a_cluster_without_a_node_for_the_runs_is_said_once_and_waited_for(clust
     assert notices == ["the cluster has no CPU; the runs wait for it"]
 
 
-def test_a_head_that_is_gone_is_said_and_then_given_up(cluster_of, small_spec, invented, tmp_path, monkeypatch):
+def test_a_lost_head_is_reported_and_then_given_up(cluster_of, small_spec, invented, tmp_path, monkeypatch):
     """While it is silent no call is made that would not return."""
     silent = []
     monkeypatch.setattr(cluster, "silent", lambda address, timeout: "Connection refused" if silent else None)
@@ -644,7 +644,7 @@ def test_a_head_that_is_gone_is_said_and_then_given_up(cluster_of, small_spec, i
     ]
 
 
-def test_what_a_worker_returns_is_written_whole_or_not_at_all(tmp_path):
+def test_the_result_of_a_worker_is_written_completely_or_not_at_all(tmp_path):
     record = make("x")
     run = Run("x", record.spec, tmp_path)
     run.folder.mkdir(parents=True)  # as the lock of the run does

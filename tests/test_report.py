@@ -179,7 +179,7 @@ def cells(text):
     return [dict(zip(markdown.COLUMNS, row, strict=True)) for row in rows(text)]
 
 
-def test_a_row_says_what_the_record_says():
+def test_a_row_has_the_numbers_of_the_record():
     text = markdown.markdown([make("lr-1e-3")], SUITES)
     assert cells(text) == [
         {
@@ -233,7 +233,7 @@ def test_the_choice_is_by_validation_alone():
         (0.5, "better (unpaired)", "It is significantly better than the others."),
     ],
 )
-def test_the_choice_says_whether_the_lead_is_more_than_chance(second, verdict, sure):
+def test_the_choice_says_whether_the_lead_is_significant(second, verdict, sure):
     text = markdown.markdown([THREE[1], make("lr-1e-3", lr=1e-3, validation=second)], SUITES)
     choice = section(text, "Choice of the learning rate")
     assert table(choice)[0][4] == verdict
@@ -340,7 +340,7 @@ def test_a_verdict_names_the_values_and_where_they_were_compared():
     assert "- Helped: " not in single
 
 
-def test_what_a_full_network_lacks_is_a_change_like_any_other():
+def test_a_key_that_the_full_network_lacks_is_compared_too():
     """The recipe has no dropout, its variant has: that the variant is worse is a verdict on having it."""
     records = [*seeds_of("full", [0.7, 0.71], dropout=0.0), *seeds_of("full-dropout", [0.68, 0.69], dropout=0.2)]
     catalog = Catalog({"x": {"full": {"dropout": 0.0}, "full-dropout": {}}}, {"x": {"full": "full"}})
@@ -348,7 +348,7 @@ def test_what_a_full_network_lacks_is_a_change_like_any_other():
     assert "- Helped: `dropout` 0.2 → 0 in full (+2.00 ± 0.02).\n" in helped
 
 
-def test_a_suite_is_an_ablation_if_it_says_so_whatever_its_name():
+def test_a_suite_is_an_ablation_if_ablations_names_it():
     names = {"first": {"dropout": 0.0}, "second": {}, "third": {"dropout": 0.5}}
     records = [run for name, spec in names.items() for run in seeds_of(name, [0.5, 0.6], **spec)]
     assert "## What helped" not in markdown.markdown(records, Catalog({"my-ablation": names}))
@@ -356,7 +356,7 @@ def test_a_suite_is_an_ablation_if_it_says_so_whatever_its_name():
 
 
 @pytest.mark.parametrize("ablations", [{"y": {}}, {"x": {"plain": "b"}}, {"x": {"first": "a"}}])
-def test_an_ablation_that_names_nothing_is_refused(ablations):
+def test_an_ablation_with_unknown_names_is_refused(ablations):
     Catalog({"x": {"a": {}}}, {"x": {"full": "a"}}).check()
     with pytest.raises(UserError, match="ABLATIONS in experiments/"):
         Catalog({"x": {"a": {}}}, ablations).check()
@@ -432,7 +432,7 @@ def test_two_other_codes_are_not_averaged_with_each_other():
     assert "\ny, seed 0, failed (other code or data): " in markdown.markdown([elsewhere(failed("y"), "1" * 12)], SUITES)
 
 
-def test_a_folder_of_runs_on_other_data_alone_has_a_whole_report():
+def test_a_folder_with_only_other_data_has_a_full_report():
     records = [elsewhere(run, data="mine") for run in THREE]
     text = markdown.markdown(records, SUITES)
     assert "The data are not CIFAR-10: mine." in text
@@ -460,7 +460,7 @@ def on_all(name, test, mirrored=None, **changes):
     )
 
 
-def test_runs_on_all_images_are_records_and_take_part_in_no_choice():
+def test_runs_on_all_images_are_in_best_by_time_and_in_no_choice():
     minute = [on_all("minute", *accuracies, seed=i) for i, accuracies in enumerate([(0.70, 0.71), (0.71, 0.73)])]
     text = markdown.markdown([*THREE, *minute], SUITES)
     assert text.replace(section(text, "Best by time"), "").count("minute") == 1, "but for the command that trains it"
@@ -494,7 +494,7 @@ def test_the_picture_shows_the_most_accurate_of_very_many():
     assert {p.label for p in ours} == {f"x{i}" for i in range(plots.MAX_BARS, 2 * plots.MAX_BARS)}
 
 
-def test_the_picture_of_the_records(tmp_path):
+def test_the_picture_of_best_by_time(tmp_path):
     write(tmp_path, [on_all("minute", 0.7, 0.71), on_all("hour", 0.78, 0.79, epochs=9)])
     rebuild.rebuild(tmp_path, SUITES)
     text = (tmp_path / "results.md").read_text()
@@ -515,7 +515,7 @@ def test_a_record_has_validation_unless_it_trained_on_all(changes):
             decode(encode(replace(good, **{field: getattr(other, field)})))
 
 
-def test_a_failed_run_claims_no_number():
+def test_a_failed_run_has_no_numbers():
     text = markdown.markdown([failed("lr-1e-3", lr=1e-3), *THREE[1:]], SUITES)
     assert [line for line in text.splitlines() if "lr-1e-3" in line] == [
         "lr-1e-3, seed 0, failed: the loss is NaN since step 7 (epoch 1)."
@@ -544,7 +544,7 @@ def test_no_runs_make_a_report(tmp_path):
     assert (tmp_path / tables.RESULTS_CSV).read_text().count("\n") == 1
 
 
-def test_a_run_that_is_not_bitwise_says_so():
+def test_a_run_that_is_not_exact_is_marked():
     text = markdown.markdown([replace(make("a"), exact=False)], SUITES)
     assert "\na, seed 0, is not exact: it went on from a resume point" in text
     assert "not exact" not in markdown.markdown([make("a")], SUITES)
@@ -579,7 +579,7 @@ EVERY = [*rebuild.BEGINNINGS, *rebuild.PICTURES, plots.suite_path("learning-rate
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("records", [[], THREE], ids=len)
-def test_a_file_that_is_not_ours_is_left_as_it_is(tmp_path, name, records):
+def test_a_file_of_another_program_is_left_unchanged(tmp_path, name, records):
     """Which is known before anything is written."""
     write(tmp_path, records)
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -604,7 +604,7 @@ def test_every_file_of_a_report_is_known_as_ours(tmp_path, cifar_folder):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_what_is_in_the_way_is_known_beforehand(tmp_path, name):
+def test_a_foreign_file_is_reported_before_the_training(tmp_path, name):
     (tmp_path / name).mkdir(parents=True)
     with pytest.raises(StoreError, match=rf"cannot write .*{name}"):
         rebuild.prepare(tmp_path, SUITES)
@@ -663,7 +663,7 @@ def test_rebuild_twice_gives_the_same_bytes(tmp_path, cifar_folder):
     }
 
 
-def test_rebuild_passes_over_what_is_no_record(tmp_path):
+def test_rebuild_skips_files_that_are_no_records(tmp_path):
     write(tmp_path, [THREE[0]])
     folder = tmp_path / "checkpoints" / "lr-1e-3"
     (folder / "half.json").write_text('{"name": ')
@@ -671,7 +671,7 @@ def test_rebuild_passes_over_what_is_no_record(tmp_path):
     assert [record.name for record in rebuild.rebuild(tmp_path, SUITES)] == ["lr-1e-3"]
 
 
-def test_a_damaged_record_spoils_no_report(tmp_path, caplog):
+def test_a_damaged_record_does_not_stop_a_report(tmp_path, caplog):
     write(tmp_path, THREE)
     path = tmp_path / "checkpoints" / "lr-1e-3" / f"{THREE[0].spec_id}.json"
     path.write_text("{")
@@ -781,7 +781,7 @@ def test_the_picture_is_the_same_bytes_for_equal_records():
     assert draw([edit_history(THREE[0], val_loss=2.5), *THREE[1:]]) != one
 
 
-def test_the_picture_is_the_same_whatever_matplotlib_is_set_to_and_changes_no_setting():
+def test_the_picture_neither_depends_on_settings_of_matplotlib_nor_changes_them():
     import matplotlib
 
     one = draw(THREE)
@@ -803,7 +803,7 @@ def test_a_name_is_not_read_as_mathematics(name, axes):
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 7, 150])
-def test_the_axis_has_whole_epochs(epochs, axes):
+def test_the_axis_has_integer_epochs(epochs, axes):
     for ax in axes([make("a", epochs=epochs)]):
         low, high = ax.get_xlim()
         ticks = [tick for tick in ax.get_xticks() if low <= tick <= high]
@@ -897,7 +897,7 @@ def rebuild_with(out, **env):
     )
 
 
-def test_settings_of_matplotlib_that_it_refuses_do_not_matter(tmp_path):
+def test_invalid_settings_of_matplotlib_do_not_matter(tmp_path):
     """Any notebook sets such a backend for the processes that it starts."""
     write(tmp_path, THREE)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
@@ -933,7 +933,7 @@ def test_the_table_has_the_best_thirty_rows_and_counts_the_others():
     assert "\n2 more rows are left out.\n" in section(text, "Choice of the learning rate")
 
 
-def test_lists_are_cut_off_with_a_count():
+def test_long_lists_end_with_a_count():
     runs = [replace(make("x", lr=0.01, seed=seed), exact=False) for seed in range(40)]
     runs += [make("z", dropout=0.01 * i, lr=lr) for i in range(40) for lr in (1e-3, 1e-2)]
     environment = runs[0].environment
@@ -982,7 +982,7 @@ def commands(records, suites=SUITES):
     return block[1].splitlines()
 
 
-def test_how_to_reproduce_names_the_runs():
+def test_the_commands_name_the_runs():
     first, last = commands([*THREE, BASELINE])
     assert first == "uv run main.py run lr-5e-4 lr-1e-3 lr-1e-4 baseline"
     assert last == "uv run main.py evaluate"
@@ -992,7 +992,7 @@ def test_how_to_reproduce_names_the_runs():
     assert table(made) == [machine]
 
 
-def test_a_machine_is_one_row_whatever_was_multiplied_on_it():
+def test_a_machine_has_one_row_for_all_precisions():
     """The record of a run in bfloat16 has the threads in its hardware, too."""
     record, other = THREE[:2]
     where = replace(record.environment, hardware="x86_64 AVX2, 2 threads", git="fedcba987654")
@@ -1001,7 +1001,7 @@ def test_a_machine_is_one_row_whatever_was_multiplied_on_it():
     assert machine[-2:] == ["2", "0123456789ab and fedcba987654"]
 
 
-def test_how_to_reproduce_names_the_options_of_a_run():
+def test_the_commands_have_the_options_of_a_run():
     """Or says that there is no such experiment any more."""
     records = [
         *seeds_of("lr-1e-3", [0.6, 0.6, 0.6], lr=1e-3),
@@ -1022,7 +1022,7 @@ def test_how_to_reproduce_names_the_options_of_a_run():
     ]
 
 
-def test_an_experiment_that_has_become_invalid_spoils_no_report():
+def test_an_experiment_that_has_become_invalid_does_not_stop_a_report():
     plain, gone, _ = commands(THREE, Catalog({**SUITES.suites, "other": {"lr-1e-3": {"learning_rate": 1e-3}}}))
     assert plain == "uv run main.py run lr-5e-4 lr-1e-4"
     assert gone.startswith("# lr-1e-3 (")
@@ -1129,7 +1129,7 @@ def test_a_table_by_a_key_has_means_over_all_runs(tmp_path):
     assert "## By" not in (tmp_path / "results.md").read_text()
 
 
-def test_a_key_that_is_none_is_refused(tmp_path):
+def test_an_unknown_key_is_refused(tmp_path):
     with pytest.raises(SpecError, match=r"cannot group by 'learning_rate': it is no key .*; did you mean 'lr'"):
         rebuild.rebuild(tmp_path, SUITES, group_by="learning_rate")
     assert not list(tmp_path.iterdir())

@@ -166,7 +166,7 @@ def test_bfloat16_on_amx_records_the_threads(monkeypatch, tmp_path, invented, sm
     assert environment(cpu, COMPILED, bfloat16=True).hardware.endswith(" avx512_bf16")
 
 
-def test_a_cpu_that_emulates_bfloat16_is_told_so(tmp_path, invented, small_spec, monkeypatch):
+def test_emulated_bfloat16_is_reported(tmp_path, invented, small_spec, monkeypatch):
     def reasons(precision, optimizer="adam"):
         events = Events()
         spec = small_spec(epochs=1, precision=precision, optimizer=optimizer)
@@ -245,7 +245,7 @@ def shapes(path):
         return checkpoint.shapes_of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
-def test_a_run_tells_what_happens(train):
+def test_a_run_reports_its_events(train):
     events = Events()
     record = train("whole", listeners=[events])
     assert events.kinds() == ["Started", "FirstStep", "EpochDone", "EpochDone", "EpochDone", "Ended"]
@@ -256,7 +256,7 @@ def test_a_run_tells_what_happens(train):
     assert record == read_record(train.run("whole").record)
 
 
-def test_what_is_finished_is_not_trained_again_unless_forced(train):
+def test_a_finished_run_is_not_trained_again_without_force(train):
     first, events = train("whole"), Events()
     assert train("whole", listeners=[events]) == first
     assert events.kinds() == ["Ended"]
@@ -339,7 +339,7 @@ def test_resuming_with_another_spec_is_refused_or_marked(train):
     assert train("cut", exact=False).exact is False
 
 
-def test_what_began_eager_goes_on_eager(train):
+def test_an_eager_run_is_resumed_eager(train):
     """As where compiling had failed: the same command must go on, bit by bit."""
     whole = train.whole()
     stopped(train, "cut", 20)
@@ -374,7 +374,7 @@ def test_a_compilation_that_fails_becomes_eager(train, nothing_compiles):
     assert record.digest == train.whole().digest
 
 
-def test_a_step_without_patches_is_recorded_and_goes_on_as_such(train, monkeypatch):
+def test_an_unpatched_step_is_recorded_and_resumed_as_such(train, monkeypatch):
     fuse, mode = fused.fuse, Mode("unpatched")
 
     def another(*inputs, compiled=True, **options):
@@ -396,7 +396,7 @@ def test_a_step_without_patches_is_recorded_and_goes_on_as_such(train, monkeypat
     assert (again.digest, again.environment.mode) == (whole.digest, "unpatched")
 
 
-def test_what_began_compiled_does_not_go_on_eager_in_silence(train, nothing_compiles):
+def test_a_compiled_run_is_not_silently_resumed_eager(train, nothing_compiles):
     path = stopped(train, "cut", 20)
     _, about = checkpoint.load(path, ResumePoint, lambda _: shapes(path))
     edit(path, environment=type(about.environment)(**{**as_dict(about.environment), "mode": "compiled"}))
@@ -412,7 +412,7 @@ def test_a_signal_between_the_end_of_an_epoch_and_its_save(train, moment):
     assert train.run("cut").resume_points()[0] == train.run("cut").resume_point(stop.step)
 
 
-def test_the_newest_damaged_falls_back_to_the_one_before_loudly(train):
+def test_a_damaged_resume_point_is_reported_and_the_one_before_is_used(train):
     whole = train.whole()
     newest = stopped(train, "cut", 40)
     assert len(train.run("cut").resume_points()) == KEEP
@@ -425,7 +425,7 @@ def test_the_newest_damaged_falls_back_to_the_one_before_loudly(train):
 
 
 @pytest.mark.parametrize("key", ["spec", "data", "environment", "progress"])
-def test_a_resume_point_that_lacks_something_but_is_whole_is_of_another_version(train, key, monkeypatch):
+def test_an_undamaged_resume_point_that_lacks_a_key_is_of_another_version(train, key, monkeypatch):
     """That version may go on from it."""
     newest = stopped(train, "cut", 40)
     to_builtins = checkpoint.msgspec.to_builtins
@@ -437,7 +437,7 @@ def test_a_resume_point_that_lacks_something_but_is_whole_is_of_another_version(
     assert newest.exists()
 
 
-def test_all_damaged_is_refused_and_nothing_restarts(train):
+def test_if_all_resume_points_are_damaged_nothing_restarts(train):
     stopped(train, "cut", 40)
     points = train.run("cut").resume_points()
     for path in points:
@@ -447,7 +447,7 @@ def test_all_damaged_is_refused_and_nothing_restarts(train):
     assert train.run("cut").resume_points() == points
 
 
-def test_two_runs_of_one_folder_are_the_same_bits(train, tmp_path):
+def test_two_runs_in_one_folder_have_the_same_bits(train, tmp_path):
     first = train("a")
     shutil.rmtree(tmp_path / "a")
     assert train("a").digest == first.digest
@@ -460,7 +460,7 @@ def test_a_name_that_could_not_be_a_folder_is_refused(invented, tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_record_keeps_what_a_notebook_asks_for(train):
+def test_the_returned_record_is_complete(train):
     """The one door returns what it has written: no file needs to be read."""
     record = train("x")
     assert 0 <= record.metrics.test.accuracy <= 1

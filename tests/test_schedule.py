@@ -75,7 +75,7 @@ def test_an_exception_of_a_signal_becomes_a_result(runs):
     assert list(schedule.train_all(runs, executor)) == ["one", schedule.Interrupted()]
 
 
-def test_what_is_too_large_or_held_is_tried_one_by_one(runs):
+def test_a_cohort_that_is_too_large_or_held_is_tried_one_by_one(runs):
     def train(group, **how):
         if len(group) > 1:
             raise TooLarge("too large")
@@ -88,7 +88,7 @@ def test_what_is_too_large_or_held_is_tried_one_by_one(runs):
     assert (results[1].run, str(results[1].reason)) == (runs[1], "process 1 on x")
 
 
-def test_of_a_cohort_that_is_stopped_those_that_had_ended_have_records(runs):
+def test_finished_runs_of_a_stopped_cohort_have_records(runs):
     ended = failed("x")
     train = lambda group, **how: [ended, Stopped(7, 15), Stopped(7, 15)]  # noqa: E731
     results = list(schedule.train_all(runs, schedule.one_after_another(train), cohort=3))
@@ -118,7 +118,7 @@ def test_there_are_steps_to_save_from_the_first_step_to_the_end_of_the_last_run(
         assert stop.stepping == stepping, event
 
 
-def test_data_that_is_too_large_is_no_traceback(invented, monkeypatch):
+def test_data_that_is_too_large_is_reported_without_a_traceback(invented, monkeypatch):
     def place(data, device):
         raise MemoryError
 
@@ -203,7 +203,7 @@ def test_tensorboard_reads_what_was_written(small_spec, tmp_path, invented, read
     assert started["widths"].string_value == str(run.spec["widths"])
 
 
-def test_tensorboard_has_what_others_have_trained(small_spec, tmp_path, invented, read):
+def test_tensorboard_has_runs_of_other_processes(small_spec, tmp_path, invented, read):
     from core.events import Ended
     from core.listeners.tensorboard import TensorBoard
 

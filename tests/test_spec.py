@@ -254,7 +254,7 @@ def test_numbers_of_numpy_are_the_plain_numbers(key, value, same):
 @pytest.mark.parametrize(
     ("key", "value"), [("epochs", np.bool_(True)), ("epochs", np.float64(3)), ("lr", np.array([1e-3])), ("lr", np.nan)]
 )
-def test_what_is_no_such_number_is_refused_from_numpy_too(key, value):
+def test_an_invalid_number_of_numpy_is_refused(key, value):
     with pytest.raises(SpecError, match=rf"^{key} = [^\n]*, expected [^\n]*$"):
         resolve({key: value})
 
@@ -301,7 +301,7 @@ def test_unknown_keys_get_the_nearest_name(key, meant):
     assert str(refused.value) == f"unknown key '{key}'; did you mean '{meant}'?"
 
 
-def test_a_name_near_to_none_gets_the_list():
+def test_a_name_unlike_all_keys_gets_the_list():
     assert nearest("zzzzzz", ["lr", "seed"]) == "; known are lr, seed"
 
 
@@ -330,7 +330,7 @@ def test_a_step_without_dropout_or_another_switch_is_compiled_by_itself(key):
 
 
 @given(SPECS)
-def test_what_is_constant_in_the_step_says_no_dynamic_value(spec):
+def test_the_static_part_of_a_spec_has_no_dynamic_value(spec):
     spec = resolve(spec)
     found = static(spec)
     assert found.keys() == {key for key in FIELDS if key in SWITCHES or key not in DYNAMIC}

@@ -83,7 +83,7 @@ def test_images_are_compared_by_the_exact_test_of_mcnemar(turn, hits):
     assert found[2] == pytest.approx(reference.binomtest(first, first + second).pvalue if first + second else 1)
 
 
-def test_images_are_those_of_the_first_seed_that_both_have_kept():
+def test_images_are_compared_for_the_first_seed_that_both_recorded():
     a = [make("a", seed=0), answered(make("a", seed=1)), answered(make("a", seed=2))]
     b = [answered(make("b", seed=0)), answered(make("b", seed=2), 9), answered(make("b", seed=1))]
     assert stats.image_by_image(a, b) == (0, 0, 1.0)

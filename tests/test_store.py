@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_synced_is_no_failure_and_a_broken_disk_is(tmp_p
             store.atomic_write(path, b"new")
 
 
-def test_room_is_known_beforehand(tmp_path, monkeypatch):
+def test_missing_disk_space_is_reported_beforehand(tmp_path, monkeypatch):
     path = tmp_path / "a"
     store.reserve(path, 1 << 20, 3)
     usage = namedtuple("usage", "total used free")
@@ -129,7 +129,7 @@ def test_room_is_known_beforehand(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EFBIG])
-def test_to_reserve_room_is_a_courtesy_and_a_limit_is_not(tmp_path, monkeypatch, code):
+def test_a_failed_reservation_is_ignored_and_a_limit_is_not(tmp_path, monkeypatch, code):
     """musl and some file systems cannot reserve; a quota, or a limit on the size of files, still refuses."""
 
     def fails(*_):
@@ -144,7 +144,7 @@ def test_to_reserve_room_is_a_courtesy_and_a_limit_is_not(tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_only_its_owner_may_replace_is_known_beforehand(tmp_path, monkeypatch):
+def test_a_file_that_only_its_owner_may_replace_is_reported_beforehand(tmp_path, monkeypatch):
     path = tmp_path / "a"
     path.touch()
     tmp_path.chmod(0o1777)  # as /tmp has it
@@ -241,7 +241,7 @@ with Run("x", json.loads(sys.argv[2]), Path(sys.argv[1])).lock():
 """
 
 
-def test_a_lock_names_its_holder_and_dies_with_it(run, tmp_path):
+def test_a_lock_names_its_holder_and_ends_with_it(run, tmp_path):
     holder = python(HOLD, tmp_path, json.dumps(FINISHED.spec))
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(Held, match=f"^process {holder.pid} on "), run.lock():
@@ -255,7 +255,7 @@ def test_a_lock_names_its_holder_and_dies_with_it(run, tmp_path):
     assert not run.folder.joinpath(f"{ID}.owner").exists()
 
 
-def test_who_waits_for_a_stopped_process_is_told_how_to_wake_it(tmp_path, caplog):
+def test_a_process_that_waits_for_a_stopped_one_shows_how_to_wake_it(tmp_path, caplog):
     """Ctrl-Z while results.md is written: another `run` or `report` waits, and says for whom."""
     locked = 'Run("x", json.loads(sys.argv[2]), Path(sys.argv[1])).lock()'
     hold = HOLD.replace(locked, "lock_results(Path(sys.argv[1]))").replace("time.sleep(60)", "input()")
@@ -348,7 +348,7 @@ def test_a_tilde_is_the_home_folder_from_python_too(monkeypatch, tmp_path, inven
 # What killed processes left
 
 
-def test_the_sweep_takes_what_nobody_needs_and_nothing_else(run, tmp_path):
+def test_the_sweep_deletes_leftovers_and_nothing_else(run, tmp_path):
     other = Run("y", FINISHED.spec, tmp_path)
     other.folder.mkdir()
     kept = [run.weights, run.record, run.resume_point(7), other.resume_point(5)]
@@ -369,7 +369,7 @@ def test_the_sweep_takes_what_nobody_needs_and_nothing_else(run, tmp_path):
     assert not any(path.exists() for path in swept)
 
 
-def test_the_sweep_leaves_a_run_alone_that_is_under_way(run, tmp_path):
+def test_the_sweep_skips_a_run_in_progress(run, tmp_path):
     temporary, owner = run.folder / f"{ID}.json.77.tmp", run.folder / f"{ID}.owner"
     temporary.touch()
     holder = python(HOLD, tmp_path, json.dumps(FINISHED.spec))
@@ -478,7 +478,7 @@ PLACES = {
 
 @pytest.mark.parametrize("strange", STRANGE)
 @pytest.mark.parametrize("place", PLACES)
-def test_what_is_no_file_is_refused_before_it_is_read(tmp_path, place, strange):
+def test_a_special_file_is_refused_before_it_is_read(tmp_path, place, strange):
     name, read = PLACES[place]
     make_strange, reason = STRANGE[strange]
     path = tmp_path / name
@@ -503,13 +503,13 @@ def ask(tmp_path):
 
 
 @pytest.mark.parametrize("strange", STRANGE)
-def test_a_holder_whose_name_is_no_file_is_another_process(ask, tmp_path, strange):
+def test_a_holder_in_an_unreadable_file_is_another_process(ask, tmp_path, strange):
     STRANGE[strange][0](tmp_path / "owner")
     assert refusal(ask) == "another process"
 
 
 @pytest.mark.parametrize("words", [b"", b"\xff", b"a\nb", b"\x1b[31m", "\u202e".encode(), b"x" * 1001])
-def test_a_holder_whose_name_is_no_line_is_another_process(ask, tmp_path, words):
+def test_a_holder_with_an_invalid_name_is_another_process(ask, tmp_path, words):
     (tmp_path / "owner").write_bytes(words)
     with pytest.raises(Held, match=r"^another process$"):
         ask()

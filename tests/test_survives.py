@@ -268,7 +268,7 @@ def test_a_signal_saves_and_says_how_to_go_on(start, smoke, whole, tmp_path, num
     assert digest(tmp_path) == whole
 
 
-def test_a_stop_that_arrives_twice_saves_all_the_same(start, smoke, whole, tmp_path):
+def test_the_same_stop_from_two_senders_still_saves(start, smoke, whole, tmp_path):
     """`uv run` passes on a signal that its child has already had, as the supervisor signals the whole group."""
     for delay in (0, 0.3):
         process = start(*smoke, out=tmp_path, patch=SLOW_SAVE.format(seconds=0.4))
@@ -299,7 +299,7 @@ def test_a_later_signal_stops_at_once(start, smoke, tmp_path):
     assert process.wait() == 128 + signal.SIGINT
 
 
-def test_nohup_means_that_a_hangup_stops_nothing(start, smoke, tmp_path):
+def test_with_nohup_a_hangup_stops_nothing(start, smoke, tmp_path):
     patch = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)"
     process = start(*smoke[:-1], 5, out=tmp_path, patch=patch)
     process.until("epoch 1")
@@ -394,7 +394,7 @@ def test_two_processes_share_the_experiments(start, others, smoke, tmp_path):
 LIMIT = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({n}, {n}))"
 
 
-def test_a_disk_that_is_too_full_is_known_before_an_epoch(start, smoke, tmp_path):
+def test_a_full_disk_is_reported_before_the_first_epoch(start, smoke, tmp_path):
     for i, patch in enumerate(
         (LIMIT.format(n=100_000), "import shutil\nshutil.disk_usage = lambda _: shutil._ntuple_diskusage(9, 0, 9)")
     ):
@@ -406,7 +406,7 @@ def test_a_disk_that_is_too_full_is_known_before_an_epoch(start, smoke, tmp_path
         assert_nothing_left(out)
 
 
-def test_training_again_keeps_what_is_finished_until_it_is_replaced(start, smoke, tmp_path):
+def test_training_again_keeps_the_old_result_until_it_is_replaced(start, smoke, tmp_path):
     """On a full disk, and when it is stopped; the second goes on without --force."""
     command = (*smoke[:-1], 3)
     finish(start, *command, out=tmp_path)
@@ -427,7 +427,7 @@ def test_training_again_keeps_what_is_finished_until_it_is_replaced(start, smoke
     assert_nothing_left(tmp_path)
 
 
-def test_a_disk_that_fills_up_on_the_way(start, smoke, whole, tmp_path):
+def test_a_disk_that_becomes_full_during_the_training(start, smoke, whole, tmp_path):
     patch = (
         """
 import core.runs.resume
@@ -451,7 +451,7 @@ core.runs.resume.save = fill_up
     assert digest(tmp_path) == whole
 
 
-def test_results_that_cannot_be_written_stay_as_they_are(start, smoke, tmp_path):
+def test_results_that_cannot_be_written_stay_unchanged(start, smoke, tmp_path):
     finish(start, *smoke[:-1], 1, out=tmp_path)
     long = "import core.report.rebuild as r\nr.markdown.markdown = lambda *_: 'x' * 1_000_000\n"
     svg, text = b"<dc:identifier>" + b"0" * 64, markdown.HEADER.encode()  # as they are known to be ours
@@ -525,7 +525,7 @@ resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 
 
 @pytest.mark.parametrize("error", ["torch.OutOfMemoryError('CUDA out of memory')", "MemoryError()"])
-def test_other_words_for_too_little_memory(start, others, tmp_path, error):
+def test_other_errors_for_too_little_memory(start, others, tmp_path, error):
     """What a device or Python raises, which cannot be had at will."""
     patch = f"""
 import torch, core.session

@@ -23,7 +23,7 @@ def normalised(images):
     return np.concatenate([x, x[..., ::-1]]).reshape(-1, 3072)
 
 
-def test_it_is_the_principal_component_analysis_of_numpy(cifar10_slice):
+def test_whitening_is_the_principal_component_analysis_of_numpy(cifar10_slice):
     images, _ = cifar10_slice
     found = whitening(images, torch.arange(100, 500), 40, EPS)
     x = normalised(images[100:500])
@@ -39,7 +39,7 @@ def test_it_is_the_principal_component_analysis_of_numpy(cifar10_slice):
     np.testing.assert_allclose(np.cov(z.T, bias=True), np.diag(variances / (variances + EPS)), atol=1e-4)
 
 
-def test_the_bits_do_not_depend_on_the_threads_or_on_the_order(cifar10_slice):
+def test_the_bits_of_whitening_do_not_depend_on_threads_or_order(cifar10_slice):
     images, _ = cifar10_slice
     found, threads = [], torch.get_num_threads()
     for number, examples in ((1, torch.arange(1000)), (2, torch.arange(1000).flip(0))):
@@ -69,7 +69,7 @@ def test_a_whitening_of_the_training_images_never_sees_the_others(invented):
     assert not torch.equal(one["bias"], other["bias"])
 
 
-def test_it_takes_the_product_in_the_precision_of_the_spec(invented):
+def test_whitening_uses_the_precision_of_the_spec(invented):
     found = Training(resolve({"whiten": 30}), invented, torch.device("cpu")).whitening
     x = augment.normalise(invented.test_images)
     exact = x.double() @ found["weight"].double().t() + found["bias"].double()
@@ -81,7 +81,7 @@ def test_it_takes_the_product_in_the_precision_of_the_spec(invented):
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm": "none", "widths": []}, {"ema": 0.9, "train_on": "all"}], ids=str)
-def test_it_is_folded_into_the_checkpoint(invented, tmp_path, small_spec, changes):
+def test_whitening_is_folded_into_the_checkpoint(invented, tmp_path, small_spec, changes):
     """The network that is saved takes images, as any other; it is the one that was trained."""
     spec = small_spec(whiten=25, epochs=1, **changes)
     record = run_experiment("x", spec, tmp_path, invented, "cpu", compiled=False)
@@ -102,6 +102,6 @@ def test_it_is_folded_into_the_checkpoint(invented, tmp_path, small_spec, change
     assert module[1].in_features == 3072
 
 
-def test_a_record_without_whitening_has_none(invented, tmp_path, small_spec):
+def test_a_record_of_a_run_without_whitening_has_no_digest_of_it(invented, tmp_path, small_spec):
     record = run_experiment("x", small_spec(epochs=1), tmp_path, invented, "cpu", compiled=False)
     assert not record.whitening

@@ -64,12 +64,10 @@ def data_on(data: cifar10.Data) -> Callable[[str], cifar10.Data]:
     """CIFAR-10 on a device; without that device the test is skipped."""
     import torch
 
-    from core.data.loader import place
-
     def on(device: str) -> cifar10.Data:
         if device == "cuda" and not torch.cuda.is_available():
             pytest.skip("there is no CUDA device here: NOT RUN")
-        return place(data, torch.device(device))
+        return data.to(torch.device(device))
 
     return on
 

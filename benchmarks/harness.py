@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import limits, peers, peers_jax
 from core.compile.device import pick_device
-from core.data import archive, cifar10, loader
+from core.data import archive, cifar10
 
 DATA = archive.ROOT / "data"
 OURS, JAX, NAIVE, PRODUCTS, LIMIT = "ours", "jax", "naive", "products", "products + Adam"
@@ -123,7 +123,7 @@ def timed(play: Callable[[], Any]) -> Callable[[], float]:
 
 def serve(pipe: Any, entry: Entry, device: str, folder: Path) -> None:
     """The body of a worker: builds a contestant for the batch size that it is told, and runs it round by round."""
-    data = loader.place(cifar10.load(folder), pick_device(device))
+    data = cifar10.load(folder).to(pick_device(device))
     contestant = None
     while (request := pipe.recv()) is not None:
         command, value = request

@@ -16,7 +16,7 @@ from core.errors import UserError
 FIRST_ANSWER = 10.0  # seconds in which the head of a cluster must answer
 LOOK = 1.0  # seconds between two checks of the cluster
 QUIET = 10.0  # seconds for which runs wait for a node, or for the head, before a message says so
-GONE = 45.0  # seconds after which a silent head is lost. After 60, Ray would kill this process without a message
+LOST = 45.0  # seconds after which a silent head is lost. After 60, Ray would kill this process without a message
 LOCAL = "local"  # instead of an address: a cluster of this machine alone, for this call
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # send no statistics
@@ -134,7 +134,7 @@ class Watch:
         0 while the head does not answer, since most calls of Ray would then not return.
 
         Raises:
-            ClusterError: the head has not answered for `GONE` seconds.
+            ClusterError: the head has not answered for `LOST` seconds.
         """
         now = time.monotonic()
         if now - self.looked < LOOK:
@@ -145,7 +145,7 @@ class Watch:
         self.answered = self.answered if problem else now
         if count:
             self.able, self.noticed = now, False
-        if now - self.answered > GONE:
+        if now - self.answered > LOST:
             raise ClusterError(f"the head of the Ray cluster, {self.head}, is gone ({problem})")
         if now - self.able > QUIET and not self.noticed:
             self.noticed = True

@@ -78,6 +78,6 @@ class Measured:
             else:
                 seconds += self.seconds[key] * work(spec) / self.work[key]
             kept += 4 * _parameters({**spec, "whiten": 0}) + 4_000 + 220 * spec["epochs"]  # the weights, the record
-            copies = 3 + (spec["ema"] > 0)  # the weights, Adam's two moments, the average
-            meanwhile = max(meanwhile, RESUME_POINTS * copies * 4 * _parameters(spec))
+            tensors = 3 + (spec["ema"] > 0)  # the weights, Adam's two moments, the average
+            meanwhile = max(meanwhile, RESUME_POINTS * tensors * 4 * _parameters(spec))
         return Estimate(seconds, kept, meanwhile)

@@ -131,7 +131,7 @@ def check_images(network: Network, folder: Path) -> tuple[Tensor, str]:
 def export(network: Network, kind: str, path: str | Path, images: Tensor) -> Exported:
     """Write a network, whose weights are on the CPU, as a file that takes any number of images and normalises them.
 
-    The file takes the place of `path` after it was read again and gave the same logits, of one image alone and of the
+    The file replaces `path` only after it was read again and gave the same logits, for one image alone and for the
     others together.
 
     Args:

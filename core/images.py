@@ -28,13 +28,13 @@ class ImageError(UserError):
 def find(paths: Iterable[str | Path]) -> list[Path]:
     """These files; in place of a folder the files in it, sorted, but for hidden ones. A folder in which none can be
     read stays, for `read` to refuse."""
-    found: list[Path] = []
+    files: list[Path] = []
     for path in map(local, paths):
         inside: list[Path] = []
         with contextlib.suppress(OSError):  # it is no folder, or a closed one
             inside = [each for each in path.iterdir() if each.is_file() and not each.name.startswith(".")]
-        found += sorted(inside) or [path]
-    return found
+        files += sorted(inside) or [path]
+    return files
 
 
 def eight_bits(image: Image.Image, source: Image.Image) -> Image.Image:

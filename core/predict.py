@@ -137,8 +137,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
         core.runs.checkpoint.CheckpointError: the file is missing, damaged or does not hold such a network.
     """
     tensors, about = checkpoint.load(local(path), Weights, template)
-    named = model.template(model.folded(about.spec), about.data_info)
-    params, stats = ({name: tensors[name] for name in names} for names in named)
+    parts = model.template(model.folded(about.spec), about.data_info)
+    params, stats = ({name: tensors[name] for name in names} for names in parts)
     return Network(params, stats, about).to(device)
 
 
@@ -149,15 +149,15 @@ def top_k(network: Network, image: Tensor | np.ndarray, count: int = 3) -> list[
     Raises:
         InputError: it is something else.
     """
-    found = network(_as_tensor(image, "images")[None]).softmax(1)[0].topk(min(count, len(network.info.classes)))
-    return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+    top = network(_as_tensor(image, "images")[None]).softmax(1)[0].topk(min(count, len(network.info.classes)))
+    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
 
 class Evaluation(NamedTuple):
     """What a checkpoint reaches on the test split, beside what its run recorded.
 
     Attributes:
-        found: as core.functional.step.evaluate returns it.
+        result: as core.functional.step.evaluate returns it.
         flip: whether the probabilities were averaged over each image and its mirror image.
         recorded, digest: the test metrics, evaluated in the same way, and the digest of the weights in the record
             beside the checkpoint, or in the checkpoint itself where there is no record. `recorded` is None where
@@ -166,7 +166,7 @@ class Evaluation(NamedTuple):
         same: whether the weights and the right answers are those recorded, and the loss within 1e-4.
     """
 
-    found: dict[str, Any]
+    result: dict[str, Any]
     flip: bool
     recorded: Metrics | None
     digest: str
@@ -180,8 +180,8 @@ def recorded(path: str | Path) -> Record | None:
     Raises:
         core.runs.record.RecordError: it cannot be read.
     """
-    beside = local(path).with_suffix(".json")
-    return read_record(beside) if beside.exists() else None
+    record_path = local(path).with_suffix(".json")
+    return read_record(record_path) if record_path.exists() else None
 
 
 def evaluate(path: str | Path, network: Network, data: Data, flip: bool = False) -> Evaluation:
@@ -200,9 +200,9 @@ def evaluate(path: str | Path, network: Network, data: Data, flip: bool = False)
         test = (record.flipped.test if record.flipped else None) if flip else record.metrics.test
     other_data = None if trained_with == identity.data_identity(data) else trained_with
     test = None if other_data else test
-    found = network.evaluate(data.test_images, data.test_labels, flip)
-    as_recorded = test is None or (found["correct"] == test.correct and abs(found["loss"] - test.loss) < 1e-4)
-    return Evaluation(found, flip, test, digest, other_data, as_recorded and digest == network.digest())
+    result = network.evaluate(data.test_images, data.test_labels, flip)
+    as_recorded = test is None or (result["correct"] == test.correct and abs(result["loss"] - test.loss) < 1e-4)
+    return Evaluation(result, flip, test, digest, other_data, as_recorded and digest == network.digest())
 
 
 class Residual(nn.Sequential):

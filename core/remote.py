@@ -118,7 +118,7 @@ def _mapped(stored: Any, info: DataInfo, device: str) -> Data:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes into the images
-        return loader.place(Data.of(map(torch.from_numpy, ray.get(stored)), info), torch.device(device))
+        return Data.of(map(torch.from_numpy, ray.get(stored)), info).to(torch.device(device))
 
 
 def train(

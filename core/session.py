@@ -76,7 +76,7 @@ def prepare(device: str, load_data: Callable[[], Data]) -> tuple[Data, torch.dev
     """
     chosen = pick_device(device)
     with _failing([]):
-        return loader.place(load_data(), chosen), chosen
+        return load_data().to(chosen), chosen
 
 
 @isolated()
@@ -138,7 +138,7 @@ def run_cohort(
     identity.check(data)
     data_name, mode = identity.data_identity(data), Mode("compiled" if compiled else "eager")
     with _failing([]):
-        data = loader.place(data, device)
+        data = data.to(device)
     listener = Listeners(listeners)
     sessions = []
     for run in runs:

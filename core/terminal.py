@@ -199,8 +199,8 @@ def evaluation(path: Path, about: Any, evaluated: Any) -> None:
         about: core.runs.record.Weights.
         evaluated: core.predict.Evaluation.
     """
-    found, recorded = evaluated.found, evaluated.recorded
-    low, high = stats.interval(found["accuracy"], found["n"])
+    result, recorded = evaluated.result, evaluated.recorded
+    low, high = stats.interval(result["accuracy"], result["n"])
     numbers = f"{stats.percent(recorded.accuracy)}, {recorded.loss:.4f}" if recorded else "no such evaluation"
     if evaluated.same:
         verdict = "as recorded" if recorded else "the run did not evaluate in this way"
@@ -209,10 +209,10 @@ def evaluation(path: Path, about: Any, evaluated: Any) -> None:
         verdict = f"the run recorded {numbers}, weights {evaluated.digest[:12]}"
     mirrored = ", averaged over each image and its mirror image" if evaluated.flip else ""
     say(
-        f"{about.name} ({path}): {stats.percent(found['accuracy'])} of {found['n']:,} test images{mirrored} "
-        f"(95% interval {100 * low:.2f}-{100 * high:.2f}%), loss {found['loss']:.4f}; {verdict}"
+        f"{about.name} ({path}): {stats.percent(result['accuracy'])} of {result['n']:,} test images{mirrored} "
+        f"(95% interval {100 * low:.2f}-{100 * high:.2f}%), loss {result['loss']:.4f}; {verdict}"
     )
-    classes = list(zip(about.data_info.classes, found["correct"], found["count"], strict=True))
+    classes = list(zip(about.data_info.classes, result["correct"], result["count"], strict=True))
     least = ""
     if len(classes) > LISTED:
         classes = sorted(classes, key=lambda each: each[1] / each[2])[:LISTED]
@@ -237,9 +237,9 @@ def evaluation_as_json(path: Path, about: Any, evaluated: Any) -> None:
         "checkpoint": str(path),
         "experiment": about.name,
         "seed": about.seed,
-        "test_accuracy": evaluated.found["accuracy"],
-        "test_loss": evaluated.found["loss"],
-        "n": evaluated.found["n"],
+        "test_accuracy": evaluated.result["accuracy"],
+        "test_loss": evaluated.result["loss"],
+        "n": evaluated.result["n"],
         "tta": "flip" if evaluated.flip else "none",
         "recorded_test_accuracy": evaluated.recorded.accuracy if evaluated.recorded else None,
     }

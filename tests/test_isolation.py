@@ -177,7 +177,7 @@ def test_no_switch_changes_the_logits_of_a_network(network, invented, switch):
         assert state() == before
     assert again.dtype == torch.float32
     assert torch.equal(again, logits)
-    assert evaluation.found == evaluated
+    assert evaluation.result == evaluated
     assert evaluation.same
     assert top == predict.top_k(predict.load(path), invented.test_images[0].view(3, 32, 32))
 

@@ -212,9 +212,9 @@ def test_mirror_images_are_compared_with_mirror_images(saved, invented):
     expected = Metrics(**step.evaluate(params, stats, images, labels, spec, flip=True))
     for loss, same in ((expected.loss, True), (expected.loss + 1, False)):
         record_beside(path, flipped=Flipped(None, replace(expected, loss=loss)))
-        found = predict.evaluate(path, predict.load(path), invented, flip=True)
-        assert (found.recorded.loss, found.same) == (loss, same)
-    assert found.found["correct"] == expected.correct
+        result = predict.evaluate(path, predict.load(path), invented, flip=True)
+        assert (result.recorded.loss, result.same) == (loss, same)
+    assert result.result["correct"] == expected.correct
     assert evaluate(path, invented).same
 
 

@@ -474,7 +474,7 @@ def cluster_of(ray, monkeypatch, returned, invented):
     monkeypatch.setattr(remote.torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(cluster, "silent", lambda address, timeout: None)
     monkeypatch.setattr(cluster, "QUIET", 0.1)
-    monkeypatch.setattr(cluster, "GONE", 0.3)
+    monkeypatch.setattr(cluster, "LOST", 0.3)
     monkeypatch.setattr(cluster, "LOOK", 0.02)
 
     def make(fate, look=lambda: {"CPU": 2}):

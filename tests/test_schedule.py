@@ -119,10 +119,10 @@ def test_there_are_steps_to_save_from_the_first_step_to_the_end_of_the_last_run(
 
 
 def test_data_that_is_too_large_is_reported_without_a_traceback(invented, monkeypatch):
-    def place(data, device):
+    def to(data, device):
         raise MemoryError
 
-    monkeypatch.setattr("core.data.loader.place", place)
+    monkeypatch.setattr("core.data.tensors.Data.to", to)
     with pytest.raises(UserError, match=r"^there is not enough memory for the data$"):
         prepare("cpu", lambda: invented)
     with pytest.raises(UserError, match=r"^there is not enough memory for the data$"):

@@ -74,9 +74,9 @@ class Archive(NamedTuple):
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise DataError(f"cannot read {path}: {reason}; {_remedy(path)}") from None
-        found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-        if found != md5:
-            raise DataError(f"{path} is altered: its md5 is {found}, expected {md5}; {_remedy(path)}")
+        digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        if digest != md5:
+            raise DataError(f"{path} is altered: its md5 is {digest}, expected {md5}; {_remedy(path)}")
         return data
 
     def missing(self, folder: Path) -> list[str]:

@@ -184,7 +184,7 @@ def check(data: Data, name: str) -> None:
         DataError: It is another data set.
     """
     if name.startswith(folder.PREFIX):
-        if (found := folder.name_of(data)) != name:
-            raise DataError(f"the spec asks for the data set {name}, and the images are those of {found}")
+        if (other := folder.name_of(data)) != name:
+            raise DataError(f"the spec asks for the data set {name}, and the images are those of {other}")
     elif data.info != get(name).info:
         raise DataError(f"the spec asks for {get(name).title}, and the data has other classes or another format")

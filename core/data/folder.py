@@ -7,7 +7,7 @@ from core.data.tensors import Data, DataError
 from core.spec import DataInfo, canonical
 
 PREFIX = "folder-"
-NAMED = 10  # bad images in a message
+LISTED = 10  # bad images in a message
 
 
 def name_of(data: Data) -> str:
@@ -70,17 +70,17 @@ def _files(folder: Path) -> dict[str, list[Path]]:
     """The files of each class, sorted."""
     try:
         classes = {path.name: path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
-        found = {
+        files = {
             name: sorted(path for path in classes[name].iterdir() if not path.name.startswith("."))
             for name in sorted(classes)
         }
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
-    if not found:
+    if not files:
         raise DataError(f"{folder} has no folders, expected one for each class")
-    if empty := next((name for name, paths in found.items() if not paths), None):
+    if empty := next((name for name, paths in files.items() if not paths), None):
         raise DataError(f"there are no images in {folder / empty}")
-    return found
+    return files
 
 
 def _drawn(files: dict[str, list[Path]], test_share: float) -> dict[str, dict[str, list[Path]]]:
@@ -114,8 +114,8 @@ def _read(files: dict[str, list[Path]], classes: list[str], folder: Path):
             except images.ImageError as error:
                 bad.append(f"  {error}")
     if bad:
-        more = [f"  and {len(bad) - NAMED:,} more"] if len(bad) > NAMED else []
-        raise DataError(f"{len(bad):,} files in {folder} are no images, and nothing is trained:", *bad[:NAMED], *more)
+        more = [f"  and {len(bad) - LISTED:,} more"] if len(bad) > LISTED else []
+        raise DataError(f"{len(bad):,} files in {folder} are no images, and nothing is trained:", *bad[:LISTED], *more)
     return torch.stack(pixels), torch.tensor(labels)
 
 

@@ -40,8 +40,8 @@ def data_identity(data: Data) -> str:
         known = _known.get(key)
         if known and known.sample == sample and all(ref() is t for ref, t in zip(known.tensors, tensors, strict=True)):
             return known.identity
-    found = _hash(data)
-    identity = PUBLISHED.get(found, f"tensors-{found[:24]}")
+    digest = _hash(data)
+    identity = PUBLISHED.get(digest, f"tensors-{digest[:24]}")
     _remember(data, sample, identity)
     return identity
 

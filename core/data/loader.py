@@ -1,4 +1,4 @@
-"""Which examples, where and in which order: images that stay on the device, the split, the order of an epoch."""
+"""Which examples and in which order: the check of the data, the split, the order of an epoch."""
 
 import hashlib
 
@@ -8,11 +8,6 @@ from torch import Tensor
 from core.data import datasets
 from core.data.tensors import Data, DataError
 from core.spec import CIFAR10, DataInfo, Spec
-
-
-def place(data: Data, device: torch.device) -> Data:
-    """The images and labels on a device, where they stay, each in one piece of memory."""
-    return data.map(lambda t: t.to(device).contiguous())
 
 
 def check(data: Data, spec: Spec) -> None:

@@ -7,6 +7,7 @@ from core.errors import UserError
 from core.spec import CIFAR10, DataInfo
 
 if TYPE_CHECKING:  # torch takes two seconds to import
+    import torch
     from torch import Tensor
 
 
@@ -37,6 +38,10 @@ class Data(NamedTuple):
     def map(self, function: "Callable[[Tensor], Tensor]") -> "Data":
         """The same data set with a function of each tensor."""
         return Data.of(map(function, self.tensors.values()), self.info)
+
+    def to(self, device: "torch.device") -> "Data":
+        """The same data set on a device, each tensor in one piece of memory."""
+        return self.map(lambda t: t.to(device).contiguous())
 
     @property
     def tensors(self) -> "dict[str, Tensor]":

@@ -78,7 +78,7 @@ def _principal_components(images: Tensor, examples: _Same, info: DataInfo) -> tu
         torch.set_num_threads(threads)
     halves = vectors.mT.reshape(2, size, rows, columns) / 2**0.5
     signs = torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None, None, None]
-    whole = torch.cat([halves, signs * halves.flip(3)], 3).view(info.inputs, info.inputs)
+    vectors = torch.cat([halves, signs * halves.flip(3)], 3).view(info.inputs, info.inputs)
     order = variances.view(-1).argsort(descending=True, stable=True)
     mean = torch.cat([center, center.flip(1)], 1).view(-1) + (128 / 255 - mean) / std
-    return mean, variances.view(-1)[order], whole[order]
+    return mean, variances.view(-1)[order], vectors[order]

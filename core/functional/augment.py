@@ -76,7 +76,7 @@ def augment(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor, 
         images: uint8 [batch, inputs].
         spec: what core.spec.static returns; it says which augmentations are on.
         hyper: 0-d tensors `rotate`, `zoom`, `cutout` (float32) and `seed` (int32).
-        step: int32, 0-d. Random draws are a function of `seed`, `step` and the place in the batch.
+        step: int32, 0-d. Random draws are a function of `seed`, `step` and the index in the batch.
 
     Returns:
         float32 [batch, inputs].
@@ -93,7 +93,7 @@ def augment(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor, 
 
 
 def _placement(spec: Spec, seed: Tensor, step: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which images are not mirrored, bool [batch]; by how many pixels the place to read from moves down, and right,
+    """Which images are not mirrored, bool [batch]; by how many pixels the position to read from moves down, and right,
     int32 [batch]. The move comes first, then the mirroring."""
     zeros = torch.zeros(batch, dtype=torch.int32, device=seed.device)
     if spec["augment"] == "none":
@@ -134,8 +134,8 @@ def _move(words: Tensor, mirrored: Tensor, down: Tensor, right: Tensor, reflect:
         mirrored: the same with each row mirrored.
         down, right: int32 [batch], from -8 to 8.
     """
-    batch, place = len(words), torch.arange(32, device=words.device)
-    rows, columns = place + down[:, None], place + right[:, None]  # [batch, 32]
+    batch, position = len(words), torch.arange(32, device=words.device)
+    rows, columns = position + down[:, None], position + right[:, None]  # [batch, 32]
     left_edge = right_edge = torch.zeros_like(words[..., :1])
     if reflect:  # eight pixels from the second one on, mirrored, and eight up to the last but one
         left_edge = ((mirrored[..., 2:3] >> 56) & 0xFF) | (mirrored[..., 3:] << 8)
@@ -168,8 +168,8 @@ def _sample(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor, 
     draws = prng.bits(hyper["seed"], prng.AFFINE, step, 2 * batch).view(2, batch).float() * 2.0**-31  # in -1 to 1
     angle, scale = draws[0] * (hyper["rotate"] * (math.pi / 180)), 1 + draws[1] * hyper["zoom"]
     cos, sin = (torch.cos(angle) / scale)[:, None], (torch.sin(angle) / scale)[:, None]
-    place = torch.arange(32, device=device) - 15.5  # from the centre
-    y, x = place + down, torch.where(keep, place, -place) + right  # [batch, 32]
+    position = torch.arange(32, device=device) - 15.5  # from the centre
+    y, x = position + down, torch.where(keep, position, -position) + right  # [batch, 32]
     row = (cos * y)[:, :, None] - (sin * x)[:, None, :] + 15.5  # [batch, 32, 32], to read from
     column = (sin * y)[:, :, None] + (cos * x)[:, None, :] + 15.5
     if spec["shift_fill"] == "reflect":
@@ -190,17 +190,17 @@ def _sample(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor, 
     return torch.addcmul(offset * ((upper + lower) * (first + second)), x, scale)
 
 
-def _reflect(place: Tensor) -> Tensor:
+def _reflect(position: Tensor) -> Tensor:
     """Coordinates, float32, reflected at 0 and 31 as by numpy.pad mode "reflect"."""
-    place = place.abs()
-    return 31 - (31 - (place - 62 * (place / 62).floor())).abs()
+    position = position.abs()
+    return 31 - (31 - (position - 62 * (position / 62).floor())).abs()
 
 
 def _cut_out(x: Tensor, side: Tensor, seed: Tensor, step: Tensor) -> Tensor:
     """Images [batch, 3, 32, 32] with zeros in a square whose centre is drawn from all pixels."""
-    place, draws = torch.arange(32, device=x.device), prng.bits(seed, prng.CUTOUT, step, len(x))
+    position, draws = torch.arange(32, device=x.device), prng.bits(seed, prng.CUTOUT, step, len(x))
     # A square with an even side reaches further up and left than down and right.
-    rows, columns = (place - (at & 31)[:, None] + (side / 2).floor() - (side - 1) / 2 for at in (draws, draws >> 5))
+    rows, columns = (position - (at & 31)[:, None] + (side / 2).floor() - (side - 1) / 2 for at in (draws, draws >> 5))
     return torch.where(_within(rows, columns, side / 2), 0.0, x)
 
 

@@ -190,7 +190,7 @@ LAYERS: dict[str, Layer] = {
 
 
 def layers(spec: Spec, info: DataInfo = CIFAR10) -> Stack:
-    """The layers of a network; the place of a layer in the tuple is its index in the Sequential.
+    """The layers of a network; the index of a layer in the tuple is its index in the Sequential.
 
     With `expansion`, each width is that of an inverted bottleneck (Bachmann, Anagnostidis and Hofmann 2023, "Scaling
     MLPs: A Tale of Inductive Bias", https://arxiv.org/abs/2306.13575, and github.com/gregorbachmann/scaling_mlps):

@@ -77,8 +77,8 @@ def inverse_transform(draws: Tensor, quantiles: Tensor) -> Tensor:
     Returns:
         float32 [n].
     """
-    place, within = (draws >> 22) & 1023, (draws & 0x3FFFFF).float() * 2.0**-22
-    return torch.lerp(quantiles[place], quantiles[place + 1], within)
+    index, within = (draws >> 22) & 1023, (draws & 0x3FFFFF).float() * 2.0**-22
+    return torch.lerp(quantiles[index], quantiles[index + 1], within)
 
 
 def beta_quantiles(alpha: float) -> list[float]:

@@ -232,20 +232,20 @@ def answers(
     return Answers(labels, torch.cat(losses), torch.cat(predicted), torch.cat(probabilities), len(info.classes))
 
 
-def summary(found: Answers) -> dict:
+def summary(result: Answers) -> dict:
     """`loss`, the mean cross-entropy; `accuracy`; for each class the number of `correct` predictions and the `count` of
     its images; `n`, the number of all images."""
-    hit, n = found.predicted == found.labels, len(found.labels)
+    hit, n = result.predicted == result.labels, len(result.labels)
     return {
-        "loss": found.losses.cpu().double().sum().item() / n,  # MPS has no float64
+        "loss": result.losses.cpu().double().sum().item() / n,  # MPS has no float64
         "accuracy": hit.sum().item() / n,
-        "correct": found.labels[hit].bincount(minlength=found.classes).tolist(),
-        "count": found.labels.bincount(minlength=found.classes).tolist(),
+        "correct": result.labels[hit].bincount(minlength=result.classes).tolist(),
+        "count": result.labels.bincount(minlength=result.classes).tolist(),
         "n": n,
     }
 
 
-def details(found: Answers, mistakes: int = 12) -> dict:
+def details(result: Answers, mistakes: int = 12) -> dict:
     """The details that comparisons and pictures need.
 
     Returns:
@@ -253,8 +253,8 @@ def details(found: Answers, mistakes: int = 12) -> dict:
         confusion: the number of images of each class (row) by predicted class (column).
         mistakes: the wrong predictions with the highest probabilities: index, label, predicted, probability.
     """
-    labels, predicted, probabilities = found.labels.cpu(), found.predicted.cpu(), found.probabilities.cpu()
-    hit, n = predicted == labels, found.classes
+    labels, predicted, probabilities = result.labels.cpu(), result.predicted.cpu(), result.probabilities.cpu()
+    hit, n = predicted == labels, result.classes
     bits = F.pad(hit.long(), (0, -len(hit) % 8)).view(-1, 8)
     order = probabilities.masked_fill(hit, -1).sort(descending=True, stable=True).indices
     return {

@@ -17,7 +17,7 @@ def leaves(tree: Tree) -> Iterator[Tensor]:
 
 
 def tree_map(function: Callable[..., Tensor], *trees: Tree) -> Tree:
-    """A tree of the results of `function`, called with the tensors at the same place in all `trees`."""
+    """A tree of the results of `function`, called with the tensors under the same names in all `trees`."""
     return {
         key: tree_map(function, *(tree[key] for tree in trees))
         if isinstance(value, dict)

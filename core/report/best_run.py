@@ -108,10 +108,10 @@ def _paint_filters(figure: "Figure", _: str, weights: Any) -> None:
     largest = np.argsort(-np.linalg.norm(weights, axis=1), kind="stable")[: UNITS * UNITS]
     units = weights[largest] / np.maximum(np.abs(weights[largest]).max(1, keepdims=True), 1e-12)
     images = (np.round((units + 1) / 2 * LEVELS) / LEVELS).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    sheet = np.ones((UNITS * 33, UNITS * 33, 3))  # a white line between the images
+    canvas = np.ones((UNITS * 33, UNITS * 33, 3))  # a white line between the images
     for i, image in enumerate(images):
         y, x = 33 * (i // UNITS), 33 * (i % UNITS)
-        sheet[y : y + 32, x : x + 32] = image
+        canvas[y : y + 32, x : x + 32] = image
     ax = figure.subplots()
     ax.axis("off")
-    ax.imshow(sheet, interpolation="nearest")
+    ax.imshow(canvas, interpolation="nearest")

@@ -44,10 +44,10 @@ class Comparison(NamedTuple):
 
     def images(self) -> str:
         """'700 : 749, p = 0.21'; empty if the records do not say which images were right."""
-        found = stats.image_by_image(self.a, self.b)
-        if found is None:
+        counts = stats.image_by_image(self.a, self.b)
+        if counts is None:
             return ""
-        only_a, only_b, p = found
+        only_a, only_b, p = counts
         return f"{only_a:,} : {only_b:,}, {'p < 0.0001' if p < 1e-4 else f'p = {p:.2g}'}"
 
 

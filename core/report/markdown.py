@@ -210,8 +210,8 @@ def other_runs(results: Results, catalog: Catalog) -> str:
         return ""
 
     def code(group: Group) -> str:
-        found = group[0].environment.code
-        return "this" if same_numbers(found) else found or "unknown"
+        hash_of_code = group[0].environment.code
+        return "this" if same_numbers(hash_of_code) else hash_of_code or "unknown"
 
     columns: Columns = {
         "experiment": lambda g: g.label,

@@ -74,11 +74,11 @@ def results(records: Iterable[Record]) -> Results:
     counts = Counter(record.data for record in finished)
     cifar = cifar10.DIRECTORY_HASH
     data = max(counts, key=lambda name: (name == cifar, counts[name], name), default=cifar)
-    found = Results([], [], [], data, dataset, {})
-    current = [record for record in finished if found.has(record)]
+    empty = Results([], [], [], data, dataset, {})
+    current = [record for record in finished if empty.has(record)]
     compared = groups(record for record in current if record.metrics.validation)
     trained_on_all = groups(record for record in current if not record.metrics.validation)
-    other = groups(record for record in finished if not found.has(record))
+    other = groups(record for record in finished if not empty.has(record))
     elsewhere = {name: groups(by_dataset[name]) for name in sorted(by_dataset)}
     return Results(compared, trained_on_all, other, data, dataset, elsewhere)
 

@@ -120,9 +120,9 @@ def _read(file: IO[bytes]) -> tuple[bytes, dict[str, Any]]:
     if list(outer) != [KEY]:
         raise ValueError("metadata of another program")
     meta = json.loads(outer[KEY], object_pairs_hook=_unique)
-    whole = len(head) + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != whole:
-        raise ValueError(f"it is truncated or too long: {size:,} bytes, expected {whole:,}")
+    expected = len(head) + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != expected:
+        raise ValueError(f"it is truncated or too long: {size:,} bytes, expected {expected:,}")
     if size > MEMORY // 2:
         raise MemoryError
     file.seek(0)
@@ -148,10 +148,10 @@ def _tensors(data: bytes, expected: Shapes) -> Tensors:
     except (safetensors.SafetensorError, KeyError, TypeError, RuntimeError) as error:
         # The message may quote the file, which may hold control characters.
         raise ValueError(f"safetensors cannot read it: {str(error)!r}") from None
-    found = shapes_of(tensors)
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            raise ValueError(f"tensor {name[:60]!r} is {found.get(name)}, expected {expected.get(name)}")
+    actual = shapes_of(tensors)
+    for name in sorted(actual.keys() | expected.keys()):
+        if actual.get(name) != expected.get(name):
+            raise ValueError(f"tensor {name[:60]!r} is {actual.get(name)}, expected {expected.get(name)}")
     for name, t in tensors.items():
         if not t.isfinite().all():
             raise ValueError(f"NaN or infinity in {name}")

@@ -176,8 +176,8 @@ class About(Struct, kw_only=True):
     def check_classes(self, *metrics: Metrics | None) -> None:
         """Raise ValueError unless these have a number for each class."""
         expected = len(self.data_info.classes)
-        if found := next((m for m in metrics if m and len(m.count) != expected), None):
-            raise ValueError(f"numbers for {len(found.count)} classes, expected {expected}")
+        if other := next((m for m in metrics if m and len(m.count) != expected), None):
+            raise ValueError(f"numbers for {len(other.count)} classes, expected {expected}")
 
     def __post_init__(self) -> None:
         if self.schema_version > SCHEMA_VERSION:
@@ -372,8 +372,8 @@ def read_record(path: Path) -> Record:
     """
     try:
         record = decode(read_file(path, MAX_BYTES))
-        found = record.name, record.spec_id, spec_id(record.spec)
-        if found != (path.parent.name, path.stem, path.stem):
+        names = record.name, record.spec_id, spec_id(record.spec)
+        if names != (path.parent.name, path.stem, path.stem):
             raise ValueError(f"it is the record of {record.name}, spec {spec_id(record.spec)}")
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error.strerror if isinstance(error, OSError) else error)

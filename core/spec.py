@@ -14,6 +14,7 @@ from core.errors import UserError
 
 Spec = dict[str, Any]
 LARGEST = sys.float_info.max
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 
 
 class SpecError(UserError, ValueError):
@@ -31,18 +32,7 @@ class DataInfo:
         held_out: How many training images of each class are for validation.
     """
 
-    classes: tuple[str, ...] = (
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    )
+    classes: tuple[str, ...] = tuple(CIFAR10_CLASSES.split())
     shape: tuple[int, int, int] = (3, 32, 32)
     mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
     std: tuple[float, ...] = (0.2470, 0.2435, 0.2616)
@@ -84,6 +74,10 @@ def plain(value: Any, depth: int = 2) -> Any:
     return value
 
 
+# What the values of a key may be. `accepts` tells whether a value is one of them; `parse` gives the value that a text
+# stands for, or the text itself if it stands for none.
+
+
 class Integer(NamedTuple):
     """The integers from `low` to `high`."""
 
@@ -97,7 +91,6 @@ class Integer(NamedTuple):
         return type(value) is int and self.low <= value <= self.high
 
     def parse(self, text: str) -> Any:
-        """The value that a text stands for; the text itself where it is no such value."""
         return int(text) if re.fullmatch(r"[+-]?[0-9]{1,20}", text) else text
 
 
@@ -120,7 +113,6 @@ class Number(NamedTuple):
         return above and value < min(self.high, LARGEST)  # a larger integer cannot become a float
 
     def parse(self, text: str) -> Any:
-        """As Integer.parse."""
         return float(text) if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) else text
 
 
@@ -136,7 +128,6 @@ class Choice(NamedTuple):
         return isinstance(value, str) and value in self.options
 
     def parse(self, text: str) -> Any:
-        """As Integer.parse."""
         return text
 
 
@@ -153,7 +144,6 @@ class Word(NamedTuple):
         return isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
 
     def parse(self, text: str) -> Any:
-        """As Integer.parse."""
         return text
 
 
@@ -170,7 +160,7 @@ class List(NamedTuple):
         return isinstance(value, list) and len(value) <= self.length and all(map(self.each.accepts, value))
 
     def parse(self, text: str) -> Any:
-        """As Integer.parse: "512,256" is [512, 256], "none" is []."""
+        """ "512,256" is [512, 256], "none" is []."""
         return [] if text in ("", "none") else [self.each.parse(each) for each in text.split(",")]
 
 

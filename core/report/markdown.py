@@ -55,16 +55,31 @@ NUMBERS: Columns = {
     "time": lambda g: f"{fmean(map(stats.seconds, g)):.0f} s",
     "samples/s": lambda g: f"{median_high(map(stats.speed, g)):,}",
 }
-COLUMNS: Columns = {
+SIMPLE: Columns = {
     "experiment": lambda g: g.label,
     "n": lambda g: f"{len(g):,}",
+    "validation": VALIDATION,
+    "test": TEST,
+    "train": TRAIN,
+    "classes": lambda g: str(len(g[0].data_info.classes)),
+    "epochs": lambda g: str(g[0].spec["epochs"]),
+}
+
+
+def _simple(*names: str) -> Columns:
+    """Some of the columns that several tables have."""
+    return {name: SIMPLE[name] for name in names}
+
+
+COLUMNS: Columns = {
+    **_simple("experiment", "n"),
     "validation": lambda g: f"{VALIDATION(g)} {_interval(g, 'validation')}",
     "test": lambda g: f"**{TEST(g)}** {_interval(g, 'test')}",
     "train": TRAIN,
     **NUMBERS,
     "lr": lambda g: stats.shown(g[0].spec["lr"]),
     "parameters": lambda g: f"{g[0].parameters:,}",
-    "epochs": lambda g: str(g[0].spec["epochs"]),
+    **_simple("epochs"),
     "precision": lambda g: g[0].spec["precision"],
 }
 
@@ -157,11 +172,9 @@ def by_key(groups: list[Group], key: str | None) -> str:
         return ""
     columns: Columns = {
         key: lambda g: g.label,
-        "n": lambda g: f"{len(g):,}",
+        **_simple("n"),
         "experiments": lambda g: f"{len({r.name for r in g}):,}",
-        "validation": VALIDATION,
-        "test": TEST,
-        "train": TRAIN,
+        **_simple("validation", "test", "train"),
         **NUMBERS,
     }
     values = stats.grouped_by((record for group in groups for record in group), key)
@@ -214,11 +227,7 @@ def other_runs(results: Results, catalog: Catalog) -> str:
         return "this" if same_numbers(hash_of_code) else hash_of_code or "unknown"
 
     columns: Columns = {
-        "experiment": lambda g: g.label,
-        "n": lambda g: f"{len(g):,}",
-        "validation": VALIDATION,
-        "test": TEST,
-        "epochs": lambda g: str(g[0].spec["epochs"]),
+        **_simple("experiment", "n", "validation", "test", "epochs"),
         "code": code,
         "data": lambda g: "this" if g[0].data == results.data else g[0].data[:12],
     }
@@ -236,15 +245,7 @@ def other_data_sets(results: Results) -> str:
     """How good are the runs on other data sets?"""
     if not results.other_datasets:
         return ""
-    columns: Columns = {
-        "experiment": lambda g: g.label,
-        "n": lambda g: f"{len(g):,}",
-        "validation": VALIDATION,
-        "test": TEST,
-        "train": TRAIN,
-        "classes": lambda g: str(len(g[0].data_info.classes)),
-        "epochs": lambda g: str(g[0].spec["epochs"]),
-    }
+    columns = _simple("experiment", "n", "validation", "test", "train", "classes", "epochs")
     sections = [
         "\n\n".join(filter(None, [f"### {_title(name)}", _note(name).strip(), text.table(columns, groups)]))
         for name, groups in results.other_datasets.items()
@@ -257,12 +258,7 @@ def on_all_images(groups: list[Group]) -> str:
     """How good are the runs that were trained on all images of another data set than CIFAR-10?"""
     if not groups:
         return ""
-    columns: Columns = {
-        "experiment": lambda g: g.label,
-        "n": lambda g: f"{len(g):,}",
-        "test": TEST,
-        "epochs": lambda g: str(g[0].spec["epochs"]),
-    }
+    columns = _simple("experiment", "n", "test", "epochs")
     return f"## Trained on all images\n\n{text.table(columns, groups)}"
 
 

@@ -27,13 +27,13 @@ def test_two_workers_against_one_process(data, tmp_path, benchmark, board):
     """Twelve small runs: two workers of one thread, and one process of as many threads as it takes. The step is
     compiled before."""
     run_experiment("x", SMALL, tmp_path / "first", data, "cpu")
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for group in groups(12, tmp_path / "here"):
         session.run_cohort(group, data, "cpu", checkpoint_every=10**9)
-    here = time.perf_counter() - begun
+    here = time.perf_counter() - start
     list(remote.train(groups(2, tmp_path / "warm"), data))  # compiles the step for one thread
-    begun = time.perf_counter()
-    times = [time.perf_counter() - begun for _ in remote.train(groups(12, tmp_path / "there"), data)]
+    start = time.perf_counter()
+    times = [time.perf_counter() - start for _ in remote.train(groups(12, tmp_path / "there"), data)]
     board.lines.append(
         f"Ray: 12 small runs take {here:.1f} s in one process and {times[-1]:.1f} s with two workers "
         f"({here / times[-1]:.2f} times as fast), of which {times[0]:.1f} s are until the first run has ended"
@@ -55,10 +55,10 @@ def test_runs_that_end_at_once(data, tmp_path, benchmark, board, choose, monkeyp
         return [remote.Trained(records.encode(found), file)]
 
     monkeypatch.setattr(remote, "by_value", lambda: task)
-    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     done = sum(1 for _ in remote.train(groups(many, tmp_path / "many", **tiny), data))
     seconds, megabytes = (
-        time.perf_counter() - begun,
+        time.perf_counter() - start,
         (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
     )
     assert done == many

@@ -58,14 +58,14 @@ def test_overhead(data, benchmark, board, monkeypatch):
 
     monkeypatch.setattr(torch._C._aoti, "AOTIModelContainerRunnerCpu", Watched)
     advance = harness.timed(peers.Ours(work).advance)
-    outside, whole = [], []
+    outside, total = [], []
     for _ in range(110):
         inside[0] = 0.0
-        whole.append(advance())
-        outside.append(whole[-1] - inside[0])
+        total.append(advance())
+        outside.append(total[-1] - inside[0])
     if not inside[0]:
         pytest.skip("the step does not call the library that this test watches")
-    share = sum(outside[10:]) / sum(whole[10:])
+    share = sum(outside[10:]) / sum(total[10:])
     benchmark.extra_info["share_of_step"] = round(share, 5)
     board.lines.append(f"Outside the compiled library at batch 128: {share:.2%} of the step")
     harness.replay.report(benchmark, outside[10:])

@@ -276,7 +276,7 @@ def start(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         *argv: object,
         out: Path | None = None,
         env: dict[str, str | None] | None = None,
-        whole: bool = False,
+        all_images: bool = False,
         pictures: bool = False,
         threads: int = 1,
         patch: str = "",
@@ -286,7 +286,7 @@ def start(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         stderr.touch()
         where = [] if out is None else ["--out", str(out)]
         request = {"argv": [*map(str, argv), *where], "stdout": str(stdout), "stderr": str(stderr)}
-        options = {"env": env or {}, "whole": whole, "pictures": pictures, "threads": threads, "patch": patch}
+        options = {"env": env or {}, "all_images": all_images, "pictures": pictures, "threads": threads, "patch": patch}
         return Process(ask(request | options), stdout, stderr, ask)
 
     yield start
@@ -304,7 +304,7 @@ def call(start: Callable[..., Process], data_dir: Path) -> Callable[..., subproc
     def call(*argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
         if "--data" not in argv and argv[:1] not in (("list",), ("report",), ("predict",)):
             argv = (*argv, "--data", data_dir)
-        process = start(*argv, **{"whole": True, **options})
+        process = start(*argv, **{"all_images": True, **options})
         return subprocess.CompletedProcess(argv, process.wait(), process.stdout.read_text(), process.stderr.read_text())
 
     return call

@@ -3,8 +3,8 @@
 Requests and answers are lines of JSON. {"argv", "stdout", "stderr", ...} starts main.py in a child, with its output in
 files, and answers its process id; {"wait": pid} answers its exit status. Other keys of the first kind:
     env: changes of the environment; None takes a variable away.
-    whole: all images of CIFAR-10, rather than the first TRAIN_IMAGES and TEST_IMAGES; VALIDATION_IMAGES of the former
-        are for validation.
+    all_images: all images of CIFAR-10, rather than the first TRAIN_IMAGES and TEST_IMAGES; VALIDATION_IMAGES of
+        the training images are for validation.
     pictures: draw those of the report, rather than write files that only say what they are of. It takes 1.5 s.
     threads: of torch.
     patch: Python source that the child executes before it starts.
@@ -26,7 +26,7 @@ VALIDATION_IMAGES = 500
 TEST_IMAGES = 1_000
 
 
-def child(argv, stdout, stderr, data, env, whole, pictures, threads, patch):
+def child(argv, stdout, stderr, data, env, all_images, pictures, threads, patch):
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     status = 1
@@ -45,8 +45,8 @@ def child(argv, stdout, stderr, data, env, whole, pictures, threads, patch):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # background of a shell, which ignores this one
         torch.set_num_threads(threads)
         load = datasets.load
-        datasets.load = lambda *where: data[whole] if where[:2] == ("cifar10", FOLDER) else load(*where)
-        if not whole:
+        datasets.load = lambda *where: data[all_images] if where[:2] == ("cifar10", FOLDER) else load(*where)
+        if not all_images:
             check, split, few = loader.check, loader.split, replace(CIFAR10, held_out=VALIDATION_IMAGES // 10)
             loader.check = lambda found, spec: None if found.info == CIFAR10 else check(found, spec)
             loader.split = lambda labels, info=CIFAR10: split(labels, few if info == CIFAR10 else info)

@@ -353,8 +353,8 @@ def test_invalid_metadata_is_refused(meta, tmp_path):
     load(signed(TENSORS, about, path, meta={"name": "y"}), ResumePoint)
     with pytest.raises(CheckpointError) as refused:
         load(signed(TENSORS, about, path, meta=meta), ResumePoint)
-    whole = f"{path} is a checkpoint of another version of this program: "
-    assert sentence(refused).startswith((whole, f"{path} is damaged or not a checkpoint of this program: "))
+    undamaged = f"{path} is a checkpoint of another version of this program: "
+    assert sentence(refused).startswith((undamaged, f"{path} is damaged or not a checkpoint of this program: "))
 
 
 @pytest.mark.parametrize(

@@ -58,12 +58,12 @@ def contents(count):
     return files, packed(files)
 
 
-whole = pytest.mark.parametrize("fake", [10_000], indirect=True, ids=["whole"])  # for those that read it into tensors
+full_size = pytest.mark.parametrize("fake", [10_000], indirect=True, ids=["full size"])  # for tests that read tensors
 
 
 @pytest.fixture
 def fake(request, monkeypatch):
-    """An invented CIFAR-10, small but for `whole`, as the published one, with no mirror that answers."""
+    """An invented CIFAR-10, small unless `full_size`, as the published one, with no mirror that answers."""
     files, archive = contents(getattr(request, "param", 20))
     invented = cifar10.ARCHIVE._replace(
         files={name: (md5(data), len(data)) for name, data in files.items()},
@@ -165,7 +165,7 @@ def test_data_dvc_tracks_the_directory_of_these_files():
     assert f"size: {sum(size for _, size in cifar10.ARCHIVE.files.values())}\n" in tracked
 
 
-@whole
+@full_size
 def test_read_puts_every_image_and_label_in_its_place(filled):
     data = cifar10.read(filled)
     assert [tuple(t.shape) for t in data.tensors.values()] == [(50_000, 3072), (50_000,), (10_000, 3072), (10_000,)]
@@ -192,7 +192,7 @@ def test_complete_data_is_not_fetched(filled, monkeypatch):
     cifar10.ARCHIVE.fetch(filled)
 
 
-@whole
+@full_size
 def test_a_mirror_provides_the_seven_files_and_no_other(fake, serve, tmp_path, monkeypatch):
     files, archive = fake
     monkeypatch.setattr(cifar10, "ARCHIVE", cifar10.ARCHIVE._replace(addresses=(DEAD, serve({"/a": archive}) + "/a")))
@@ -279,7 +279,7 @@ def test_a_slow_download_is_given_up_with_a_message(busy, tmp_path, monkeypatch)
     assert re.search(r"/a: too slow: \d+ bytes a second, expected at least 8,000$", refused.value.args[1])
 
 
-@whole
+@full_size
 def test_a_download_may_pause(busy, fake, tmp_path, monkeypatch):
     """What counts is the speed over the whole of PATIENCE."""
     monkeypatch.setattr(archives, "PATIENCE", 0.3)
@@ -446,7 +446,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(filled):
         cifar10.load(filled)
 
 
-@whole
+@full_size
 def test_the_bytes_that_were_hashed_are_unpickled(filled, monkeypatch):
     """A file that changes between the two must not slip through: it is opened once."""
     opened: list[str] = []
@@ -457,7 +457,7 @@ def test_the_bytes_that_were_hashed_are_unpickled(filled, monkeypatch):
     assert sorted(opened) == sorted(cifar10.ARCHIVE.files)
 
 
-@whole
+@full_size
 def test_the_remedy_works(fake, serve, filled):
     """What the message says to do mends it."""
     path = filled / cifar10.ARCHIVE.folder / "data_batch_3"

@@ -164,7 +164,7 @@ def test_a_run_of_other_code_is_named_and_neither_counted_nor_replaced(call, out
 def test_force_trains_again_and_without_a_compiler_eager(call, out, tmp_path):
     """Two things in one run: --force, and a machine that has no C++ compiler and was not told --no-compile."""
     env = {"PATH": str(tmp_path / "empty"), "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = call("smoke", "--force", "--device", "cpu", "--out", out, env=env, whole=False)
+    done = call("smoke", "--force", "--device", "cpu", "--out", out, env=env, all_images=False)
     assert done.returncode == 0
     (line,) = done.stderr.strip().splitlines()
     assert (
@@ -180,7 +180,7 @@ def test_force_trains_again_and_without_a_compiler_eager(call, out, tmp_path):
 def test_overrides_make_another_run_and_leave_the_official_one_alone(call, out):
     before = contents(out)
     options = ("--epochs", 1, "--seed", 3, "--lr", 0.01, "--batch-size", 1000)
-    done = call("run", "smoke", *options, "--no-compile", "--out", out, whole=False)
+    done = call("run", "smoke", *options, "--no-compile", "--out", out, all_images=False)
     assert done.returncode == 0, done.stderr
     changed = {"epochs": 1, "seed": 3, "lr": 0.01, "batch_size": 1000}
     other = spec_id(resolve({**EXPERIMENTS["smoke"], **changed}))
@@ -341,7 +341,7 @@ def test_evaluate_agrees_with_the_record(call, official):
 
 
 @pytest.fixture
-def untrue(tmp_path, small_spec):
+def wrong_checkpoint(tmp_path, small_spec):
     """A checkpoint that is whole and rightly signed, and claims what its network does not reach."""
     spec = small_spec()
     params, stats = model.init(spec, 0)
@@ -361,20 +361,20 @@ def untrue(tmp_path, small_spec):
     return path
 
 
-def test_a_checkpoint_with_wrong_metrics_is_detected(call, untrue):
-    assert call("evaluate", untrue).returncode == 1
+def test_a_checkpoint_with_wrong_metrics_is_detected(call, wrong_checkpoint):
+    assert call("evaluate", wrong_checkpoint).returncode == 1
 
 
 @pytest.mark.parametrize("key", ["test", "name", "digest"])
-def test_a_checkpoint_that_lacks_metadata_is_refused(call, untrue, key, monkeypatch):
-    tensors, about = checkpoint.load(untrue, Weights, predict.template)
+def test_a_checkpoint_that_lacks_metadata_is_refused(call, wrong_checkpoint, key, monkeypatch):
+    tensors, about = checkpoint.load(wrong_checkpoint, Weights, predict.template)
     to_builtins = checkpoint.msgspec.to_builtins
     with monkeypatch.context() as patch:
         patch.setattr(
             checkpoint.msgspec, "to_builtins", lambda a: {k: v for k, v in to_builtins(a).items() if k != key}
         )
-        checkpoint.save(untrue, tensors, about)
-    assert_refused(call("evaluate", untrue), untrue, f"missing required field `{key}`")
+        checkpoint.save(wrong_checkpoint, tensors, about)
+    assert_refused(call("evaluate", wrong_checkpoint), wrong_checkpoint, f"missing required field `{key}`")
 
 
 @pytest.mark.slow
@@ -487,14 +487,14 @@ def test_an_unreadable_record_is_reported_in_one_line_and_stops_nothing_else(cal
         lines = done.stderr.splitlines()
         assert len(lines) == (1 if command[0] in ("report", "list") else 0), "it says so once"
         assert all(str(path) in line and line.endswith("it is skipped and stays as it is") for line in lines)
-    done = call("run", "smoke", "--seeds", 2, "--no-compile", "--force", "--epochs", 2, out=out, whole=False)
+    done = call("run", "smoke", "--seeds", 2, "--no-compile", "--force", "--epochs", 2, out=out, all_images=False)
     assert done.returncode == 2
     refused, _ = done.stderr.splitlines()
     assert refused.endswith(f"move that file to {path}.old")
     assert "smoke seed 0: validation" in done.stdout
     assert path.read_bytes() == before
     assert "(1 of 1 done" in done.stdout
-    done = call("verify", "smoke", "--no-compile", out=out, whole=False)
+    done = call("verify", "smoke", "--no-compile", out=out, all_images=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 

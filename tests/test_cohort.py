@@ -35,9 +35,9 @@ def runs(small_spec, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(small_spec, tmp_path_factory, invented):
+def uninterrupted(small_spec, tmp_path_factory, invented):
     """The records of the cohort that nothing happens to."""
-    return run_cohort(members(small_spec, tmp_path_factory.mktemp("whole")), invented, "cpu", **EAGER)
+    return run_cohort(members(small_spec, tmp_path_factory.mktemp("uninterrupted")), invented, "cpu", **EAGER)
 
 
 @pytest.fixture
@@ -102,30 +102,30 @@ def test_a_compiled_step_of_a_cohort_equals_that_of_each_run_alone(runs, invente
 
 
 @pytest.mark.parametrize("member", [0, 1])
-def test_a_member_that_diverges_leaves_the_others_alone(runs, whole, tmp_path, invented, member):
+def test_a_member_that_diverges_leaves_the_others_alone(runs, uninterrupted, tmp_path, invented, member):
     runs[member] = replace(runs[member], spec={**runs[member].spec, "lr": 1e38})
-    told = []
-    listener = lambda run, event: told.append((run.name, type(event)))  # noqa: E731
+    heard = []
+    listener = lambda run, event: heard.append((run.name, type(event)))  # noqa: E731
     records = run_cohort(moved(runs, tmp_path / "nan"), invented, "cpu", [listener], **EAGER)
     assert isinstance(records[member], Failed)
     assert "NaN or infinite" in records[member].error
-    assert [kind for name, kind in told if name == f"m{member}"][-2:] == [Diverged, Ended]
+    assert [kind for name, kind in heard if name == f"m{member}"][-2:] == [Diverged, Ended]
     for i in {0, 1, 2} - {member}:
         assert isinstance(records[i], Finished)
-        assert records[i].digest == whole[i].digest, "a member depends on another one"
+        assert records[i].digest == uninterrupted[i].digest, "a member depends on another one"
 
 
 @pytest.mark.parametrize("after", [7, 15, 20])
-def test_a_stopped_cohort_is_resumed(together, whole, runs, tmp_path, after):
+def test_a_stopped_cohort_is_resumed(together, uninterrupted, runs, tmp_path, after):
     stops = together("cut", after)
     assert stops == [Stopped(stops[0].step, 30)] * 3
     again = together("cut")
-    assert [record.digest for record in again] == [record.digest for record in whole]
+    assert [record.digest for record in again] == [record.digest for record in uninterrupted]
     assert all(record.exact for record in again)
 
 
 @pytest.mark.parametrize("saves", range(7))
-def test_a_cohort_killed_between_two_saves_is_resumed(together, whole, monkeypatch, saves):
+def test_a_cohort_killed_between_two_saves_is_resumed(together, uninterrupted, monkeypatch, saves):
     """Some have a resume point more than others, or a record: they go on as if nothing had happened."""
 
     class Killed(BaseException):
@@ -149,7 +149,7 @@ def test_a_cohort_killed_between_two_saves_is_resumed(together, whole, monkeypat
             with pytest.raises(Killed):
                 together("cut")
     again = together("cut")
-    assert [record.digest for record in again] == [record.digest for record in whole]
+    assert [record.digest for record in again] == [record.digest for record in uninterrupted]
     assert all(record.exact for record in again)
 
 

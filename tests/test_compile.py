@@ -170,12 +170,12 @@ def test_another_shape_compiles(small_spec, step_inputs):
     )
     state, data, hyper = step_inputs(spec)
     eager = step.make_train_step(static(spec))(state, data, hyper)
-    is_there = cache.find(fused._recipe(spec, (state, data, hyper))) is not None  # from an earlier call of pytest
+    is_cached = cache.find(fused._recipe(spec, (state, data, hyper))) is not None  # from an earlier call of pytest
     graphs, environment = GRAPHS["unique_graphs"], dict(os.environ)
     made = fused.fuse(spec, state, data, hyper)
     assert made.mode == Mode("compiled")
     made.advance()
-    assert GRAPHS["unique_graphs"] == graphs + (not is_there)
+    assert GRAPHS["unique_graphs"] == graphs + (not is_cached)
     assert os.environ == environment
     for name, gradient in state["opt"]["momentum"].items():
         torch.testing.assert_close(gradient, eager["opt"]["momentum"][name], rtol=1e-5, atol=1e-6)

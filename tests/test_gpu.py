@@ -123,10 +123,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(device, invented, small_spec, tm
             compiled=device.type == "cuda",
         )
 
-    whole = train("whole")
+    expected = train("uninterrupted")
     assert isinstance(train("cut", 20), Stopped)
     assert Run("x", spec, tmp_path / "cut").resume_points()
     again = train("cut")
-    assert again.digest == whole.digest
+    assert again.digest == expected.digest
     assert again.environment.device == device.type
     assert again.environment.mode == ("compiled" if device.type == "cuda" else "eager")

@@ -58,8 +58,8 @@ def test_everything_in_the_tensors_counts(invented):
 
 def test_the_bytes_are_hashed_once_until_they_change(invented, monkeypatch):
     hashed = []
-    whole = identity._hash
-    monkeypatch.setattr(identity, "_hash", lambda data, every=1: hashed.append(every) or whole(data, every))
+    hash_data = identity._hash
+    monkeypatch.setattr(identity, "_hash", lambda data, every=1: hashed.append(every) or hash_data(data, every))
     data = copy(invented)
     names = [data_identity(data), data_identity(Data(*data))]
     assert hashed.count(1) == 1

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 
 from core import run_experiment, session
 from core.session import ForkError
+from tests.fork_server import wait
 
 TINY = {"widths": [8], "epochs": 1, "batch_size": 500}
 
@@ -30,15 +30,11 @@ def in_fork(work, seconds=60):
             faulthandler.dump_traceback(all_threads=True)
         finally:
             os._exit(status)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return "it hangs"
+    status = wait(child, seconds)
+    if status == "it hangs":
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return status
 
 
 def test_a_fork_works_where_its_parent_has_used_several_threads(invented, tmp_path):

@@ -250,7 +250,7 @@ def ray(monkeypatch):
     services = types.SimpleNamespace(canonicalize_bootstrap_address=find)
     module._private = types.SimpleNamespace(services=services)
     monkeypatch.setitem(sys.modules, "ray", module)
-    monkeypatch.setattr(cluster.os, "environ", dict(os.environ))  # what Ray is told stays in this test
+    monkeypatch.setattr(cluster.os, "environ", dict(os.environ))  # what is set for Ray stays in this test
     return module
 
 
@@ -468,8 +468,11 @@ def test_an_invalid_result_is_refused(returned, invented):
 
 @pytest.fixture
 def cluster_of(ray, monkeypatch, returned, invented):
-    """Makes the stand-in for Ray a cluster that trains in this process. `fate` is called with the label of each task,
-    "x 0" or, of a cohort, "x 0 1", and how often it was tried, and may raise; `look` gives its resources."""
+    """Makes the stand-in for Ray a cluster that trains in this process.
+
+    `outcome` is called with the label of each task ("x 0", or "x 0 1" for a cohort) and the number of its tries. It may
+    raise. `look` returns the resources of the cluster.
+    """
     monkeypatch.setattr(remote, "_mapped", lambda *stored: invented)
     monkeypatch.setattr(remote.torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(cluster, "silent", lambda address, timeout: None)
@@ -477,7 +480,7 @@ def cluster_of(ray, monkeypatch, returned, invented):
     monkeypatch.setattr(cluster, "LOST", 0.3)
     monkeypatch.setattr(cluster, "LOOK", 0.02)
 
-    def make(fate, look=lambda: {"CPU": 2}):
+    def make(outcome, look=lambda: {"CPU": 2}):
         tried = {}
 
         def submit(software, group, *arguments):
@@ -487,7 +490,7 @@ def cluster_of(ray, monkeypatch, returned, invented):
 
         def get(ref):
             label, attempt, arguments = ref
-            fate(label, attempt)
+            outcome(label, attempt)
             return remote.by_value()(*arguments)
 
         class Ref(tuple):
@@ -511,11 +514,11 @@ def seeds(small_spec, count, out):
 def test_a_run_that_diverges_or_kills_its_workers_has_failed_and_the_others_go_on(
     cluster_of, small_spec, invented, tmp_path
 ):
-    def fate(label, attempt):
+    def outcome(label, attempt):
         if label == "x 0":
             raise ERRORS.WorkerCrashedError if attempt % 2 else ERRORS.OutOfMemoryError
 
-    tried = cluster_of(fate)
+    tried = cluster_of(outcome)
     groups = seeds(small_spec, 3, tmp_path)
     groups[1] = [Run("x", {**groups[1][0].spec, "lr": 1e30, "optimizer": "sgd", "norm": "none"}, tmp_path)]
     ended = {record.seed: record for record in remote.train(groups, invented, compiled=False)}
@@ -529,10 +532,10 @@ def test_a_run_that_diverges_or_kills_its_workers_has_failed_and_the_others_go_o
 def test_a_run_of_another_data_set_that_kills_its_workers_has_failed(cluster_of, small_spec, tmp_path):
     """Its record has the classes, as every file of such a run has."""
 
-    def fate(label, attempt):
+    def outcome(label, attempt):
         raise ERRORS.WorkerCrashedError
 
-    cluster_of(fate)
+    cluster_of(outcome)
     run = Run("x", small_spec(epochs=1, dataset="synthetic"), tmp_path)
     [record] = remote.train([[run]], datasets.load("synthetic", tmp_path), compiled=False)
     assert isinstance(record, Failed)
@@ -541,11 +544,11 @@ def test_a_run_of_another_data_set_that_kills_its_workers_has_failed(cluster_of,
 
 
 def test_a_node_that_is_lost_does_not_count(cluster_of, small_spec, invented, tmp_path):
-    def fate(label, attempt):
+    def outcome(label, attempt):
         if attempt < 5:
             raise ERRORS.NodeDiedError if attempt % 2 else ERRORS.ObjectLostError
 
-    tried = cluster_of(fate)
+    tried = cluster_of(outcome)
     [record] = remote.train(seeds(small_spec, 1, tmp_path), invented, compiled=False)
     assert isinstance(record, Finished)
     assert tried == {"x 0": 5}
@@ -559,13 +562,13 @@ def test_a_cohort_that_cannot_be_trained_together_is_trained_one_by_one(
 ):
     """The death of its worker is held against none of its runs."""
 
-    def fate(label, attempt):
+    def outcome(label, attempt):
         if label == "x 0 1":
             raise ERRORS.RayTaskError(error) if error else ERRORS.WorkerCrashedError
         if not error and attempt < remote.DEATHS:
             raise ERRORS.WorkerCrashedError
 
-    tried = cluster_of(fate)
+    tried = cluster_of(outcome)
     together = [run for group in seeds(small_spec, 2, tmp_path) for run in group]
     ended = list(remote.train([together], invented, compiled=False))
     assert [type(record) for record in ended] == [Finished, Finished]
@@ -580,10 +583,10 @@ def test_a_cohort_that_cannot_be_trained_together_is_trained_one_by_one(
     ],
 )
 def test_any_other_failure_ends_the_sweep_with_a_sentence(cluster_of, small_spec, invented, tmp_path, raised, said):
-    def fate(label, attempt):
+    def outcome(label, attempt):
         raise raised
 
-    cluster_of(fate)
+    cluster_of(outcome)
     with pytest.raises(UserError, match=f"^{said}$"):
         list(remote.train(seeds(small_spec, 2, tmp_path), invented, compiled=False))
     assert not list(tmp_path.glob("checkpoints/x/*.json"))
@@ -605,15 +608,15 @@ def test_a_record_under_another_id_is_not_written(cluster_of, small_spec, invent
 
 
 def test_a_cluster_without_a_node_is_reported_once_and_waited_for(cluster_of, small_spec, invented, tmp_path):
-    begun = time.monotonic()
+    start = time.monotonic()
     notices = []
 
-    def fate(label, attempt):
-        if len(notices) < 1 or time.monotonic() < begun + 0.5:
+    def outcome(label, attempt):
+        if len(notices) < 1 or time.monotonic() < start + 0.5:
             time.sleep(0.01)
             raise ERRORS.NodeDiedError
 
-    cluster_of(fate, look=lambda: {} if time.monotonic() < begun + 0.5 else {"CPU": 1.0})
+    cluster_of(outcome, look=lambda: {} if time.monotonic() < start + 0.5 else {"CPU": 1.0})
     records = list(remote.train(seeds(small_spec, 1, tmp_path), invented, compiled=False, on_notice=notices.append))
     assert [type(record) for record in records] == [Finished]
     assert notices == ["the cluster has no CPU; the runs wait for it"]
@@ -624,7 +627,7 @@ def test_a_lost_head_is_reported_and_then_given_up(cluster_of, small_spec, inven
     silent = []
     monkeypatch.setattr(cluster, "silent", lambda address, timeout: "Connection refused" if silent else None)
 
-    def fate(label, attempt):
+    def outcome(label, attempt):
         assert not silent
         silent.append(label)
         raise ERRORS.NodeDiedError
@@ -633,12 +636,12 @@ def test_a_lost_head_is_reported_and_then_given_up(cluster_of, small_spec, inven
         assert not silent
         return {"CPU": 1}
 
-    cluster_of(fate, look)
+    cluster_of(outcome, look)
     monkeypatch.setattr(cluster, "LOOK", 0.0)
-    notices, begun = [], time.monotonic()
+    notices, start = [], time.monotonic()
     with pytest.raises(cluster.ClusterError, match=r"^the head of the Ray cluster, 10\.0\.0\.1:6379, is gone "):
         list(remote.train(seeds(small_spec, 2, tmp_path), invented, compiled=False, on_notice=notices.append))
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - start < 5
     assert notices == [
         "the head of the cluster, 10.0.0.1:6379, does not answer (Connection refused); the runs wait for it"
     ]

@@ -633,6 +633,17 @@ def test_a_link_stays_a_link(tmp_path, name):
         rebuild.prepare(out, SUITES)
 
 
+# The files of every report with finished runs.
+FILES = {
+    "results.md",
+    "results.csv",
+    "metrics.json",
+    "learning-curves.csv",
+    "learning-curves.svg",
+    "suite-learning-rate.svg",
+}
+
+
 def files(out):
     """The files of a report."""
     found = [out / "results.md", *sorted(path for path in (out / "checkpoints").glob("*.*") if path.suffix != ".lock")]
@@ -650,17 +661,7 @@ def test_rebuild_twice_gives_the_same_bytes(tmp_path, cifar_folder):
             rebuild.rebuild(out, SUITES, cifar_folder)
             written.append({name: path.read_bytes() for name, path in files(out).items()})
     assert all(each == written[0] for each in written)
-    assert set(written[0]) == {
-        "results.md",
-        "results.csv",
-        "metrics.json",
-        "learning-curves.csv",
-        "learning-curves.svg",
-        "suite-learning-rate.svg",
-        "best-confusion.svg",
-        "best-mistakes.png",
-        "best-first-layer.png",
-    }
+    assert set(written[0]) == FILES | {"best-confusion.svg", "best-mistakes.png", "best-first-layer.png"}
 
 
 def test_rebuild_skips_files_that_are_no_records(tmp_path):
@@ -1065,14 +1066,7 @@ def test_the_confusion_matrix_is_the_mean_over_the_seeds_that_have_one():
 def test_records_without_answers_make_a_report_without_them(tmp_path, cifar_folder):
     write(tmp_path, THREE)
     rebuild.rebuild(tmp_path, SUITES, cifar_folder)
-    assert set(files(tmp_path)) == {
-        "results.md",
-        "results.csv",
-        "metrics.json",
-        "learning-curves.csv",
-        "learning-curves.svg",
-        "suite-learning-rate.svg",
-    }
+    assert set(files(tmp_path)) == FILES
     assert "The best experiment" not in (tmp_path / "results.md").read_text()
 
 

@@ -67,18 +67,18 @@ def test_a_project_that_cannot_be_written_trains(data_dir, tmp_path):
 @pytest.mark.slow
 def test_verify_trains_again_and_compares(call, tmp_path):
     """What decides the bits of MKL is recorded, and named where it is set from outside now."""
-    assert call("run", "smoke", "--no-compile", out=tmp_path, whole=False).returncode == 0
-    done = call("verify", "smoke", out=tmp_path, whole=False)
+    assert call("run", "smoke", "--no-compile", out=tmp_path, all_images=False).returncode == 0
+    done = call("verify", "smoke", out=tmp_path, all_images=False)
     assert done.returncode == 0, done.stderr
     assert "smoke seed 0: the same bits" in done.stdout
     record = run_of(tmp_path, "smoke").record
     assert read_record(record).environment.settings == "MKL_CBWR=AUTO,STRICT"
     record.write_text(record.read_text().replace(digest(tmp_path, "smoke"), "0" * 64))
-    done = call("verify", "smoke", out=tmp_path, whole=False)
+    done = call("verify", "smoke", out=tmp_path, all_images=False)
     assert done.returncode == 1
     assert "DIFFERENT bits" in done.stdout
     assert "to be expected" not in done.stdout
-    done = call("verify", "smoke", out=tmp_path, whole=False, env={"MKL_CBWR": "COMPATIBLE"})
+    done = call("verify", "smoke", out=tmp_path, all_images=False, env={"MKL_CBWR": "COMPATIBLE"})
     assert "the recorded run had settings MKL_CBWR=AUTO,STRICT (now MKL_CBWR=COMPATIBLE)" in done.stdout
 
 
@@ -101,15 +101,15 @@ def test_the_default_network_compiled_stopped_killed_and_resumed(start, data_dir
         process.signal(number)
         return process.wait(), process.output()
 
-    whole, _ = finish("whole")
-    assert finish("two threads", threads=2)[0] == whole
+    expected, _ = finish("uninterrupted")
+    assert finish("two threads", threads=2)[0] == expected
     status, output = cut("cut", "epoch 1", signal.SIGTERM)
     assert status == 130
     assert "goes on from there" in output
     assert cut("cut", "resumed after step", signal.SIGKILL)[0] == -signal.SIGKILL
     resumed, output = finish("cut")
     assert "resumed after step" in output
-    assert resumed == whole
+    assert resumed == expected
 
 
 @pytest.mark.slow
@@ -143,16 +143,16 @@ def test_muon_in_bfloat16_compiled_stopped_and_with_another_number_of_threads(st
     assert list(home.rglob("*.so")), "nothing was compiled"
     assert again == held
 
-    whole, _ = finish("whole")
+    expected, _ = finish("uninterrupted")
     process = begin("cut", patch=SLOW)
     process.until("epoch 1")
     process.signal(signal.SIGTERM)
     assert process.wait() == 130, process.output()
     shutil.copytree(tmp_path / "cut", tmp_path / "control")
-    assert finish("cut")[0] == whole
+    assert finish("cut")[0] == expected
     for path in run("control").resume_points():
         edit(path, drop=["opt/momentum/"])
-    assert finish("control")[0] != whole
+    assert finish("control")[0] != expected
 
 
 def test_bfloat16_on_amx_records_the_threads(monkeypatch, tmp_path, invented, small_spec):
@@ -208,7 +208,7 @@ def uninterrupted(tmp_path_factory, invented):
 @pytest.fixture
 def train(request, tmp_path, invented, small_spec, uninterrupted):
     """Trains three epochs of 15 steps, eager, and can be stopped after any number of steps; returns the record. `param`
-    changes the network; `whole` returns the record of the uninterrupted run."""
+    changes the network; `uninterrupted` returns the record of the uninterrupted run."""
     spec = small_spec(epochs=3, **getattr(request, "param", {}))
 
     def train(out, stop_after=10**9, **options):
@@ -217,7 +217,7 @@ def train(request, tmp_path, invented, small_spec, uninterrupted):
         return run_experiment("x", spec, tmp_path / out, invented, "cpu", **{"compiled": False, **stop, **options})
 
     train.run = lambda out: Run("x", spec, tmp_path / out)
-    train.whole = lambda: uninterrupted(spec)
+    train.uninterrupted = lambda: uninterrupted(spec)
     return train
 
 
@@ -247,20 +247,20 @@ def shapes(path):
 
 def test_a_run_reports_its_events(train):
     events = Events()
-    record = train("whole", listeners=[events])
+    record = train("uninterrupted", listeners=[events])
     assert events.kinds() == ["Started", "FirstStep", "EpochDone", "EpochDone", "EpochDone", "Ended"]
     assert [event.epoch for event in events.of(EpochDone)] == [1, 2, 3]
     assert [event.lr for event in events.of(EpochDone)] == [pytest.approx(record.spec["lr"])] * 3
     assert events[-1].record == record
     assert [entry.val_accuracy for entry in record.history] == [event.val_accuracy for event in events.of(EpochDone)]
-    assert record == read_record(train.run("whole").record)
+    assert record == read_record(train.run("uninterrupted").record)
 
 
 def test_a_finished_run_is_not_trained_again_without_force(train):
-    first, events = train("whole"), Events()
-    assert train("whole", listeners=[events]) == first
+    first, events = train("uninterrupted"), Events()
+    assert train("uninterrupted", listeners=[events]) == first
     assert events.kinds() == ["Ended"]
-    again = train("whole", listeners=[events], force=True)
+    again = train("uninterrupted", listeners=[events], force=True)
     events.pop(0)
     assert events.kinds()[:2] == ["Started", "FirstStep"]
     assert again.digest == first.digest
@@ -273,16 +273,16 @@ def test_a_finished_run_is_not_trained_again_without_force(train):
     ids=str,
 )
 def test_a_resumed_run_is_the_uninterrupted_one(train, after):
-    whole = train.whole()
+    expected = train.uninterrupted()
     stopped(train, "cut", after)
     events = Events()
     again = train("cut", listeners=[events])
     assert events.kinds()[:2] == ["Started", "Resumed"]
-    assert again.digest == whole.digest
-    assert again.metrics == whole.metrics
+    assert again.digest == expected.digest
+    assert again.metrics == expected.metrics
     timeless = [
         [(e.epoch, e.train_loss, e.train_accuracy, e.val_loss, e.val_accuracy) for e in record.history]
-        for record in (again, whole)
+        for record in (again, expected)
     ]
     assert timeless[0] == timeless[1]
     assert again.exact
@@ -297,11 +297,11 @@ def test_a_run_that_fell_behind_goes_on_as_the_uninterrupted_one(train):
     assert [entry.epoch for entry in record.history] == [1, 2]
     assert train.run("cut").resume_points() == [train.run("cut").resume_point(30)]
     again = train("cut", falls_behind=lambda run, history: len(history) == 3)
-    assert again.digest == train.whole().digest
+    assert again.digest == train.uninterrupted().digest
     assert read_record(train.run("cut").record) == again
     again = train("cut", falls_behind=lambda run, history: True, force=True)
     assert isinstance(again, Partial)
-    assert read_record(train.run("cut").record).digest == train.whole().digest, "a result is not replaced"
+    assert read_record(train.run("cut").record).digest == train.uninterrupted().digest, "a result is not replaced"
 
 
 def test_a_stop_before_the_first_step_leaves_nothing(train):
@@ -312,9 +312,9 @@ def test_a_stop_before_the_first_step_leaves_nothing(train):
 @pytest.mark.parametrize("group", ["opt/exp_avg/", "opt/exp_avg_sq/", "stats/"])
 def test_each_part_of_the_state_matters(train, group):
     """The negative control: without it, the comparison above could not fail."""
-    whole = train.whole()
+    expected = train.uninterrupted()
     edit(stopped(train, "cut", 20), drop=[group])
-    assert train("cut").digest != whole.digest
+    assert train("cut").digest != expected.digest
 
 
 @pytest.mark.parametrize("key", ["code", "torch", "hardware", "mode", "device", "settings"])
@@ -341,12 +341,12 @@ def test_resuming_with_another_spec_is_refused_or_marked(train):
 
 def test_an_eager_run_is_resumed_eager(train):
     """As where compiling had failed: the same command must go on, bit by bit."""
-    whole = train.whole()
+    expected = train.uninterrupted()
     stopped(train, "cut", 20)
     again = train("cut", compiled=True)
     assert again.environment.mode == "eager"
     assert again.exact
-    assert again.digest == whole.digest
+    assert again.digest == expected.digest
 
 
 @pytest.fixture
@@ -371,7 +371,7 @@ def test_a_compilation_that_fails_becomes_eager(train, nothing_compiles):
     ]
     assert record.environment.mode == "eager"
     assert record.exact
-    assert record.digest == train.whole().digest
+    assert record.digest == train.uninterrupted().digest
 
 
 def test_an_unpatched_step_is_recorded_and_resumed_as_such(train, monkeypatch):
@@ -382,9 +382,9 @@ def test_an_unpatched_step_is_recorded_and_resumed_as_such(train, monkeypatch):
 
     monkeypatch.setattr(fused, "fuse", another)
     events = Events()
-    whole = train("whole", compiled=True, listeners=[events])
+    expected = train("uninterrupted", compiled=True, listeners=[events])
     [event] = events.of(ModeChanged)
-    assert str(event.mode) == whole.environment.mode == "unpatched"
+    assert str(event.mode) == expected.environment.mode == "unpatched"
     assert event.reason.endswith("no such name")
     assert isinstance(train("cut", 20, compiled=True), Stopped)
     mode = COMPILED
@@ -393,7 +393,7 @@ def test_an_unpatched_step_is_recorded_and_resumed_as_such(train, monkeypatch):
     mode = Mode("unpatched")
     again = train("cut", compiled=True)
     assert again.exact
-    assert (again.digest, again.environment.mode) == (whole.digest, "unpatched")
+    assert (again.digest, again.environment.mode) == (expected.digest, "unpatched")
 
 
 def test_a_compiled_run_is_not_silently_resumed_eager(train, nothing_compiles):
@@ -413,7 +413,7 @@ def test_a_signal_between_the_end_of_an_epoch_and_its_save(train, moment):
 
 
 def test_a_damaged_resume_point_is_reported_and_the_one_before_is_used(train):
-    whole = train.whole()
+    expected = train.uninterrupted()
     newest = stopped(train, "cut", 40)
     assert len(train.run("cut").resume_points()) == KEEP
     newest.write_bytes(newest.read_bytes()[:-1])
@@ -421,7 +421,7 @@ def test_a_damaged_resume_point_is_reported_and_the_one_before_is_used(train):
     again = train("cut", listeners=[events])
     assert events.kinds()[:3] == ["Started", "Notice", "Resumed"]
     assert str(newest) in events[1].reason
-    assert again.digest == whole.digest
+    assert again.digest == expected.digest
 
 
 @pytest.mark.parametrize("key", ["spec", "data", "environment", "progress"])

@@ -143,10 +143,10 @@ def test_a_listener_that_fails_is_reported_once_and_switched_off(runs, invented,
 
 
 def test_listeners_hear_in_the_order_in_which_they_are_given(runs):
-    told = []
-    tell = Listeners([lambda run, event: told.append(1), lambda run, event: told.append(2)])
+    heard = []
+    tell = Listeners([lambda run, event: heard.append(1), lambda run, event: heard.append(2)])
     tell(runs[0], Notice("x"))
-    assert told == [1, 2]
+    assert heard == [1, 2]
 
 
 def test_the_listener_in_the_docs_works(runs, invented, tmp_path, monkeypatch):

@@ -52,9 +52,9 @@ def finish(start, *argv, out):
 
 
 @pytest.fixture(scope="module")
-def whole(start, smoke, tmp_path_factory):
+def uninterrupted(start, smoke, tmp_path_factory):
     """The digest of the run that nothing happens to."""
-    out = tmp_path_factory.mktemp("whole")
+    out = tmp_path_factory.mktemp("uninterrupted")
     finish(start, *smoke, out=out)
     return digest(out)
 
@@ -78,7 +78,7 @@ def assert_nothing_left(out):
 # SIGKILL
 
 
-def test_killed_at_twenty_random_moments(start, smoke, whole, tmp_path):
+def test_killed_at_twenty_random_moments(start, smoke, uninterrupted, tmp_path):
     draw, kills, resumed, runs = random.Random(4), 0, 0, 0
     while kills < 20:
         out = tmp_path / str(runs)
@@ -93,10 +93,10 @@ def test_killed_at_twenty_random_moments(start, smoke, whole, tmp_path):
         assert_nothing_torn(out)
         if ended != -signal.SIGKILL:
             assert ended == 0, process.output()
-            assert digest(out) == whole
+            assert digest(out) == uninterrupted
             runs += 1
     finish(start, *smoke, out=out)
-    assert digest(out) == whole
+    assert digest(out) == uninterrupted
     assert_nothing_left(out)
     assert resumed >= 5  # else the moments were all before the first resume point
 
@@ -120,8 +120,8 @@ def test_a_sweep_killed_five_times_trains_only_what_is_missing(start, data_dir, 
             if (found := run.result()) and not run.resume_points()
         }
 
-    whole, out, draw = tmp_path / "whole", tmp_path / "killed", random.Random(12)
-    process = start(*command, out=whole, patch=SWEEP)
+    alone, out, draw = tmp_path / "uninterrupted", tmp_path / "killed", random.Random(12)
+    process = start(*command, out=alone, patch=SWEEP)
     assert process.wait() == 0, process.output()
     before = {}
     for kill in range(5):
@@ -143,7 +143,7 @@ def test_a_sweep_killed_five_times_trains_only_what_is_missing(start, data_dir, 
     after = finished(out)
     assert before.items() <= after.items()
     assert len(after) == 12
-    assert {name: found[0] for name, found in after.items()} == {n: found[0] for n, found in finished(whole).items()}
+    assert {name: found[0] for name, found in after.items()} == {n: found[0] for n, found in finished(alone).items()}
     assert_nothing_left(out)
 
 
@@ -157,7 +157,7 @@ os.fsync = lambda file: fsync(file) if next(calls, None) is not None else os.kil
 def test_killed_inside_every_write(start, smoke, tmp_path):
     """At each fsync, where a file is written and not yet renamed, or renamed and its folder not yet synced."""
     options = (*smoke[:-1], 1)
-    finish(start, *options, out=tmp_path / "whole")
+    finish(start, *options, out=tmp_path / "uninterrupted")
     n = 0
     while True:
         out = tmp_path / str(n)
@@ -168,7 +168,7 @@ def test_killed_inside_every_write(start, smoke, tmp_path):
         # A killed write leaves its temporary file, a completed one none.
         assert len(list(out.rglob("*.tmp"))) == (n + 1) % 2
         finish(start, *options, out=out)
-        assert digest(out, epochs=1) == digest(tmp_path / "whole", epochs=1)
+        assert digest(out, epochs=1) == digest(tmp_path / "uninterrupted", epochs=1)
         assert_nothing_left(out)
         assert (out / "results.md").read_text().count("| smoke |") == 1
         n += 1
@@ -254,7 +254,7 @@ def test_the_default_network_compiled_diverges(start, data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_and_says_how_to_go_on(start, smoke, whole, tmp_path, number):
+def test_a_signal_saves_and_says_how_to_go_on(start, smoke, uninterrupted, tmp_path, number):
     process = start(*smoke, out=tmp_path, patch=SLOW_SAVE.format(seconds=0.3))  # else it may end before the signal
     process.until("epoch 3")
     process.signal(number)
@@ -265,11 +265,11 @@ def test_a_signal_saves_and_says_how_to_go_on(start, smoke, whole, tmp_path, num
     assert line.endswith("which is saved; the same command goes on from there")
     assert run_of(tmp_path).resume_points()[0] == run_of(tmp_path).resume_point(step)
     assert f"resumed after step {step} " in finish(start, *smoke, out=tmp_path)
-    assert digest(tmp_path) == whole
+    assert digest(tmp_path) == uninterrupted
 
 
-def test_the_same_stop_from_two_senders_still_saves(start, smoke, whole, tmp_path):
-    """`uv run` passes on a signal that its child has already had, as the supervisor signals the whole group."""
+def test_the_same_stop_from_two_senders_still_saves(start, smoke, uninterrupted, tmp_path):
+    """`uv run` passes on a signal that its child has already had, as a supervisor signals the whole group."""
     for delay in (0, 0.3):
         process = start(*smoke, out=tmp_path, patch=SLOW_SAVE.format(seconds=0.4))
         process.until("first step" if delay else "epoch 1")
@@ -279,7 +279,7 @@ def test_the_same_stop_from_two_senders_still_saves(start, smoke, whole, tmp_pat
         assert process.wait() == 130, f"the second signal cut the save off: {process.output()}"
         assert "which is saved; the same command goes on from there" in process.output()
     finish(start, *smoke, out=tmp_path)
-    assert digest(tmp_path) == whole
+    assert digest(tmp_path) == uninterrupted
 
 
 SLOW_SAVE = """
@@ -427,7 +427,7 @@ def test_training_again_keeps_the_old_result_until_it_is_replaced(start, smoke, 
     assert_nothing_left(tmp_path)
 
 
-def test_a_disk_that_becomes_full_during_the_training(start, smoke, whole, tmp_path):
+def test_a_disk_that_becomes_full_during_the_training(start, smoke, uninterrupted, tmp_path):
     patch = (
         """
 import core.runs.resume
@@ -448,7 +448,7 @@ core.runs.resume.save = fill_up
     assert run_of(tmp_path).resume_points() == [run_of(tmp_path).resume_point(n) for n in (40, 30)]
     assert_nothing_torn(tmp_path)
     finish(start, *smoke, out=tmp_path)
-    assert digest(tmp_path) == whole
+    assert digest(tmp_path) == uninterrupted
 
 
 def test_results_that_cannot_be_written_stay_unchanged(start, smoke, tmp_path):

@@ -58,9 +58,9 @@ def test_a_pause_is_not_training(invented, clock, pause_before):
 
 
 def test_without_a_pause_every_step_counts(invented, clock):
-    whole = epochs(invented, clock, None)
-    assert [entry.seconds for entry in whole] == [0.09, 0.1]
-    assert [entry.samples_per_second for entry in whole] == [10_000, 10_000]
+    measured = epochs(invented, clock, None)
+    assert [entry.seconds for entry in measured] == [0.09, 0.1]
+    assert [entry.samples_per_second for entry in measured] == [10_000, 10_000]
 
 
 def test_a_pause_of_a_cohort_is_not_training(invented, clock):

@@ -97,7 +97,7 @@ class Events(list):
 
 
 def lacking(what: str) -> None:
-    """Skip for want of something, saying so; in CI, where all has to be there, fail."""
+    """Skip the test and say what is missing. In CI, where everything must be installed, fail."""
     if os.environ.get("CI"):
         pytest.fail(f"{what}; with CI set this is a failure")
     pytest.skip(what)

@@ -50,7 +50,7 @@ def losses(cifar10, data_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRIED)
 def test_a_contestant_learns(losses, name):
-    """From about ln(10) = 2.3, that of guessing, downwards."""
+    """The loss starts at about ln(10) = 2.3, that of guessing, and falls."""
     entry = harness.contestants("cpu")[name]
     if reason := harness.missing(entry.kind):
         lacking(reason)
@@ -127,7 +127,7 @@ def test_benchmarks_run_alone_and_only_when_asked_for(args, source, only, taken,
 
 @pytest.mark.slow
 def test_benchmark_only_without_a_path():
-    """A whole process of it: all benchmarks are found, and the cheapest one runs on all cores."""
+    """In a process of its own: all benchmarks are collected, and the cheapest one runs on all cores."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "OMP"))}
     command = (sys.executable, "-m", "pytest", "--benchmark-only", "-k", "test_write", "-p", "no:cacheprovider")
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

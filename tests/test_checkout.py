@@ -187,5 +187,5 @@ def test_a_diff_of_another_machine_is_not_kept(changed, tmp_path):
 
 
 def test_this_process_reads_its_code_once():
-    """What is changed while it runs is not in it."""
+    """Later changes do not count."""
     assert checkout.checkout() is checkout.checkout()

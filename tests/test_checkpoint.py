@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, and a damaged or hostile file is refused before anything is made of it."""
+"""Checkpoints are read bit for bit as they were written. A damaged or hostile file is refused before it is used."""
 
 import ast
 import json
@@ -58,7 +58,7 @@ def header_length(data):
 
 
 def signed(tensors, about, path, header=None, meta=None):
-    """A file as its author would sign it, with entries of the header and of the metadata of the author's choice."""
+    """A file with a valid signature, and with any entries of the header and of the metadata."""
     checkpoint.save(path, tensors, about)
     data = path.read_bytes()
     end = header_length(data)
@@ -91,7 +91,7 @@ def test_equal_tensors_give_equal_bytes(path, tmp_path):
 
 
 def test_these_tests_sign_files_as_the_program_does(path, tmp_path):
-    """Else what follows would be refused for its signature and prove nothing."""
+    """Otherwise the tests below would only test the signature."""
     load(signed(TENSORS, META, tmp_path / "b.safetensors", meta={"name": "y"}))
 
 
@@ -175,7 +175,7 @@ def test_wrong_offsets_are_refused(offsets, tmp_path):
     ids=["tensor", "metadata", "key", "key of the metadata", "key of a tensor"],
 )
 def test_duplicate_names_are_refused(path, old, new):
-    """Rightly signed: two programs may read a different one of the two."""
+    """The signature is valid. Two programs may read different values."""
     data = path.read_bytes()
     end = header_length(data)
     meta = json.loads(json.loads(data[8:end])["__metadata__"][checkpoint.KEY])
@@ -203,7 +203,7 @@ def test_an_invalid_header_is_refused(path, text):
 
 
 def test_refusing_costs_little_memory(tmp_path):
-    """A file that claims and has 4 GB, without a byte of it on the disk."""
+    """A sparse file of 4 GB."""
     path = tmp_path / "big.safetensors"
     checkpoint.save(path, TENSORS, META)
     with open(path, "r+b") as file:
@@ -218,7 +218,7 @@ def test_refusing_costs_little_memory(tmp_path):
 
 
 def test_a_file_larger_than_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    """A file that has the 4 GB that it claims, where the memory is 4 GB; they are not on the disk."""
+    """A sparse file of 4 GB on a machine with 4 GB of memory."""
     monkeypatch.setattr(checkpoint, "MEMORY", 1 << 32)
     entry = {"dtype": "F32", "shape": [1 << 30], "data_offsets": [8, 8 + (1 << 32)]}
     path = signed(TENSORS, META, tmp_path / "big.safetensors", {"1.weight": entry})
@@ -235,7 +235,7 @@ def test_a_file_larger_than_the_memory_is_refused_before_it_is_read(tmp_path, mo
 
 @pytest.mark.parametrize("damage", ["bit", "nan"])
 def test_refusing_a_resume_point_of_the_default_network_costs_little_memory(tmp_path, damage):
-    """Of 46 MB: once where a bit is flipped; twice, as bytes and as tensors, where a NaN is rightly signed."""
+    """The file has 46 MB. A flipped bit needs them once, a signed NaN twice: as bytes and as tensors."""
     path = tmp_path / "big.safetensors"
     params, stats = model.init(resolve({}), 0)
     tensors = {f"{i}/{name}": t for i, part in enumerate((params, stats, params, params)) for name, t in part.items()}
@@ -265,7 +265,7 @@ def test_loaded_tensors_share_no_memory_with_the_file(path):
 
 
 def test_the_tensors_come_from_the_bytes_that_were_hashed(path, monkeypatch):
-    """Another file takes the place of this one, in the same inode, when the hash is computed."""
+    """The file is overwritten while its hash is computed."""
     data, sha256 = path.read_bytes(), checkpoint.hashlib.sha256
 
     def overwrite(start):
@@ -296,7 +296,7 @@ def test_nothing_else_is_unpickled():
         assert path.name == "archive.py" or not any("pickle" in name for name in calls), path
 
 
-# Rightly signed nonsense
+# Invalid content with a valid signature
 
 HUGE = 10**400
 DEEP: list = []
@@ -401,8 +401,8 @@ STEPS = 4  # an epoch
 
 @pytest.fixture
 def go_on(tmp_path):
-    """A function that writes the resume point of two epochs, with a tensor and metadata changed, and reads it as a run
-    does that goes on from it."""
+    """A function that writes the resume point of two epochs, with a tensor and metadata changed, and reads it as a
+    resumed run does."""
     run, state = Run("x", SPEC, tmp_path), flatten(step.init_state(SPEC))
     run.folder.mkdir(parents=True)
     state["step"] += 2 * STEPS
@@ -473,7 +473,7 @@ def test_an_invalid_resume_point_is_refused(go_on, name, change):
 
 
 def test_a_resume_point_of_another_version_is_not_deleted(go_on, tmp_path):
-    """An older one lies beside it, from which this version could go on: the newer one would be lost."""
+    """This version could go on from the older one beside it, but then the newer one would be lost."""
     with pytest.raises(resume.ResumeError, match=r"of another version .*; go on with that version, or start anew with"):
         go_on(meta={"schema_version": 2})
     assert len(list(tmp_path.rglob("*.step-*"))) == 1

@@ -1,4 +1,4 @@
-"""CIFAR-10 comes from DVC or a mirror, whole, or is refused by name and with a remedy; nothing altered is unpickled."""
+"""CIFAR-10 comes from DVC or a mirror, or an error names the file and a remedy. No altered file is unpickled."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ def md5(data):
 
 
 def batch(i, count):
-    """One of the six files of images, each of one grey but for a column that counts."""
+    """One of the six files of images. Each image is grey, and one of its columns counts the images."""
     images = np.full((count, 3072), i, dtype=np.uint8)
     images[:, 1] = np.arange(count) % 251
     return pickle.dumps({b"data": images, b"labels": [(i + n) % 10 for n in range(count)]}, protocol=2)
@@ -129,7 +129,7 @@ def filled(fake, tmp_path):
 
 @pytest.fixture
 def no_pickle(monkeypatch):
-    """Nothing may be unpickled: as good as running it."""
+    """Fails the test if anything is unpickled: to unpickle a file is to run it."""
 
     def refuse(*_, **__):
         raise AssertionError("unpickled what was not verified")
@@ -263,7 +263,7 @@ def busy(fake, monkeypatch):
 
 
 def test_a_slow_download_is_given_up_with_a_message(busy, tmp_path, monkeypatch):
-    """A byte now and then: no single wait is ever long enough for a timeout."""
+    """A byte now and then, so that no single wait reaches the timeout."""
     monkeypatch.setattr(archives, "PATIENCE", 0.3)
 
     def trickle(handler):
@@ -308,7 +308,7 @@ def test_a_loop_of_redirects_is_reported_in_one_line(busy, tmp_path):
 
 
 def test_a_password_in_an_address_is_used_and_never_shown(busy, fake, tmp_path):
-    """It goes to the server that it is for, not to the one that this redirects to."""
+    """It is sent to its own server, and not to the server that this one redirects to."""
     asked = []
 
     def ask(handler):
@@ -369,7 +369,7 @@ def test_data_that_cannot_be_fetched_is_reported_with_remedies(fake, tmp_path):
 
 
 def test_an_error_of_dvc_is_a_line_without_escape_codes(fake, tmp_path, monkeypatch):
-    """The real one ends in a link in colour."""
+    """The real message ends in a coloured link."""
 
     def fails(*_, **__):
         raise RuntimeError("Checkout failed:\ndata\n<\x1b[36mhttps://me:secret@dvc.org/missing\x1b[39m>")
@@ -406,7 +406,7 @@ def test_a_file_in_the_place_of_the_folder(fake, tmp_path):
 
 @pytest.mark.parametrize("name", cifar10.ARCHIVE.files)
 def test_one_flipped_bit_is_refused_and_never_unpickled(filled, name, no_pickle):
-    """Size and time of the file are as they were, which is all that some tools look at."""
+    """Its size and time stay the same. Some tools look at nothing else."""
     path = filled / cifar10.ARCHIVE.folder / name
     before = path.stat()
     data = bytearray(path.read_bytes())
@@ -448,7 +448,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(filled):
 
 @full_size
 def test_the_bytes_that_were_hashed_are_unpickled(filled, monkeypatch):
-    """A file that changes between the two must not slip through: it is opened once."""
+    """The file is opened once, so it cannot change between the two."""
     opened: list[str] = []
     real, real_open = os.open, open
     monkeypatch.setattr(os, "open", lambda path, *rest: (opened.append(Path(path).name), real(path, *rest))[1])
@@ -459,7 +459,7 @@ def test_the_bytes_that_were_hashed_are_unpickled(filled, monkeypatch):
 
 @full_size
 def test_the_remedy_works(fake, serve, filled):
-    """What the message says to do mends it."""
+    """The command in the message repairs the folder."""
     path = filled / cifar10.ARCHIVE.folder / "data_batch_3"
     path.write_bytes(b"")
     address = serve({"/a": fake[1]}) + "/a"
@@ -534,7 +534,7 @@ def test_dvc_provides_the_data_from_another_folder_and_through_a_link(project):
 @pytest.mark.parametrize("stray", [False, True])
 def test_dvc_tracks_files_from_a_mirror(project, data_dir, stray):
     """Without the remote, from an archive of the real files: `dvc status` is then clean, and `dvc push` has something
-    to push. A folder that holds anything else is not made known, for it is not what data.dvc names."""
+    to push. A folder with other files is not committed, since data.dvc does not name it."""
     shutil.rmtree(project.parent / "shared")
     archive = project.parent / "archive.tar"
     with tarfile.open(archive, "w") as tar:

@@ -223,7 +223,7 @@ def test_a_report_of_a_folder_without_runs_is_refused(call, tmp_path):
 
 @pytest.mark.parametrize("command", [["run", "smoke", "--no-compile"], ["report"]], ids=lambda value: value[0])
 def test_a_file_of_another_program_is_not_replaced(call, tmp_path, command):
-    """Which is known before anything is trained."""
+    """The error comes before the training."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "results.md").write_text("# Results of my thesis\n")
     done = call(*command, "--out", tmp_path)
@@ -342,7 +342,7 @@ def test_evaluate_agrees_with_the_record(call, official):
 
 @pytest.fixture
 def wrong_checkpoint(tmp_path, small_spec):
-    """A checkpoint that is whole and rightly signed, and claims what its network does not reach."""
+    """An undamaged checkpoint with a valid signature, and with metrics that its network does not reach."""
     spec = small_spec()
     params, stats = model.init(spec, 0)
     test = Metrics(accuracy=0.1, loss=2.3, n=10_000, correct=[100] * 10, count=[1000] * 10)
@@ -407,7 +407,7 @@ def test_evaluate_as_json_and_a_record_that_differs(call, out):
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["accuracy", "digest"])
 def test_evaluate_compares_with_the_record_beside(call, out, key):
-    """What results.md is made of; not with what the weights say of themselves."""
+    """Not with the metadata of the weights: results.md is made from the records."""
     path = weights(out).with_suffix(".json")
     found = record(out)
     if key == "digest":
@@ -452,7 +452,7 @@ os.dup2(writer, 1)
 
 
 def test_a_closed_pipe_is_no_error(call, out):
-    """A pipe that is closed is no error of the program's, neither on the way nor at the very end."""
+    """Neither in the middle of the output nor at its end."""
     assert run_main("list", "--keys", shell="| true").stderr == ""
     done = call("evaluate", "--json", "--out", out, patch=NOBODY_READS)
     assert (done.returncode, done.stderr) == (1, "")
@@ -476,7 +476,7 @@ def test_a_name_that_is_too_long_is_refused(call, tmp_path, command):
 
 @pytest.mark.parametrize("kind", ["damaged", "later"])
 def test_an_unreadable_record_is_reported_in_one_line_and_stops_nothing_else(call, out, data_dir, kind):
-    """A damaged one, or one of a later version, whose experiment is asked for in a call for two."""
+    """A damaged record, or one of a later version. The call names another experiment, too."""
     finished, path = record(out), weights(out).with_name(f"{SEED_1}.json")
     later = {**finished, "schema_version": 2, "seed": 1, "spec_id": SEED_1, "spec": {**finished["spec"], "seed": 1}}
     path.write_text("{" if kind == "damaged" else json.dumps(later))
@@ -688,7 +688,7 @@ def test_damaged_data_is_refused(call, data_dir, tmp_path, damage):
 
 
 def test_damaged_checkpoints_are_named(call, out):
-    """Missing, truncated, altered, no checkpoint at all, a folder: each is named, whatever else was asked for."""
+    """Missing, truncated, altered, no checkpoint at all, a folder: each is named, and the others are evaluated."""
     good = weights(out).read_bytes()
     bad = {
         "truncated": good[:-1],
@@ -715,7 +715,7 @@ def test_damaged_checkpoints_are_named(call, out):
 @pytest.mark.parametrize("command", [["run", "smoke", "--no-compile"], ["report"]], ids=lambda value: value[0])
 @pytest.mark.parametrize("where", ["out", "checkpoints"])
 def test_an_out_that_cannot_be_written_is_refused_before_the_training(call, tmp_path, command, where):
-    """A file in the way, since permissions do not bind root; nothing is trained before it is known."""
+    """A file is in the way, since root ignores permissions. The error comes before the training."""
     out = tmp_path / "out"
     if where == "checkpoints":
         out.mkdir()

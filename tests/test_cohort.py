@@ -36,7 +36,7 @@ def runs(small_spec, tmp_path):
 
 @pytest.fixture(scope="module")
 def uninterrupted(small_spec, tmp_path_factory, invented):
-    """The records of the cohort that nothing happens to."""
+    """The records of a cohort that is not interrupted."""
     return run_cohort(members(small_spec, tmp_path_factory.mktemp("uninterrupted")), invented, "cpu", **EAGER)
 
 
@@ -126,7 +126,7 @@ def test_a_stopped_cohort_is_resumed(together, uninterrupted, runs, tmp_path, af
 
 @pytest.mark.parametrize("saves", range(7))
 def test_a_cohort_killed_between_two_saves_is_resumed(together, uninterrupted, monkeypatch, saves):
-    """Some have a resume point more than others, or a record: they go on as if nothing had happened."""
+    """Some members have one more resume point, or a record. The results are those of an uninterrupted cohort."""
 
     class Killed(BaseException):
         pass
@@ -154,7 +154,7 @@ def test_a_cohort_killed_between_two_saves_is_resumed(together, uninterrupted, m
 
 
 def test_a_run_from_another_cohort_is_resumed_and_marked(together, runs, tmp_path, invented):
-    """A member alone, and two that stand at different steps."""
+    """A member alone, and two members at different steps."""
     together("cut", 7)
     events = Events()
     [alone] = run_cohort(moved(runs[:1], tmp_path / "cut"), invented, "cpu", [events], **EAGER)
@@ -167,7 +167,7 @@ def test_a_run_from_another_cohort_is_resumed_and_marked(together, runs, tmp_pat
 
 
 def test_a_run_without_memory_beside_others_has_not_failed(runs, tmp_path, invented, monkeypatch):
-    """The others, which stand at other steps, are in memory, too. Alone it may fit."""
+    """The other runs, at other steps, are in memory, too. Alone, the run may fit."""
     left = iter(range(25))  # two resume points, so that it does not begin anew with the other
     run_cohort(runs[:1], invented, "cpu", (), lambda: next(left, None) is None, **EAGER)
 

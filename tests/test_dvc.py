@@ -1,4 +1,4 @@
-"""What DVC says of the runs, with the real commands in copies of the project; weights on a remote of one's own."""
+"""What DVC shows of the runs, with real commands in copies of the project; weights on your own remote."""
 
 import csv
 import json
@@ -65,7 +65,7 @@ def project(tmp_path):
 
 @pytest.fixture
 def with_data(project):
-    """The same, with the remote of the data beside it as the real one lies."""
+    """The same, with the remote of the data beside it."""
     if not REMOTE.exists():
         lacking(f"the DVC remote {REMOTE} is not there")
     shutil.copytree(REMOTE, project.parent / "shared" / "dvc-remote", copy_function=os.symlink)
@@ -73,7 +73,7 @@ def with_data(project):
 
 
 def train(project, spec, data):
-    """Leave the files of a finished run; returns the path of its weights."""
+    """Write the files of a finished run; returns the path of its weights."""
     params, stats = model.init(spec, spec["seed"])
     weights = {**params, **stats}
     test = Metrics(**step.evaluate(params, stats, data.test_images, data.test_labels, spec))

@@ -24,7 +24,7 @@ OFFICIAL = {
 
 
 def test_the_ids_of_the_official_experiments_are_pinned():
-    """Finished runs are found by their id: a change here abandons them, so it has to be meant."""
+    """Finished runs are found by their id. A change here orphans them, so it must be intended."""
     assert {name: spec_id(resolve(EXPERIMENTS[name])) for name in OFFICIAL} == OFFICIAL
 
 

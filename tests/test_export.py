@@ -1,4 +1,4 @@
-"""A network as a file for other programs: really written, and loaded by processes that have nothing of this project."""
+"""A network as a file for other programs: it is loaded by processes that do not have this project."""
 
 import importlib.util
 import subprocess
@@ -66,14 +66,14 @@ def images(invented):
 
 @pytest.fixture(params=FORMATS)
 def kind(request):
-    """Each format whose packages are there."""
+    """Each format whose packages are installed."""
     if missing := [name for name in FORMATS[request.param].needs if importlib.util.find_spec(name) is None]:
         lacking(f"{', '.join(missing)} not installed (`uv sync --group {request.param}`)")
     return request.param
 
 
 def elsewhere(paths, images, folder):
-    """The logits that a process of its own finds with each of the exported files."""
+    """The logits that another process computes with each of the exported files."""
     np.save(folder / "images.npy", images.numpy())
     source = (TORCH if paths[0].suffix == ".pt2" else ONNX) + RUN
     done = subprocess.run((sys.executable, "-c", source, *paths), cwd=folder, capture_output=True, text=True)
@@ -82,7 +82,7 @@ def elsewhere(paths, images, folder):
 
 
 def logits(path, images):
-    """What the network of a checkpoint finds, of as many images at a time as in RUN."""
+    """The logits of a checkpoint, for as many images at a time as in RUN."""
     network = predict.load(path)
     return torch.cat([network(part) for part in (images[:1], images[1:8], images[8:])])
 
@@ -97,7 +97,7 @@ main.main = lambda argv: max([export([argv[0], path, *argv[2:]]) for path in {}]
 
 @pytest.mark.slow
 def test_another_program_computes_the_same_logits(call, trained, images, data_dir, kind, tmp_path):
-    """Whatever layers and precision the network has. What the command says of the tolerance is so, too."""
+    """With all layers and precisions. The printed tolerance is right, too."""
     first = torch.from_numpy(cifar10.ARCHIVE.read(data_dir, "test_batch")[b"data"][:100])
     checkpoints = {name: trained(name, **changes) for name, changes in NETWORKS.items()}
     written = {name: path.with_suffix(FORMATS[kind].suffix) for name, path in checkpoints.items()}

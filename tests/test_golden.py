@@ -1,4 +1,4 @@
-"""The numbers that no refactoring may move: what tiny networks come to in float64, and the losses of the default one.
+"""The numbers that no refactoring may change: results of tiny networks in float64, and losses of the default network.
 
 A test that passes adds the hash of the code to core/same_numbers.txt, so that the results of the code before count as
 results of this code. With CI set it demands that the hash is there.
@@ -98,7 +98,7 @@ CASES = {
 
 
 class Float64(TorchDispatchMode):
-    """All arithmetic in float64, whatever the code asks for. What is made bfloat16 is rounded, and goes on in float64.
+    """All arithmetic in float64, whatever the code asks for. What becomes bfloat16 is rounded and stays float64.
 
     In float32, rounding grows to a thousandth of the loss in 15 steps (Adam divides by the gradient's size, however
     small that is), and each kind of CPU rounds in its own way. In float64 all of them agree.
@@ -130,7 +130,7 @@ def pictures():
 
 
 def numbers(data, spec):
-    """(name, number) of what a run of such a spec comes to: its epochs, the evaluation, a norm of each tensor."""
+    """(name, number) of each result of a run: its epochs, the evaluation, a norm of each tensor."""
     with Float64():
         training = Training(resolve({**BASE, **spec}), data, torch.device("cpu"), Mode("eager"))
         if training.whitening:

@@ -1,4 +1,4 @@
-"""Image files of any size and kind, good and bad, and what a network says of them."""
+"""Image files of any size and kind, good and bad, and the predictions for them."""
 
 import json
 import struct
@@ -199,7 +199,7 @@ def test_grey_of_sixteen_bits_in_either_order_of_bytes_and_with_alpha(tmp_path):
 
 @pytest.mark.parametrize("after", [False, True])
 def test_a_png_may_have_much_text(tmp_path, after):
-    """As programs that make pictures leave there; up to the 64 MB that Pillow reads."""
+    """As image editors write it; up to the 64 MB that Pillow reads."""
     text = b"zTXt" + b"prompt\0\0" + zlib.compress(b"a word " * 500_000)
     (tmp_path / "x.png").write_bytes(png_of(8, 2, [bytes([1, 2, 3] * 32)] * 32, text))
     if after:

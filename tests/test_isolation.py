@@ -184,7 +184,7 @@ def test_no_switch_changes_the_logits_of_a_network(network, invented, switch):
 
 @contextlib.contextmanager
 def several():
-    """Those switches at once that an export, or the reading of the data, might heed."""
+    """Several switches at once that might change an export or the data that is read."""
     with contextlib.ExitStack() as stack:
         for name in ("float64", "default device", "autocast", "inference mode", "function mode", "generator"):
             stack.enter_context(SWITCHES[name]())
@@ -235,7 +235,7 @@ def test_settings_come_back_after_an_error():
 
 
 def test_threads_that_flush_subnormals_for_ever_are_refused():
-    """A thread of Python has a pool of its own: its threads are as it was when they started."""
+    """Each thread of Python has a pool of its own, whose threads keep the setting of their start."""
 
     def flushed_before():
         torch.set_num_threads(2)

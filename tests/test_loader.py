@@ -143,7 +143,7 @@ def test_augment_against_a_loop_over_images(invented, shift, fill, mode):
 
 @pytest.mark.parametrize("shift", [2, 8])
 def test_augment_reaches_every_mirror_and_move_about_equally(shift):
-    """Two bright pixels near the middle say what became of each image."""
+    """Two bright pixels near the middle show how each image was changed."""
     n, moves = 20_000, 2 * shift + 1
     images = torch.zeros(n, 3, 32, 32, dtype=torch.uint8)
     images[:, :, 16, 15], images[:, :, 16, 17] = 255, 200
@@ -197,7 +197,7 @@ AFFINE = [{"rotate": 30}, {"zoom": 0.3}, {"rotate": 179, "zoom": 0.9}, {"rotate"
 @pytest.mark.parametrize("changes", AFFINE, ids=str)
 @pytest.mark.parametrize("kind", ["none", "flip", "flip+shift"])
 def test_rotate_and_zoom_against_torchvision(invented, changes, kind):
-    """With zeros from outside."""
+    """Pixels from outside the image are zero."""
     images, n = invented.train_images[:40], 40
     spec = resolve({**changes, "augment": kind})
     angles, scales = angle_and_scale(3, 17, n, spec["rotate"], spec["zoom"])

@@ -168,7 +168,7 @@ def masks_for(spec, batch=BATCH):
 
 
 def test_train_mode_forward_gradients_and_statistics(spec, twins, sequential):
-    """With the dropout masks handed to both."""
+    """Both get the same dropout masks."""
     params, stats, _ = twins
     masks = masks_for(spec)
     module = sequential(spec, masks).double()

@@ -38,7 +38,7 @@ def in_fork(work, seconds=60):
 
 
 def test_a_fork_works_where_its_parent_has_used_several_threads(invented, tmp_path):
-    """A thread of Python has a pool of its own: no other test has what is left of it."""
+    """Each thread of Python has a pool of its own, so no other test is affected."""
     numbers = torch.ones(1 << 18)
 
     def train(seed):

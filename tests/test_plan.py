@@ -262,7 +262,7 @@ def test_an_estimate_is_what_was_measured_here():
 
 
 def test_an_estimate_needs_more_than_a_moment():
-    """Of a run of one step nothing was timed: the first step compiles. Of a run of two, one step."""
+    """The first step compiles, so it is not timed: of a run of one step nothing is, of a run of two steps one."""
     for batch_size, seconds, speed in ((45_000, 0.0, 0), (22_500, 0.9, 25_000)):
         short = make("a", epochs=1, batch_size=batch_size)
         short.history = [replace(short.history[0], seconds=seconds, samples_per_second=speed)]
@@ -326,7 +326,7 @@ def test_a_resumed_run_counts_with_the_time_of_all_its_steps(capsys):
 
 
 def test_a_run_that_ends_twice_counts_once(capsys):
-    """Its cohort was too large for those that had still to train, so all begin again one by one."""
+    """Its cohort was too large for the remaining runs, so all start again one by one."""
     runs = plan.runs({"a": {}}, {"epochs": 3}, range(2))
     display = progress.Display(Tally(runs), verbose=False)
     for run in runs:

@@ -176,7 +176,7 @@ def evaluate(path, invented):
 
 
 def record_beside(path, **changes):
-    """The record of the run that left a checkpoint, with changes to its test metrics and its digest."""
+    """The record of the run that wrote a checkpoint, with changes to its test metrics and its digest."""
     about = predict.load(path).about
     record = replace(make("x", **about.spec), data=about.data)
     test = replace(about.test, **{key: changes.pop(key) for key in ("loss", "accuracy", "correct") if key in changes})

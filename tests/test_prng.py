@@ -179,7 +179,7 @@ def test_seeds_streams_and_steps_are_independent(other):
 
 @pytest.mark.parametrize("pair", list(itertools.combinations(STREAMS, 2)), ids=str)
 def test_no_two_streams_are_alike(pair):
-    """What is drawn for one purpose says nothing of what is drawn for another in the same step."""
+    """The draws of one purpose are independent of those of another in the same step."""
     assert unrelated(*(bits(1, stream, 3) for stream in pair))
 
 

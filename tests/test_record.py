@@ -1,4 +1,4 @@
-"""Records: what a run writes comes back, older and later ones are understood, and anything else is refused in words."""
+"""Records are read as they were written, also those of older versions. Anything else is refused with a reason."""
 
 import json
 import re

@@ -1,5 +1,5 @@
-"""Runs on a Ray cluster of two nodes on this machine: nothing but time depends on who trains, or on who dies. What a
-cluster rarely does, a simulated one does here."""
+"""Runs on a Ray cluster of two nodes on this machine: a worker or node that dies costs only time. Rare failures are
+simulated."""
 
 import contextlib
 import importlib.util
@@ -146,8 +146,8 @@ def until(condition):
 
 @pytest.mark.slow
 def test_a_killed_worker_node_or_driver_costs_only_time(two_nodes, driver, alone, tmp_path):
-    """A worker, the node of the other worker, and then the driver: another one goes on with what is missing. All files
-    are those of runs here."""
+    """A worker, the node of the other worker, and then the driver are killed. Another driver trains what is missing.
+    All files equal those of runs here."""
     count, epochs = 5, 10
     process = driver("out", epochs, count)
     until(lambda: len(workers(two_nodes)) == 2)
@@ -369,7 +369,7 @@ def test_a_device_that_the_cluster_lacks_is_refused(asked):
 
 
 def test_a_worker_without_the_same_project_reports_it(tmp_path):
-    """The task reaches it with its code: nothing of it is found by its name."""
+    """The task is sent with its code: a worker cannot import it by its name."""
     if importlib.util.find_spec("ray") is None:
         lacking("Ray is not installed: uv run --group ray pytest")
     cloudpickle = importlib.import_module("ray.cloudpickle")
@@ -560,7 +560,7 @@ def test_a_node_that_is_lost_does_not_count(cluster_of, small_spec, invented, tm
 def test_a_cohort_that_cannot_be_trained_together_is_trained_one_by_one(
     cluster_of, small_spec, invented, tmp_path, error
 ):
-    """The death of its worker is held against none of its runs."""
+    """The lost worker counts for none of its runs."""
 
     def outcome(label, attempt):
         if label == "x 0 1":
@@ -623,7 +623,7 @@ def test_a_cluster_without_a_node_is_reported_once_and_waited_for(cluster_of, sm
 
 
 def test_a_lost_head_is_reported_and_then_given_up(cluster_of, small_spec, invented, tmp_path, monkeypatch):
-    """While it is silent no call is made that would not return."""
+    """While it does not answer, no call is made that would not return."""
     silent = []
     monkeypatch.setattr(cluster, "silent", lambda address, timeout: "Connection refused" if silent else None)
 

@@ -341,7 +341,7 @@ def test_a_verdict_names_the_values_and_where_they_were_compared():
 
 
 def test_a_key_that_the_full_network_lacks_is_compared_too():
-    """The recipe has no dropout, its variant has: that the variant is worse is a verdict on having it."""
+    """The recipe has no dropout, and its variant has. If the variant is worse, dropout hurts."""
     records = [*seeds_of("full", [0.7, 0.71], dropout=0.0), *seeds_of("full-dropout", [0.68, 0.69], dropout=0.2)]
     catalog = Catalog({"x": {"full": {"dropout": 0.0}, "full-dropout": {}}}, {"x": {"full": "full"}})
     helped = section(markdown.markdown(records, catalog), "What helped")
@@ -580,7 +580,7 @@ EVERY = [*rebuild.BEGINNINGS, *rebuild.PICTURES, plots.suite_path("learning-rate
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("records", [[], THREE], ids=len)
 def test_a_file_of_another_program_is_left_unchanged(tmp_path, name, records):
-    """Which is known before anything is written."""
+    """The error comes before anything is written."""
     write(tmp_path, records)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('{"accuracy": 0.9}, # Results')
@@ -813,7 +813,7 @@ def test_the_axis_has_integer_epochs(epochs, axes):
 
 
 def test_curves_are_means_over_seeds_with_a_band():
-    """Whose epochs are few enough to be drawn, and whose first and last always are."""
+    """Only so many epochs are drawn, always with the first and the last."""
     seeds = [
         edit_history(make("a", seed=seed), val_accuracy=0.5 + 0.1 * seed, val_loss=1.0 + seed) for seed in range(3)
     ]
@@ -853,7 +853,7 @@ def test_the_picture_of_the_curves_is_of_the_default_suite(tmp_path):
 
 
 def test_the_table_has_the_curves_of_every_experiment():
-    """Be it in the picture or not, trained on all images or not."""
+    """Also of those that are not in the picture, and of those that were trained on all images."""
     seeds = [
         edit_history(make("a", seed=seed), val_accuracy=0.5 + 0.1 * seed, val_loss=1.0 + seed) for seed in range(3)
     ]
@@ -1030,7 +1030,7 @@ def test_an_experiment_that_has_become_invalid_does_not_stop_a_report():
 
 
 def test_one_spec_under_two_names_is_one_run():
-    """Neither a second seed nor a rival of itself."""
+    """It is no second seed, and it is not compared with itself."""
     text = markdown.markdown([THREE[0], replace(THREE[0], name="again")], SUITES)
     assert [row[1] for row in rows(text)] == ["1", "1"]
     assert "Choice of the learning rate" not in text

@@ -85,8 +85,8 @@ def test_verify_trains_again_and_compares(call, tmp_path):
 @pytest.mark.slow
 @pytest.mark.longest
 def test_the_default_network_compiled_stopped_killed_and_resumed(start, data_dir, tmp_path):
-    """The main job's own network: not stopped at all; with two threads; stopped by SIGTERM in the middle of its epoch,
-    then killed, then left alone. The negative control is in the next test."""
+    """Three runs: one is not stopped, one has two threads, one is stopped by SIGTERM in the middle of its epoch, then
+    killed, then finished. The negative control is in the next test."""
     changes = {"epochs": 2, "batch_size": 128}
     options = ("run", "lr-1e-3", "--epochs", 2, "--batch-size", 128, "--device", "cpu", "--data", data_dir)
 
@@ -200,7 +200,7 @@ def test_the_number_of_threads_could_matter():
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, invented):
-    """The record of an eager run that nothing happens to, trained once for all tests."""
+    """The record of an uninterrupted eager run, trained once for all tests."""
     out = tmp_path_factory.mktemp("uninterrupted")
     return lambda spec: run_experiment("x", spec, out, invented, "cpu", compiled=False)
 
@@ -238,7 +238,7 @@ def edit(path, drop=(), **changes):
 
 
 def shapes(path):
-    """What a resume point says of itself, which a program that trusts nothing would not ask."""
+    """The shapes and dtypes of the tensors in a file, which is not checked."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -340,7 +340,7 @@ def test_resuming_with_another_spec_is_refused_or_marked(train):
 
 
 def test_an_eager_run_is_resumed_eager(train):
-    """As where compiling had failed: the same command must go on, bit by bit."""
+    """As after a failed compilation: the same command goes on with the same bits."""
     expected = train.uninterrupted()
     stopped(train, "cut", 20)
     again = train("cut", compiled=True)
@@ -351,7 +351,7 @@ def test_an_eager_run_is_resumed_eager(train):
 
 @pytest.fixture
 def nothing_compiles(monkeypatch):
-    """Only the eager step is to be had."""
+    """Only the eager step works."""
     fuse = fused.fuse
 
     def refuse(*inputs, compiled=True, **options):
@@ -407,7 +407,7 @@ def test_a_compiled_run_is_not_silently_resumed_eager(train, nothing_compiles):
 
 @pytest.mark.parametrize("moment", range(15, 19))
 def test_a_signal_between_the_end_of_an_epoch_and_its_save(train, moment):
-    """Whatever moment it comes at: what is said to be saved is."""
+    """At any moment, a step that is reported as saved is saved."""
     stop = train("cut", moment, checkpoint_every=2)
     assert train.run("cut").resume_points()[0] == train.run("cut").resume_point(stop.step)
 
@@ -461,7 +461,7 @@ def test_a_name_that_could_not_be_a_folder_is_refused(invented, tmp_path, name):
 
 
 def test_the_returned_record_is_complete(train):
-    """The one door returns what it has written: no file needs to be read."""
+    """`run_experiment` returns what it has written: no file needs to be read."""
     record = train("x")
     assert 0 <= record.metrics.test.accuracy <= 1
     assert json.loads(train.run("x").record.read_text())["digest"] == record.digest

@@ -164,7 +164,7 @@ def test_the_listener_in_the_docs_works(runs, invented, tmp_path, monkeypatch):
 
 @pytest.fixture
 def read(tmp_path):
-    """Reads what lies in the folder of a run, as TensorBoard does: by tag, (step, value)."""
+    """Reads the files in the folder of a run, as TensorBoard does: by tag, (step, value)."""
     if importlib.util.find_spec("tensorboard") is None:
         lacking("TensorBoard is not installed: uv run --group tensorboard pytest")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -89,8 +89,8 @@ def test_a_field_is_complete():
 
 
 def test_the_defaults_are_frozen():
-    """An id leaves out what has its default. With another default, the ids of finished runs would be those of runs that
-    nobody has made: give what you want a key of its own, whose default keeps the old meaning."""
+    """An id leaves out default values, so another default would give the ids of finished runs to other runs. Add a new
+    key instead, whose default keeps the old meaning."""
     records = [json.loads(path.read_bytes()) for path in sorted((ROOT / "checkpoints").glob("*/*.json"))]
     assert set().union(*(record["spec"] for record in records)) <= FIELDS.keys()
     for record in records:

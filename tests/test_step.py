@@ -287,7 +287,7 @@ def test_the_loss_of_mixed_examples_is_that_of_both_labels_by_their_shares(small
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_the_first_bad_step_is_kept(small_spec, step_inputs, bad):
-    """Even where a later step is finite again: what it trained is not to be trusted."""
+    """Even if a later step is finite again, since its weights cannot be trusted."""
     spec = small_spec()
     state, data, hyper = step_inputs(spec)
     train_step = step.make_train_step(static(spec))

@@ -1,4 +1,4 @@
-"""Files that are whole or as they were, locks that die with their process, and whatever may lie in a file's place."""
+"""Files are written completely or not at all, locks end with their process, and special files are refused."""
 
 import errno
 import fcntl
@@ -212,7 +212,7 @@ def test_what_may_not_be_replaced_is_not_tried_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_refused_before_anything_starts(tmp_path, monkeypatch, invented, code):
-    """Some Lustre and NFS. Nothing else takes the place of a lock: two processes would train one run."""
+    """As on some Lustre and NFS. Without a lock, two processes could train one run."""
     flock = fcntl.flock
 
     def fails(descriptor, operation):
@@ -256,7 +256,7 @@ def test_a_lock_names_its_holder_and_ends_with_it(run, tmp_path):
 
 
 def test_a_process_that_waits_for_a_stopped_one_shows_how_to_wake_it(tmp_path, caplog):
-    """Ctrl-Z while results.md is written: another `run` or `report` waits, and says for whom."""
+    """Ctrl-Z while results.md is written: another `run` or `report` waits, and names the process."""
     locked = 'Run("x", json.loads(sys.argv[2]), Path(sys.argv[1])).lock()'
     hold = HOLD.replace(locked, "lock_results(Path(sys.argv[1]))").replace("time.sleep(60)", "input()")
     holder = python(hold.replace("core.runs.run import Run", "core.runs.files import lock_results"), tmp_path)

@@ -1,4 +1,4 @@
-"""Nothing is lost whatever happens: processes of main.py are killed, stopped, starved of disk and memory, and go on."""
+"""Nothing is lost: processes of main.py are killed, stopped, run out of disk space and memory, and are resumed."""
 
 import contextlib
 import random
@@ -53,14 +53,14 @@ def finish(start, *argv, out):
 
 @pytest.fixture(scope="module")
 def uninterrupted(start, smoke, tmp_path_factory):
-    """The digest of the run that nothing happens to."""
+    """The digest of an uninterrupted run."""
     out = tmp_path_factory.mktemp("uninterrupted")
     finish(start, *smoke, out=out)
     return digest(out)
 
 
 def assert_nothing_torn(out):
-    """Whatever has its final name is whole."""
+    """Every file with its final name is complete."""
     for path in out.rglob("*.safetensors"):
         checkpoint.load(path, ResumePoint if ".step-" in path.name else Weights, lambda _, path=path: shapes(path))
     for path in out.glob("checkpoints/*/*.json"):

@@ -13,7 +13,7 @@ SPEC = resolve({"widths": [8], "epochs": 2, "batch_size": 100, "seed": 1})  # te
 
 
 class Clock:
-    """What `time` is to core.train: it stands still but when it is told to go on."""
+    """Replaces `time` in core.train: a clock that only moves when a test moves it."""
 
     def __init__(self):
         self.wall = self.cpu = 100.0
@@ -50,8 +50,8 @@ def epochs(data, clock, pause_before, members=1):
 
 @pytest.mark.parametrize("pause_before", [5, 15])
 def test_a_pause_is_not_training(invented, clock, pause_before):
-    """Ctrl-Z for 40 s, in the first epoch or the second. Of the first epoch the first step, which compiles, is not
-    timed; the step with the pause is not timed either."""
+    """Ctrl-Z for 40 s, in the first or the second epoch. The first step, which compiles, and the step with the pause
+    are not timed."""
     paused = epochs(invented, clock, pause_before)
     assert [entry.samples_per_second for entry in paused] == [10_000, 10_000]
     assert [entry.seconds for entry in paused] == ([0.08, 0.1] if pause_before == 5 else [0.09, 0.09])

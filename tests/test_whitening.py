@@ -58,7 +58,7 @@ def test_the_bits_of_whitening_do_not_depend_on_threads_or_order(cifar10_slice):
 
 
 def test_a_whitening_of_the_training_images_never_sees_the_others(invented):
-    """The mean of the network's input would be another."""
+    """Otherwise the mean of the network's input would be different."""
     cpu = torch.device("cpu")
     changed = invented._replace(train_images=invented.train_images.clone())
     chosen = Training(resolve({}), invented, cpu).splits["validation"][2]
@@ -82,7 +82,7 @@ def test_whitening_uses_the_precision_of_the_spec(invented):
 
 @pytest.mark.parametrize("changes", [{}, {"norm": "none", "widths": []}, {"ema": 0.9, "train_on": "all"}], ids=str)
 def test_whitening_is_folded_into_the_checkpoint(invented, tmp_path, small_spec, changes):
-    """The network that is saved takes images, as any other; it is the one that was trained."""
+    """The saved network takes images, as any other, and is equal to the one that was trained."""
     spec = small_spec(whiten=25, epochs=1, **changes)
     record = run_experiment("x", spec, tmp_path, invented, "cpu", compiled=False)
     path = tmp_path / "checkpoints" / "x" / f"{record.spec_id}.safetensors"

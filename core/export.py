@@ -19,8 +19,8 @@ from core.predict import Network
 from core.store import atomic_write, local, reserve
 
 COUNT = 100  # images to check a file with
-# By how much a logit may differ, as a share of the largest where that is above 1: of a logit of 40, float32 has no more
-# than six digits, and another program adds in another order.
+# Largest difference of a logit, relative to the largest logit if that is above 1. Another program adds in another
+# order, and of a logit of 40, float32 has no more than six digits.
 TOLERANCE = 1e-5
 
 Model = Callable[[Tensor], Tensor]  # images, uint8 [n, *shape] -> logits, float32 [n, classes]
@@ -77,11 +77,11 @@ def onnx_model(path: Path) -> Model:
 
 
 class Exported(NamedTuple):
-    """What is in a file.
+    """The network in a file.
 
     Attributes:
-        precision: of its matrix products: float32 where the format has not that of the checkpoint.
-        largest: of the absolute logits that it was checked with; TOLERANCE is a share of it where it is above 1.
+        precision: of its matrix products; float32 if the format does not support that of the checkpoint.
+        largest: the largest absolute logit of the check. TOLERANCE is relative to it if it is above 1.
     """
 
     precision: str
@@ -115,8 +115,8 @@ FORMATS = {
 
 
 def check_images(network: Network, folder: Path) -> tuple[Tensor, str]:
-    """Images to check a file with, uint8 [COUNT, *shape], and what they are: the first of the test split where that is
-    in `folder`, else random ones."""
+    """Images to check a file with, uint8 [COUNT, *shape], and their description: the first test images if they are in
+    `folder`, else random images."""
     name, shape = network.about.spec["dataset"], network.info.shape
     known = datasets.REGISTRY.get(name)  # a folder of images is not in it
     if known is None or known.missing(where := datasets.home(name, folder)):
@@ -162,7 +162,7 @@ def export(network: Network, kind: str, path: str | Path, images: Tensor) -> Exp
     def check(written: Path) -> None:
         model, allowed = form.read(written), TOLERANCE * max(1.0, largest)
         difference = (torch.cat([model(part) for part in parts]) - expected).abs().max().item()
-        if not difference <= allowed:  # NaN is none, either
+        if not difference <= allowed:  # NaN, too, is refused
             raise ExportError(
                 f"{path} is not written: its logits differ by {difference:.1e} from those of the checkpoint, "
                 f"expected at most {allowed:.1e}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from core.errors import UserError
 from core.store import local, open_file
 
-# What Pillow decodes itself: for EPS, say, it would start another program.
+# Pillow decodes these itself. For EPS, for example, it would start another program.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_BYTES = 1 << 29
 MAX_SIDE = 65_535  # pixels, as in JPEG; the limit of all pixels is Pillow's own
@@ -26,40 +26,40 @@ class ImageError(UserError):
 
 
 def find(paths: Iterable[str | Path]) -> list[Path]:
-    """These files; in place of a folder the files in it, sorted, but for hidden ones. A folder in which none can be
-    read stays, for `read` to refuse."""
+    """The files, with each folder replaced by the files in it, sorted, without hidden ones. A folder without readable
+    files stays, so that `read` reports it."""
     files: list[Path] = []
     for path in map(local, paths):
         inside: list[Path] = []
-        with contextlib.suppress(OSError):  # it is no folder, or a closed one
+        with contextlib.suppress(OSError):  # it is no folder, or cannot be read
             inside = [each for each in path.iterdir() if each.is_file() and not each.name.startswith(".")]
         files += sorted(inside) or [path]
     return files
 
 
 def eight_bits(image: Image.Image, source: Image.Image) -> Image.Image:
-    """The image in 8 bits a channel, with its transparent colour. Of 16 bits the upper 8 stay, as Pillow has it for
-    colours; grey it would cut off at 255.
+    """The image in 8 bits a channel, with its transparent colour. Of 16 bits the upper 8 are kept. Pillow does so for
+    colours, but it would clip grey at 255.
 
     Args:
-        source: the file that it is from.
+        source: the file that the image comes from.
 
     Raises:
-        ValueError: it has numbers of which one does not know which is white.
+        ValueError: it is not known which number is white.
     """
     if image.mode == "RGBA" and source.format == "BMP" and source.getchannel("A").getextrema() == (0, 0):
         return image.convert("RGB")  # many programs leave the fourth byte of a pixel empty
     if not image.mode.startswith(("I", "F")):
         return image
     tags = source.tag_v2 if isinstance(source, TiffImagePlugin.TiffImageFile) else {}
-    # 32 bits of Pillow are 16 of a PPM.
+    # Pillow reads the 16 bits of a PPM as 32.
     bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (32,))[0] if source.format == "TIFF" else 16
     signed = tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0] != 1
     if image.mode == "F" or bits > 16 or signed:
         raise ValueError("it has floats, signed numbers or more than 16 bits a channel: its white is not known")
     pixels = np.asarray(image).astype(np.uint16)
     grey = (pixels >> (bits - 8)).astype(np.uint8)
-    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # white is 0; Pillow heeds it in 8 bits only
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # white is 0; Pillow inverts only 8 bits
         grey = 255 - grey
     if (transparent := image.info.get("transparency")) is None:
         return Image.fromarray(grey)
@@ -67,8 +67,7 @@ def eight_bits(image: Image.Image, source: Image.Image) -> Image.Image:
 
 
 def scale_transparent_colour(image: ImageFile.ImageFile) -> None:
-    """In a PNG the transparent colour is in the bits of the file. Pillow makes 8 bits a channel of the pixels alone; it
-    has to be asked before it reads them."""
+    """Scale the transparent colour of a PNG to 8 bits, before its pixels are read. Pillow scales the pixels alone."""
     colour, raw = image.info.get("transparency"), str(image.tile[0][3]) if image.format == "PNG" else ""
     if colour is not None and raw in ("L;2", "L;4"):
         image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[raw]
@@ -108,7 +107,7 @@ def read(path: str | Path, shape: tuple[int, int, int] = (3, 32, 32)) -> Tensor:
         reason = f"it is damaged, or none of {', '.join(FORMATS)}"
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         reason = f"it has more than {MAX_SIDE:,} pixels a side or {Image.MAX_IMAGE_PIXELS:,} in all"
-    except Exception as error:  # a decoder raises whatever it comes upon in a damaged file
+    except Exception as error:  # a decoder may raise anything for a damaged file
         reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
     else:
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)

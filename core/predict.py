@@ -21,7 +21,7 @@ from core.store import local
 
 
 class InputError(UserError, ValueError):
-    """What a network is called with are no images or labels; the message says what they are."""
+    """A network is called with invalid images or labels; the message says what was found and what was expected."""
 
 
 class Network(NamedTuple):
@@ -33,12 +33,12 @@ class Network(NamedTuple):
 
     @property
     def spec(self) -> Spec:
-        """Of the network in the checkpoint, into which a whitening is folded."""
+        """The spec of this network. A whitening is folded into its weights."""
         return model.folded(self.about.spec)
 
     @property
     def info(self) -> DataInfo:
-        """Of the data set that the network was trained on."""
+        """The data set that the network was trained on."""
         return self.about.data_info
 
     def to(self, device: str | torch.device) -> "Network":
@@ -57,7 +57,7 @@ class Network(NamedTuple):
             images: uint8 [n, *shape] or [n, inputs], the red plane first; a tensor on any device, or an array.
 
         Raises:
-            InputError: they are something else.
+            InputError: the images have another type or shape.
         """
         if is_traced():  # only the arithmetic can be
             return self.logits(images)  # type: ignore[arg-type]  # an array becomes a tensor there
@@ -79,7 +79,7 @@ class Network(NamedTuple):
             images: as in a call. labels: int64 [n], a class each; a tensor on any device, or an array.
 
         Raises:
-            InputError: they are something else, or there are none.
+            InputError: the images or labels are invalid, or there are none.
         """
         with isolated(self.spec["precision"]):
             pixels = as_images(images, self.info).flatten(1).to(self.device)
@@ -88,7 +88,7 @@ class Network(NamedTuple):
 
 
 def as_images(images: Tensor | np.ndarray, info: DataInfo = CIFAR10) -> Tensor:
-    """Images as a tensor, if they are such that a network can be called with them; else raises InputError."""
+    """Images as a tensor. Raises InputError if a network cannot be called with them."""
     pixels = _as_tensor(images, "images")
     if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) not in (info.shape, (info.inputs,)):
         shape = ", ".join(map(str, info.shape))
@@ -100,7 +100,7 @@ def as_images(images: Tensor | np.ndarray, info: DataInfo = CIFAR10) -> Tensor:
 
 
 def as_labels(labels: Tensor | np.ndarray, n: int, info: DataInfo = CIFAR10) -> Tensor:
-    """Labels of so many images as a tensor; raises InputError where they are none."""
+    """Labels of `n` images as a tensor. Raises InputError if they are invalid."""
     classes = _as_tensor(labels, "labels")
     if not n:
         raise InputError("there are no images, expected at least one")
@@ -147,14 +147,14 @@ def top_k(network: Network, image: Tensor | np.ndarray, count: int = 3) -> list[
     """The most likely classes of one image, uint8 `shape`, and their probabilities, the most likely first.
 
     Raises:
-        InputError: it is something else.
+        InputError: the image has another type or shape.
     """
     top = network(_as_tensor(image, "images")[None]).softmax(1)[0].topk(min(count, len(network.info.classes)))
     return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
 
 class Evaluation(NamedTuple):
-    """What a checkpoint reaches on the test split, beside what its run recorded.
+    """The evaluation of a checkpoint on the test split, and what its run recorded.
 
     Attributes:
         result: as core.functional.step.evaluate returns it.
@@ -163,7 +163,7 @@ class Evaluation(NamedTuple):
             beside the checkpoint, or in the checkpoint itself where there is no record. `recorded` is None where
             neither has such metrics, and where they are of other data.
         other_data: the name of the data of the run, where it is not the data of this evaluation; else None.
-        same: whether the weights and the right answers are those recorded, and the loss within 1e-4.
+        same: whether the weights and the numbers of correct predictions are those recorded, and the loss within 1e-4.
     """
 
     result: dict[str, Any]
@@ -189,7 +189,7 @@ def evaluate(path: str | Path, network: Network, data: Data, flip: bool = False)
 
     Raises:
         core.runs.record.RecordError: there is a record, but it cannot be read.
-        core.data.tensors.DataError: it is no such data, or another data set than that of the network.
+        core.data.tensors.DataError: the data is invalid, or another data set than that of the network.
     """
     identity.check(data)
     datasets.check(data, network.about.spec["dataset"])

@@ -52,7 +52,7 @@ class Archive(NamedTuple):
     tracked: bool = False
 
     def read(self, folder: Path, name: str) -> dict[bytes, Any]:
-        """What a file holds. Its bytes are checked, and the same bytes are unpickled.
+        """The content of a file. Its bytes are checked, and the same bytes are unpickled.
 
         Raises:
             DataError: It is missing, or not the published one.
@@ -165,7 +165,7 @@ class Archive(NamedTuple):
 
 
 def _remedy(path: Path) -> str:
-    # Out of the whole folder of the data: DVC does not fetch into one that holds other files.
+    # Outside the data folder: DVC does not fetch into a folder with other files.
     aside = path.parents[1].resolve().parent / f"{path.name}.old"
     return f"move it to {aside} and run the command again to fetch it anew"
 
@@ -188,7 +188,7 @@ def _dvc(command: Callable[[Any], Any]) -> str | None:
 
 
 def _words(said: object) -> str:
-    """What a library says, or an address, as a short line: without escape codes, and without a password."""
+    """A message of a library, or an address, as a short line without escape codes and without a password."""
     return " ".join(USER.sub("", re.sub(r"\x1b\[[0-9;]*m", "", str(said))).split())[:200]
 
 
@@ -221,7 +221,7 @@ def _chunks(response: io.BufferedIOBase, address: str, size: int, progress: Prog
 
 
 def _request(address: str) -> urllib.request.Request:
-    """A request that says user and password as a web server expects them, and to nobody that it is redirected to."""
+    """A request that sends user and password as a web server expects them, but not to the server of a redirect."""
     parts = urllib.parse.urlsplit(address)
     user, at, host = parts.netloc.rpartition("@")
     if not at or parts.scheme not in ("http", "https"):

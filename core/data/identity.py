@@ -27,7 +27,7 @@ _lock = threading.Lock()
 
 
 def data_identity(data: Data) -> str:
-    """The name of what is in these tensors, on whatever device: that of the published data set, else "tensors-" and 24
+    """The name of the data in these tensors, on any device: that of the published data set, or "tensors-" and 24
     hexadecimal digits.
 
     The bytes are hashed once for the same tensors, in about 0.2 s. Later calls take milliseconds: they hash the labels
@@ -47,8 +47,8 @@ def data_identity(data: Data) -> str:
 
 
 def note_published(data: Data) -> None:
-    """Note that these tensors are the published data set, for whoever has read it and checked every byte: then nobody
-    has to hash them again."""
+    """Note that these tensors are the published data set. A reader calls this after it has checked every byte, so
+    that they are not hashed again."""
     _remember(data, _hash(data, SAMPLE), DIRECTORY_HASH)
 
 
@@ -61,8 +61,8 @@ def _remember(data: Data, sample: str, identity: str) -> None:
 
 
 def _hash(data: Data, every: int = 1) -> str:
-    """sha256 of names, dtypes, shapes and bytes; with `every`, of each so many images, and of how often torch has
-    written into each tensor."""
+    """sha256 of names, dtypes, shapes and bytes. With `every` above 1, it takes one image in so many, and also the
+    number of times that torch has written into each tensor."""
     total = hashlib.sha256()
     for name, t in data.tensors.items():
         version = 0 if every == 1 or t.is_inference() else t._version
@@ -76,7 +76,7 @@ def check(data: Data) -> None:
     """Refuse what is not images and labels as `Data` has them.
 
     Raises:
-        core.data.tensors.DataError: a tensor has another dtype or shape, a label is none, or a split is empty.
+        core.data.tensors.DataError: a tensor has another dtype or shape, a label is out of range, or a split is empty.
     """
     for name, t in data.tensors.items():
         dtype, shape = (torch.uint8, f"[n, {data.info.inputs}]") if name.endswith("images") else (torch.int64, "[n]")

@@ -216,6 +216,7 @@ def sequential() -> Callable[..., nn.Sequential]:
 
 # Processes of main.py
 
+FORK = pytest.mark.skipif(sys.platform != "linux", reason="needs fork, under which the frameworks of macOS break")
 DEAD = "http://127.0.0.1:9"  # a proxy that is not there: no request leaves the machine
 OFFLINE = {
     **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), DEAD),
@@ -254,6 +255,8 @@ class Process(NamedTuple):
 @pytest.fixture(scope="session")
 def start(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Process]]:
     """Starts a process of main.py with these arguments; see tests/fork_server.py for the options."""
+    if FORK.args[0]:
+        pytest.skip(FORK.kwargs["reason"])
     logs = tmp_path_factory.mktemp("logs")
     server = subprocess.Popen(
         (sys.executable, str(ROOT / "tests" / "fork_server.py"), str(data_dir)),

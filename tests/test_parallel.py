@@ -13,6 +13,7 @@ import torch
 
 from core import run_experiment, session
 from core.session import ForkError
+from tests.conftest import FORK
 from tests.fork_server import wait
 
 TINY = {"widths": [8], "epochs": 1, "batch_size": 500}
@@ -37,6 +38,7 @@ def in_fork(work, seconds=60):
     return status
 
 
+@FORK
 def test_a_fork_works_where_its_parent_has_used_several_threads(invented, tmp_path):
     """Each thread of Python has a pool of its own, so no other test is affected."""
     numbers = torch.ones(1 << 18)

@@ -1,11 +1,9 @@
 """Files are written completely or not at all, locks end with their process, and special files are refused."""
 
 import errno
-import fcntl
 import json
 import os
 import platform
-import resource
 import signal
 import stat
 import subprocess
@@ -27,7 +25,7 @@ from core.runs.record import ResumePoint, read_record, read_records, write_recor
 from core.runs.run import Run
 from core.store import Held, StoreError
 from core.verify import check_finished
-from tests.conftest import ROOT
+from tests.conftest import FORK, ROOT
 from tests.test_report import failed, make
 
 FINISHED = make("x")
@@ -213,6 +211,7 @@ def test_what_may_not_be_replaced_is_not_tried_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_refused_before_anything_starts(tmp_path, monkeypatch, invented, code):
     """As on some Lustre and NFS. Without a lock, two processes could train one run."""
+    fcntl = pytest.importorskip("fcntl")
     flock = fcntl.flock
 
     def fails(descriptor, operation):
@@ -255,6 +254,7 @@ def test_a_lock_names_its_holder_and_ends_with_it(run, tmp_path):
     assert not run.folder.joinpath(f"{ID}.owner").exists()
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
 def test_a_process_that_waits_for_a_stopped_one_shows_how_to_wake_it(tmp_path, caplog):
     """Ctrl-Z while results.md is written: another `run` or `report` waits, and names the process."""
     locked = 'Run("x", json.loads(sys.argv[2]), Path(sys.argv[1])).lock()'
@@ -426,6 +426,8 @@ def test_a_run_is_finished_with_its_record_and_its_weights(run):
 def refusal(read):
     """What is said where something is refused. A fork of this process reads it, with a minute and 2 GB more than it
     has: to wait for a pipe, or to read a device to its end, fails the test and does nothing worse."""
+    import resource
+
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -455,8 +457,14 @@ def sparse(path):
     os.truncate(path, 200 << 30)
 
 
+def make_pipe(path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("needs pipes in folders")
+    os.mkfifo(path)
+
+
 STRANGE = {
-    "pipe": (os.mkfifo, "it is not a regular file"),
+    "pipe": (make_pipe, "it is not a regular file"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "it is not a regular file"),
     "folder": (os.mkdir, "Is a directory"),
     "loop": (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
@@ -476,6 +484,7 @@ PLACES = {
 }
 
 
+@FORK
 @pytest.mark.parametrize("strange", STRANGE)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_special_file_is_refused_before_it_is_read(tmp_path, place, strange):
@@ -502,6 +511,7 @@ def ask(tmp_path):
         yield ask
 
 
+@FORK
 @pytest.mark.parametrize("strange", STRANGE)
 def test_a_holder_in_an_unreadable_file_is_another_process(ask, tmp_path, strange):
     STRANGE[strange][0](tmp_path / "owner")

@@ -21,6 +21,8 @@ from tests.conftest import EXPERIMENTS, ROOT
 from tests.test_reproducible import shapes
 
 pytestmark = pytest.mark.slow
+if not hasattr(signal, "SIGKILL"):
+    pytest.skip("needs SIGKILL", allow_module_level=True)
 EPOCHS = 10
 OPTIONS = ("--no-compile", "--device", "cpu", "--batch-size", 200)
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 from PIL import Image
 
 from core import signals, store
+from core.compile import device
 from tests import windows
 from tests.conftest import OFFLINE, ROOT
 
@@ -81,6 +83,22 @@ def test_a_file_that_is_open_is_replaced_when_it_is_closed(tmp_path, monkeypatch
     with pytest.raises(PermissionError):
         windows.open_as_on_windows(tmp_path)
     assert windows.open_descriptor(os.devnull, os.O_RDONLY) > 2
+
+
+def test_a_build_without_cuda_beside_an_nvidia_driver_is_said(monkeypatch, caplog):
+    """PyPI's build for Windows has none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device.shutil, "which", {"nvidia-smi": "/bin/nvidia-smi"}.get)
+    for built_for, said in (("13.0", []), (None, [device.NO_CUDA])):
+        monkeypatch.setattr(torch.version, "cuda", built_for)
+        assert device.pick_device("auto").type != "cuda"
+        assert caplog.messages == said
+        with pytest.raises(device.DeviceError) as refused:
+            device.pick_device("cuda")
+        assert str(refused.value).endswith(f"; {device.NO_CUDA}") == bool(said)
+    monkeypatch.setattr(device.shutil, "which", {}.get)
+    with pytest.raises(device.DeviceError, match=r"available: [a-z, ]+$"):
+        device.pick_device("cuda")
 
 
 def test_ctrl_break_stops_as_sigterm_does(monkeypatch):

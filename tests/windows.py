@@ -133,7 +133,7 @@ real_open = builtins.open
 
 @functools.wraps(real_open)
 def open_as_on_windows(file, mode="r", buffering=-1, encoding=None, *rest, **options):
-    if not isinstance(file, int) and os.path.isdir(file):
+    if not isinstance(file, int) and os.path.isdir(file) and "opener" not in options:  # as tempfile has it on Linux
         raise denied(errno.EACCES, DENIED, file)
     if "b" not in mode and encoding in (None, "locale"):
         io.text_encoding(encoding, 2)  # warns where none was given

@@ -1,10 +1,20 @@
 """Devices: choose one, copy to it, wait for it."""
 
+import logging
+import shutil
+
 import torch
 from torch import Tensor
 
 from core.errors import UserError
 from core.functional.tree import Tree, tree_map
+
+NO_CUDA = (
+    "there is an NVIDIA driver, but this PyTorch is built without CUDA: https://pytorch.org/get-started/locally/ has "
+    "the command that installs it with CUDA, and after that `uv run --no-sync main.py` uses it"
+)
+
+log = logging.getLogger(__name__)
 
 
 class DeviceError(UserError):
@@ -28,10 +38,14 @@ def pick_device(name: str) -> torch.device:
     """
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     available = [kind for kind in usable if usable[kind]]
+    lacks_cuda = torch.version.cuda is None and shutil.which("nvidia-smi")  # as PyPI's build for Windows
     if name == "auto":
+        if lacks_cuda:
+            log.warning(NO_CUDA)
         return torch.device(available[0])
     if name not in available:
-        raise DeviceError(f"device {name} is not available; available: {', '.join(available)}")
+        hint = f"; {NO_CUDA}" if name == "cuda" and lacks_cuda else ""
+        raise DeviceError(f"device {name} is not available; available: {', '.join(available)}{hint}")
     return torch.device(name)
 
 

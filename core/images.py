@@ -77,8 +77,8 @@ def scale_transparent_colour(image: ImageFile.ImageFile) -> None:
 
 def read(path: str | Path, shape: tuple[int, int, int] = (3, 32, 32)) -> Tensor:
     """The image in a file: upright as its EXIF orientation says, its central square, scaled by Pillow's Lanczos filter
-    (which antialiases), in RGB, or in grey where `shape` has one channel. What is transparent becomes white. Of an
-    animation, this is the first picture.
+    (which antialiases), in RGB, or in grey where `shape` has one channel. Transparent pixels become white. Of an
+    animation, the first picture is read.
 
     Raises:
         ImageError: it cannot be read, or its header promises too many pixels; then none of them is decoded.

@@ -23,7 +23,7 @@ class Mode(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Mode":
-        """The mode that a record has as text; ValueError where it is none."""
+        """The mode of a text in a record. Raises ValueError for any other text."""
         match = re.match(PATTERN, text)
         if not match:
             raise ValueError(f"{text!r} is no mode of a step")

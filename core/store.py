@@ -67,7 +67,7 @@ def atomic_write(path: Path, *parts: bytes | memoryview, check: Callable[[Path],
     new file takes the name of the old one.
 
     Args:
-        check: Called with the path of the new file. What it raises leaves the old one as it was.
+        check: Called with the path of the new file. If it raises an error, the old file stays.
 
     Raises:
         StoreError: It cannot be written (no space, no permission); nothing is left behind.

@@ -586,7 +586,7 @@ def test_a_file_of_another_program_is_left_unchanged(tmp_path, name, records):
     (tmp_path / name).write_text('{"accuracy": 0.9}, # Results')
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     for function in (rebuild.prepare, rebuild.rebuild):
-        with pytest.raises(StoreError, match=rf"{name}: what is there was not written by this program.* Move it away"):
+        with pytest.raises(StoreError, match=rf"{name}: the file there was not written by this program.* Move it away"):
             function(tmp_path, SUITES)
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 

@@ -85,7 +85,7 @@ REGISTRY = {entry.name: entry for entry in ENTRIES}
 
 
 def get(name: str) -> Dataset:
-    """The entry of a data set; DataError where there is none."""
+    """The entry of a data set. Raises DataError if there is none."""
     if name in REGISTRY:
         return REGISTRY[name]
     if name.startswith(folder.PREFIX):
@@ -127,8 +127,8 @@ class Source:
 
     Attributes:
         folder, url: The folder of the published files, and where to fetch them.
-        own: A folder of one's own images, if there is one; `test_share` as core.data.folder.load takes it.
-        fetching: A context in which to fetch: it gives what is called with the progress.
+        own, test_share: A folder of your own images, if there is one; see core.data.folder.load.
+        fetching: Makes a context manager around the fetching, which returns a function to call with the progress.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Source:
 
     @functools.cached_property
     def own_name(self) -> str | None:
-        """The name of the folder of one's own images, which is read for it."""
+        """The name of the folder of your own images. To know it, the images are read."""
         if self.own is None:
             return None
         data = folder.load(self.own, self.test_share)
@@ -154,7 +154,7 @@ class Source:
         return name
 
     def load(self, name: str) -> Data:
-        """A data set in memory; DataError where it cannot be read."""
+        """A data set in memory. Raises DataError if it cannot be read."""
         if name.startswith(folder.PREFIX) and self.own_name not in (None, name):
             raise DataError(f"dataset {name} is another folder of images than {self.own}, which is {self.own_name}")
         if name not in self._read:
@@ -163,7 +163,7 @@ class Source:
         return self._read[name]
 
     def identity(self, name: str) -> str | None:
-        """What records say of this data (core.data.identity); None where that is not known before it is fetched."""
+        """The identity of the data in records (core.data.identity); None if it is not known before it is fetched."""
         if entry := REGISTRY.get(name):
             if entry.identity:
                 return entry.identity

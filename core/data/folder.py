@@ -1,4 +1,4 @@
-"""A folder of one's own images as a data set: train/CLASS/* and test/CLASS/*, or CLASS/* alone."""
+"""A folder of your own images as a data set: train/CLASS/* and test/CLASS/*, or CLASS/* alone."""
 
 import hashlib
 from pathlib import Path

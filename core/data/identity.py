@@ -73,7 +73,7 @@ def _hash(data: Data, every: int = 1) -> str:
 
 
 def check(data: Data) -> None:
-    """Refuse what is not images and labels as `Data` has them.
+    """Refuse data whose tensors are not images and labels as in `Data`.
 
     Raises:
         core.data.tensors.DataError: a tensor has another dtype or shape, a label is out of range, or a split is empty.

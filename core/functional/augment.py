@@ -64,7 +64,7 @@ def derived(spec: Spec) -> dict[str, list[float]]:
 
 
 def augment(images: Tensor, spec: Spec, hyper: dict[str, Tensor], step: Tensor, info: DataInfo = CIFAR10) -> Tensor:
-    """Normalised and augmented images. What is random takes images of 3x32x32.
+    """Normalised and augmented images. Random augmentations take images of 3x32x32.
 
     `augment`: "flip" mirrors each image with probability 1/2; "flip+shift" first moves it by up to `shift` pixels
     vertically and horizontally. `rotate` turns each image about its centre by up to that many degrees. `zoom` scales it

@@ -33,7 +33,7 @@ Stack = tuple["Entry | Stack", ...]  # layers in order; a stack inside a stack i
 
 
 class Context(NamedTuple):
-    """What a layer may need besides its own tensors and its input.
+    """The inputs of a layer besides its own tensors and its activations.
 
     Attributes:
         precision: of the matrix products, as in the spec.

@@ -46,8 +46,8 @@ def check(out: Path, catalog: Catalog) -> None:
         ours = data.startswith(BEGINNINGS[name].encode()) if name in BEGINNINGS else plots.is_picture(data)
         if path.exists() and not ours:
             raise store.StoreError(
-                f"cannot write {path}: what is there was not written by this program, or cannot be read. Move it away, "
-                "or name another folder with --out"
+                f"cannot write {path}: the file there was not written by this program, or cannot be read. Move it "
+                "away, or name another folder with --out"
             )
 
 

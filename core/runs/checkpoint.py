@@ -126,7 +126,7 @@ def _read(file: IO[bytes]) -> tuple[bytes, dict[str, Any]]:
     if size > MEMORY // 2:
         raise MemoryError
     file.seek(0)
-    data = file.read(size)  # once: what is hashed is what is used, whatever happens to the file meanwhile
+    data = file.read(size)  # once: the bytes that are hashed are used, even if the file changes meanwhile
     total = hashlib.sha256(data[: len(head)].replace(_signature(meta["sha256"]), _signature(ZEROS), 1))
     total.update(memoryview(data)[len(head) :])
     if total.hexdigest() != meta["sha256"]:

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -18,8 +18,9 @@ from rich.table import Table
 from core.errors import UserError
 from core.estimate import Estimate
 from core.report import stats
+from core.report.markdown import override
 from core.runs.run import Run
-from core.spec import FIELDS
+from core.spec import FIELDS, Spec
 from core.tally import Tally
 
 NARROW = 60  # columns
@@ -112,12 +113,13 @@ def duration(seconds: float) -> str:
 
 def estimate(of: Estimate, while_trained: bool = False) -> str:
     """'about 82 s, 15.2 MB'; with `while_trained`, also the disk space for resume points."""
-    if of.seconds is None:
-        seconds = "time not measured here yet"
-    else:
-        seconds = f"about {duration(of.seconds)}" if of.seconds >= 1 else "under a second"
+    seconds = "time not measured here yet" if of.seconds is None else _about(of.seconds)
     meanwhile = f", and {decimal(of.meanwhile)} while one is trained" if while_trained else ""
     return f"{seconds}, {decimal(of.kept)}{meanwhile}"
+
+
+def _about(seconds: float) -> str:
+    return f"about {duration(seconds)}" if seconds >= 1 else "under a second"
 
 
 @contextlib.contextmanager
@@ -136,9 +138,39 @@ def fetching() -> Iterator[Callable[[str, int, int], None]]:
 
 def keys() -> None:
     """Print each key of a spec with its default, values and meaning."""
-    grid = Table("key", "default", "values", "meaning", box=None, pad_edge=False)
-    for key, field in FIELDS.items():
-        grid.add_row(key, stats.shown(field.default), str(field.values), field.meaning)
+    rows = ((key, stats.shown(field.default), str(field.values), field.meaning) for key, field in FIELDS.items())
+    _print_table(("key", "default", "values", "meaning"), rows)
+
+
+def suites(members: Mapping[str, Sequence[Run]], default: str, estimate: Callable[[Iterable[Spec]], Estimate]) -> None:
+    """Print each suite, and below it its experiments: name, id, time and disk space of one seed, and the keys that
+    differ from their defaults, as words of a command line.
+
+    Args:
+        estimate: the time and disk space of runs with these specs.
+    """
+
+    def expected(runs: Sequence[Run]) -> str:
+        found = estimate(run.spec for run in runs)
+        return f"{'not measured' if found.seconds is None else _about(found.seconds)}\n{decimal(found.kept)}"
+
+    rows = []
+    for suite, runs in members.items():
+        name = f"{suite} (the default)" if suite == default else suite
+        rows += [("", "", ""), (name, expected(runs), "the whole suite")]
+        for run in runs:
+            changed = [override(key, run.spec[key]) for key in FIELDS if run.spec[key] != FIELDS[key].default]
+            rows.append((f"  {run.name}\n  {run.id}", expected([run]), " ".join(changed) or "all defaults"))
+    _print_table(("experiment, id", "time, disk", "keys that differ from their defaults"), rows)
+
+
+def _print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print a table that is as wide as the terminal, or 80 columns where there is none. Longer words are folded."""
+    grid = Table(box=None, pad_edge=False)
+    for column in columns:
+        grid.add_column(column, overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
     console.print(grid)
 
 
@@ -157,7 +189,7 @@ def table(tally: Tally) -> None:
         columns = ["experiment", "seeds", "train", "validation", "test"]
     else:
         columns = ["experiment", "lr", "epochs", "train", "validation", "test", "95%", "samples/s"]
-    grid = Table(*columns, box=None, pad_edge=False)
+    rows = []
     for name in names:
         spec, results = tally.specs[name], tally.results[name]
         train, validation, test, images, speeds = zip(*results, strict=True)
@@ -173,9 +205,9 @@ def table(tally: Tally) -> None:
             "95%": f"{100 * low:.1f}-{100 * high:.1f}",
             "samples/s": f"{median_high(speeds):,}",
         }
-        grid.add_row(*(row[column] for column in columns))
+        rows.append([row[column] for column in columns])
     if names:
-        console.print(grid)
+        _print_table(columns, rows)
     if len(names) < len(tally.results):
         say(f"the best {ROWS} of {len(tally.results):,} experiments by validation accuracy")
 

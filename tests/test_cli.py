@@ -232,12 +232,19 @@ def test_a_file_of_another_program_is_not_replaced(call, tmp_path, command):
     assert (tmp_path / "results.md").read_text() == "# Results of my thesis\n"
 
 
-def test_list_shows_every_suite_and_experiment(call):
-    done = call("list")
+def test_list_is_a_table_that_fits_80_columns(call):
+    """It has every suite and experiment; a name of 100 letters takes several lines."""
+    long = "long-" * 20
+    suite = f"import experiments; experiments.SUITES['wide'] = {{'{long}': {{'lr': 3e-4}}}}"
+    done = call("list", patch=f"from core import terminal; terminal.console.width = 80; {suite}")
     assert (done.returncode, done.stderr) == (0, "")
-    assert all(suite in done.stdout for suite in SUITES)
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(re.search(rf"^{suite} ", done.stdout, re.M) for suite in SUITES)
     for name, spec in EXPERIMENTS.items():
-        assert re.search(rf"^  {re.escape(name)}  {spec_id(resolve(spec))}  ", done.stdout, re.M)
+        assert re.search(rf"^  {re.escape(name)}  .*\n  {spec_id(resolve(spec))}  ", done.stdout, re.M)
+    first_column = "".join(line[: lines[0].index("time, disk")].strip() for line in lines)
+    assert long + spec_id(resolve({"lr": 3e-4})) in first_column
 
 
 # Sweeps
@@ -319,9 +326,9 @@ def test_invalid_grids_are_refused(call, tmp_path, suite, words):
 
 
 def test_list_estimates_from_what_was_measured_here(call, official):
-    lines = call("list", "--out", official[1]).stdout.splitlines()
-    (smoke,) = (line for line in lines if line.startswith("  smoke "))
-    assert re.fullmatch(rf"  smoke  {SMOKE}  (about \d+ s|under a second), \d+\.\d kB  .*", smoke)
+    listed = call("list", "--out", official[1]).stdout
+    row = rf'^  smoke  +(about \d+ s|under a second)  +"widths=64,32" .*\n  {SMOKE}  +\d+\.\d kB  '
+    assert len(re.findall(row, listed, re.M)) == 1
 
 
 # Evaluation

@@ -7,8 +7,6 @@ from core.commands import options
 from core.commands.run import measured
 from core.plan import Project
 from core.signals import Stop
-from core.spec import resolve
-from core.terminal import say
 
 HELP = "show the suites and their specs, with an estimate"
 
@@ -32,11 +30,5 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
             for run in members:
                 terminal.estimate_as_json(run, known.estimate([run.spec]), suite=suite)
         return 0
-    for suite, members in runs.items():
-        default = " (the default)" if suite == project.default else ""
-        say(f"{suite}{default}: {terminal.estimate(known.estimate(run.spec for run in members))}")
-        for run in members:
-            estimate = terminal.estimate(known.estimate([run.spec]))
-            say(f"  {run.name}  {run.id}  {estimate}  {suites[suite][run.name]}")
-    say(f"every other key: {resolve({})}")
+    terminal.suites(runs, project.default, known.estimate)
     return 0

@@ -317,14 +317,15 @@ def _commands(groups: list[Group], catalog: Catalog, end: str = "") -> list[str]
         except (KeyError, SpecError):
             unknown.append(f"# {name} ({group[0].spec_id}): its spec is in its record, and in experiments/ no more")
             continue
-        changed = [_override(key, spec[key]) for key in spec if key != "seed" and spec[key] != now[key]]
+        changed = [override(key, spec[key]) for key in spec if key != "seed" and spec[key] != now[key]]
         names[" ".join(["", *changed, *_seeds([record.seed for record in group], now["seed"])])].append(name)
     commands = [f"uv run main.py run {' '.join(those)}{options}{end}" for options, those in names.items()]
     return text.limited(commands + unknown, "# and {} more", text.ROWS - 1)
 
 
-def _override(key: str, value: Any) -> str:
-    """'lr=0.001', or '"widths=512,256"', as PowerShell splits a word that has a comma."""
+def override(key: str, value: Any) -> str:
+    """The word that gives a key this value on a command line: lr=0.001. PowerShell splits a word that has a comma, so
+    there are quotes around widths."""
     if key == "dataset" and value not in datasets.REGISTRY:
         return "--data-folder DIR"
     if isinstance(value, list):

@@ -46,7 +46,10 @@ def connected(address: str) -> Iterator[Any]:
     try:
         import ray
     except ImportError:
-        raise ClusterError("Ray is not installed: `uv run --group ray main.py ...` has it") from None
+        why, python = "is not installed", ""
+        if sys.version_info >= (3, 14):
+            why, python = "has no wheels for Python 3.14", "--python 3.13 "
+        raise ClusterError(f"Ray {why}: `uv run {python}--group ray main.py ...` has it") from None
     handler = signal.getsignal(signal.SIGTERM)
     try:
         head = ray._private.services.canonicalize_bootstrap_address(address)  # resolves "auto"; None for "local"

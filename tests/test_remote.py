@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -207,9 +208,17 @@ def test_a_local_cluster_and_then_another_in_an_empty_home(tmp_path):
         head.wait(60)
 
 
-def test_without_ray_a_sentence_names_the_command_that_installs_it(monkeypatch):
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        ((3, 13), "Ray is not installed: `uv run --group ray main.py ...` has it"),
+        ((3, 14), "Ray has no wheels for Python 3.14: `uv run --python 3.13 --group ray main.py ...` has it"),
+    ],
+)
+def test_without_ray_a_sentence_names_the_command_that_installs_it(monkeypatch, version, words):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(cluster.ClusterError, match="uv run --group ray"), cluster.connected("local"):
+    monkeypatch.setattr(sys, "version_info", version)
+    with pytest.raises(cluster.ClusterError, match=re.escape(words)), cluster.connected("local"):
         pass
 
 

@@ -3,7 +3,9 @@
 uv run python tests/test_docs.py      writes them anew
 """
 
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +41,18 @@ def spec_keys() -> str:
 
 def test_the_page_of_spec_keys_is_current():
     assert SPEC_KEYS.read_text(encoding="utf-8") == spec_keys()
+
+
+def test_every_place_names_the_same_versions_of_python():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    low, high = map(int, re.fullmatch(r">=3\.(\d+),<3\.(\d+)", project["requires-python"]).groups())
+    versions = [f"3.{minor}" for minor in range(low, high)]
+    assert project["classifiers"] == [f"Programming Language :: Python :: {version}" for version in versions]
+    page = (ROOT / "docs" / "platforms.md").read_text(encoding="utf-8")
+    assert f"Python {versions[0]} to {versions[-1]}." in page
+    assert re.findall(r"^\| (3\.\d+) \|", page, re.M) == versions
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    assert f'python: ["{versions[0]}", "{versions[-1]}"]' in workflow
 
 
 if __name__ == "__main__":

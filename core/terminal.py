@@ -161,7 +161,7 @@ def suites(members: Mapping[str, Sequence[Run]], default: str, estimate: Callabl
         for run in runs:
             changed = [override(key, run.spec[key]) for key in FIELDS if run.spec[key] != FIELDS[key].default]
             rows.append((f"  {run.name}\n  {run.id}", expected([run]), " ".join(changed) or "all defaults"))
-    _print_table(("experiment, id", "time, disk", "keys that differ from their defaults"), rows)
+    _print_table(("experiment, id", "time, disk", "changed keys"), rows)
 
 
 def _print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

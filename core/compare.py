@@ -23,8 +23,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from core.errors import UserError
-from core.runs.record import Finished, Name, Record, Text
-from core.spec import Spec, canonical, resolve
+from core.runs.record import UNSHOWN, Failed, Finished, Name, Record, Text
+from core.spec import Spec, canonical, resolve, spec_id
 from core.store import StoreError, atomic_write, read_file
 
 DIFFERENCE = 0.5  # points of accuracy: a smaller difference does not matter
@@ -94,7 +94,7 @@ def needed(found: Interval, within: float, alpha: float) -> int:
 class Candidate(Struct):
     """An experiment that is compared. Its seed is chosen later."""
 
-    label: Annotated[str, Meta(max_length=1000, pattern=r"\A[A-Za-z0-9_.,+=/ -]+\Z")]
+    label: Annotated[str, Meta(max_length=1000, pattern=rf"\A[^{UNSHOWN}|<>`]+\Z")]
     name: Name
     spec: Spec
 
@@ -157,10 +157,8 @@ class Question(Struct, kw_only=True):
     @property
     def file(self) -> str:
         """Its file under the folder of the report. No experiment has a folder with such an ending."""
-        about = sorted(canonical([candidate.name, candidate.spec]) for candidate in self.candidates)
-        return (
-            f"checkpoints/compare-{hashlib.sha256(canonical([about, self.first_seed]).encode()).hexdigest()[:12]}.json"
-        )
+        about = sorted((each.name, spec_id(each.spec)) for each in self.candidates), self.first_seed
+        return f"checkpoints/compare-{hashlib.sha256(canonical(about).encode()).hexdigest()[:12]}.json"
 
     @property
     def picture(self) -> str:
@@ -209,20 +207,19 @@ def assign(question: Question, records: Iterable[Record]) -> dict[str, dict[int,
     known: dict[str, dict[int, Record]] = {candidate.label: {} for candidate in question.candidates}
     for record in records:
         label = labels.get((record.name, canonical({**record.spec, "seed": 0})))
-        if label and record.seed in question.seeds and (isinstance(record, Finished) or record.diverged):
+        if label and record.seed in question.seeds and (isinstance(record, Finished) or diverged(record)):
             known[label][record.seed] = record
     return known
 
 
-def chance(record: Record) -> float:
-    """The accuracy of a guess."""
-    return 1 / len(record.data_info.classes)
+def diverged(record: Record) -> bool:
+    return isinstance(record, Failed) and record.diverged
 
 
 def accuracy(record: Record) -> float:
     """The validation accuracy; that of a guess if the run diverged."""
     if not isinstance(record, Finished):
-        return chance(record)
+        return 1 / len(record.data_info.classes)
     assert record.metrics.validation is not None  # a question has no candidate that trains on all images
     return record.metrics.validation.accuracy
 
@@ -273,11 +270,16 @@ class Look(NamedTuple):
         return [pair for pair in self.pairs if {pair.better, pair.worse} <= set(self.left)]
 
     @property
+    def beaten(self) -> list[Pair]:
+        """A pair for each candidate that is beaten; if there is one, that with the best candidate."""
+        significant = sorted((p for p in self.pairs if p.significant), key=lambda p: p.better == self.left[0])
+        return list({pair.worse: pair for pair in significant}.values())
+
+    @property
     def decided(self) -> Pair | None:
         """The pair that the answer is about: the best two, or the winner and the closest that it beats."""
         if self.answer == "winner":
-            beaten = (p for p in self.pairs if p.better == self.left[0])
-            return min(beaten, key=lambda p: p.difference.mean, default=None)
+            return min(self.beaten, key=lambda p: (p.better != self.left[0], p.difference.mean))
         first = set(self.left[:2])
         return next(p for p in self.open if {p.better, p.worse} == first) if self.answer == "within" else None
 
@@ -290,7 +292,7 @@ def look(question: Question, known: Known) -> Look:
     common = set.intersection(*(set(known[label]) for label in left))
     if common:
         left.sort(key=lambda label: -fmean(accuracy(known[label][seed]) for seed in common))
-    failed = {label: sum(not isinstance(r, Finished) for r in known[label].values()) for label in labels}
+    failed = {label: sum(map(diverged, known[label].values())) for label in labels}
     found = Look(pairs, left, "", {label: count for label, count in failed.items() if count})
     if len(left) == 1:
         return found._replace(answer="winner")
@@ -328,6 +330,7 @@ def rounds(question: Question, records: Iterable[Record], train: Train) -> Itera
     """
     known = assign(question, records)
     count, left = first_count(question, known), [candidate.label for candidate in question.candidates]
+    found = None
     while True:
         if todo := missing(question, known, left, count):
             made = train(todo)
@@ -335,8 +338,9 @@ def rounds(question: Question, records: Iterable[Record], train: Train) -> Itera
                 return
             for label, by_seed in assign(question, made).items():
                 known[label] |= by_seed
-        found = look(question, known)
-        yield found
+        before, found = found, look(question, known)
+        if found != before:  # the runs of a round may exist already
+            yield found
         if found.answer or count == question.max_seeds:
             return
         count, left = min(question.max_seeds, count + max(1, count // GROWTH)), found.left

@@ -1,6 +1,6 @@
 """Counts the runs of a call: how many are done, how long the rest takes, which experiment is best."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from statistics import fmean, median
 from typing import NamedTuple
 
@@ -25,20 +25,31 @@ class Tally:
     """Progress and results of the runs of a call.
 
     Attributes:
-        specs: by the name of the experiment.
+        specs: by the title of the experiment.
         total, done: the number of runs, and the number of those that have ended.
         several, seeds: whether the call has several runs, and whether an experiment has several seeds.
-        results: of the finished runs, by the name of the experiment.
+        results: of the finished runs, by the title of the experiment.
     """
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self.specs = {run.name: run.spec for run in runs}
-        self.total, self.done = len(runs), 0
-        self.several, self.seeds = self.total > 1, len(self.specs) < self.total
+    def __init__(self, runs: Iterable[Run]) -> None:
+        self.specs: dict[str, Spec] = {}
+        self.total = self.done = 0
         self.results: dict[str, list[Result]] = {}
+        self._titles: dict[tuple[str, str], str] = {}  # of the runs with a title, by name and id
         self._left = 0  # the work of the runs that have not ended; only `seconds_left` updates it
-        self._not_counted, self._ended = list(runs), list[Spec]()  # `seconds_left` adds and subtracts their work
+        self._not_counted, self._ended = list[Run](), list[Spec]()  # `seconds_left` adds and subtracts their work
         self._rates: list[float] = []  # seconds for a unit of work, for each run that was trained
+        self.expect(runs)
+
+    def expect(self, runs: Iterable[Run]) -> None:
+        """Count more runs."""
+        for run in runs:
+            self.total += 1
+            self.specs[run.title or run.name] = run.spec
+            self._not_counted.append(run)
+            if run.title:
+                self._titles[run.name, run.id] = run.title
+        self.several, self.seeds = self.total > 1, len(self.specs) < self.total
 
     def add(self, record: Record, seconds: float = 0.0) -> None:
         """Count a run that has ended after `seconds` of training; 0 if it was finished already."""
@@ -55,7 +66,8 @@ class Tally:
                 images=splits.test.n,
                 speed=stats.speed(record),
             )
-            self.results.setdefault(record.name, []).append(result)
+            title = self._titles.get((record.name, record.spec_id), record.name)
+            self.results.setdefault(title, []).append(result)
 
     def leave_out(self, run: Run) -> None:
         """Count one run less: it is neither finished nor trained."""

@@ -62,10 +62,54 @@ def machine(project: Project) -> Parser:
     return parser
 
 
-def training() -> Parser:
+def parse_address(text: str) -> str:
+    """The address of a Ray cluster. An empty one, from a variable that is not set, must not mean this machine."""
+    if not text.strip():
+        raise UserError("--ray has an empty address, expected HOST:PORT or auto, or --ray alone for this machine")
+    return text
+
+
+def compiler() -> Parser:
     parser = Parser(add_help=False)
     parser.add_argument("--no-compile", action="store_true", help="run the train step eager")
     parser.add_argument("-v", "--verbose", action="store_true", help="show each epoch of several runs, too")
+    return parser
+
+
+def training() -> Parser:
+    """The options of a command that trains many runs; see core.commands.run.train."""
+    parser = Parser(add_help=False, parents=[compiler()])
+    parser.add_argument(
+        "--cohort",
+        type=plan.parse_cohort,
+        default=1,
+        metavar="off|N",
+        help="train up to N runs of one shape together (default: off)",
+    )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        type=parse_address,
+        metavar="ADDRESS",
+        help="train on a Ray cluster, by default all of this machine",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would be trained, with an estimate")
+    parser.add_argument(
+        "--checkpoint-every", type=parse_epochs, default=1, metavar="N", help="epochs between resume points"
+    )
+    parser.add_argument("--resume-anyway", action="store_true", help="resume even where the result is not exact")
+    return parser
+
+
+def parse_epochs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--checkpoint-every {text}, expected at least 1")
+    return int(text)
+
+
+def settings() -> Parser:
+    parser = Parser(add_help=False)
     settings = parser.add_argument_group("keys of the spec", "The result is saved as another run.")
     settings.add_argument("--epochs", type=int, metavar="N")
     settings.add_argument("--batch-size", type=int, metavar="N")
@@ -90,10 +134,15 @@ def chosen(args: argparse.Namespace, project: Project, source: Source) -> list[R
         values["dataset"] = source.own_name
     words = [current_name(word, project) for word in args.names]
     runs = plan.chosen(project, words, values, args.seeds, args.out)
+    print_notes(source, runs)
+    return runs
+
+
+def print_notes(source: Source, runs: Iterable[Run]) -> None:
+    """Print the notes on the data sets of these runs."""
     for name in dict.fromkeys(run.spec["dataset"] for run in runs):
         if (source.own is None or name != source.own_name) and (note := datasets.get(name).note):
             terminal.warn(note)
-    return runs
 
 
 def compiled(args: argparse.Namespace, dataset: str) -> bool:

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import estimate, plan, terminal
+from core import estimate, terminal
 from core.commands import options
 from core.data.datasets import Source
-from core.errors import UserError
 from core.events import Listener, Stopped
 from core.listeners.progress import Display
 from core.plan import Project
@@ -30,15 +29,8 @@ if TYPE_CHECKING:  # it imports torch
 HELP = "train experiments (the default)"
 
 
-def parse_address(text: str) -> str:
-    """The address of a Ray cluster. An empty one, from a variable that is not set, must not mean this machine."""
-    if not text.strip():
-        raise UserError("--ray has an empty address, expected HOST:PORT or auto, or --ray alone for this machine")
-    return text
-
-
 def add_parser(commands: argparse._SubParsersAction, project: Project) -> argparse.ArgumentParser:
-    parents = [options.shared(), options.machine(project), options.training()]
+    parents = [options.shared(), options.machine(project), options.training(), options.settings()]
     parser = commands.add_parser("run", parents=parents, help=HELP)
     parser.add_argument(
         "names",
@@ -47,25 +39,7 @@ def add_parser(commands: argparse._SubParsersAction, project: Project) -> argpar
         help=f"experiments, grids or suites (by default the suite {project.default}), and keys of the spec to change, "
         "such as lr=3e-4, widths=512,256 or activation=relu,gelu (a grid); list --keys shows all keys",
     )
-    parser.add_argument(
-        "--cohort",
-        type=plan.parse_cohort,
-        default=1,
-        metavar="off|N",
-        help="train up to N runs of one shape together (default: off)",
-    )
-    parser.add_argument(
-        "--ray",
-        nargs="?",
-        const="local",
-        type=parse_address,
-        metavar="ADDRESS",
-        help="train on a Ray cluster, by default all of this machine",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="show what would be trained, with an estimate")
-    parser.add_argument("--checkpoint-every", type=int, default=1, metavar="N", help="epochs between resume points")
     parser.add_argument("--force", action="store_true", help="train again; the old result stays until then")
-    parser.add_argument("--resume-anyway", action="store_true", help="resume even where the result is not exact")
     parser.add_argument("--json", action="store_true", help="one JSON object a run, on stdout; messages go to stderr")
     parser.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard for TensorBoard")
     return parser
@@ -75,8 +49,6 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     with stop.quick_imports():  # of torch, to read --data-folder
         source = options.source(args)
         runs = options.chosen(args, project, source)
-    if args.checkpoint_every < 1:
-        raise UserError(f"--checkpoint-every {args.checkpoint_every}, expected at least 1")
     if args.dry_run:
         return dry_run(args, runs, source, stop)
     catalog = project.catalog()
@@ -93,7 +65,8 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     say_finished(tally)
     if todo:
         before = tally.done
-        status = train(args, todo, source, tally, stop) or status
+        made, _ = train(args, todo, source, Display(tally, args.verbose, args.ray is not None), stop)
+        status = made or status
         if status == 130 and tally.done == before:  # nothing new to report, and the user waits
             return status
     rebuild(args.out, catalog, args.data)
@@ -136,8 +109,15 @@ def say_finished(tally: Tally) -> None:
         say(f"{name} ({spec_id(tally.specs[name])}) is finished: {accuracy} test accuracy; --force trains it again")
 
 
-def train(args: argparse.Namespace, runs: list[Run], source: Source, tally: Tally, stop: Stop) -> int:
-    """Train, report what failed or was skipped, and return the exit status."""
+def train(
+    args: argparse.Namespace, runs: list[Run], source: Source, display: Display, stop: Stop
+) -> tuple[int, list[Record]]:
+    """Train, report what failed or was skipped, and return the exit status and the records.
+
+    Args:
+        args: has the options of options.machine and options.training, `force` and `tensorboard`.
+        display: has a tally that counts the runs.
+    """
     with stop.quick_imports():
         from core import schedule
 
@@ -146,14 +126,16 @@ def train(args: argparse.Namespace, runs: list[Run], source: Source, tally: Tall
             from core.listeners.tensorboard import TensorBoard
 
             listeners.append(TensorBoard(args.out))
-    status = 0
+    status, tally, records = 0, display.tally, list[Record]()
     if args.ray:  # one data set after the other
         runs = sorted(runs, key=lambda run: run.spec["dataset"])
-    with Display(tally, args.verbose, args.ray is not None) as display:
+    with display:
         listeners += [display, stop.listen]
         for result in schedule.train_all(runs, executor(args, source, stop), listeners, stop, args.cohort):
-            if args.json and isinstance(result, Record):
-                terminal.as_json(row(result))
+            if isinstance(result, Record):
+                records.append(result)
+                if args.json:
+                    terminal.as_json(row(result))
             match result:
                 case Failed():
                     status = 1
@@ -169,7 +151,7 @@ def train(args: argparse.Namespace, runs: list[Run], source: Source, tally: Tall
                         warn(f"stopped with {done}, and nothing kept of the others; {again}")
                     else:
                         terminal.interrupted(result, tally, again)
-    return status
+    return status, records
 
 
 def executor(args: argparse.Namespace, source: Source, stop: Stop, **more: Any) -> "Executor[Record]":

@@ -35,13 +35,17 @@ class Display:
             verbose: show the epochs even if there are several runs.
             on_cluster: other processes train, and the bar counts the runs.
         """
-        self.tally, self.on_cluster = tally, on_cluster
-        self.epochs = verbose or not tally.several
+        self.tally, self.verbose, self.on_cluster = tally, verbose, on_cluster
         self.since, self.what = process_start(), "the process"
         self.noticed: set[str] = set()
         self.ended: set[Run] = set()  # a run ends twice if the rest of its cohort is too large and is tried again
         self.training: list[Run] = []  # the current cohort, without the runs that have ended
         self.bars: Progress | None = None
+
+    @property
+    def epochs(self) -> bool:
+        """Whether to show each epoch."""
+        return self.verbose or not self.tally.several
 
     def __enter__(self) -> "Display":
         return self

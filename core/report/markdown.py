@@ -2,15 +2,16 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median_high
 from typing import Any
 
 from core.code_hash import same_numbers
 from core.data import cifar10, datasets
-from core.report import best_run, comparisons, plots, published, stats, tables, text
+from core.report import best_run, comparisons, plots, published, questions, stats, tables, text
 from core.report.catalog import Catalog
 from core.report.plots import Picture
+from core.report.questions import Asked
 from core.report.stats import Group, Results
 from core.runs.record import Failed, Finished, Record
 from core.spec import SpecError, resolve
@@ -33,7 +34,8 @@ LEGEND = f"""## How to read the tables
   {100 * stats.POWER:g}% of all cases.
 - Images: how many test images only the first network gets right, and how many only the second, with the p value of the
   exact McNemar test. The networks are those of the first seed that both experiments have.
-- Each interval holds for itself: by chance alone, about one in twenty is wrong.
+- Each interval holds for itself: by chance alone, about one in twenty is wrong. Only those of "What helped" and
+  "Compared until decided" hold together, and however often one looks.
 - Every run, with its whole spec, is a row of [results.csv]({tables.RESULTS_CSV}).
 """
 
@@ -85,13 +87,18 @@ COLUMNS: Columns = {
 
 
 def markdown(
-    records: list[Record], catalog: Catalog, pictures: Mapping[str, Picture] = {}, group_by: str | None = None
+    records: list[Record],
+    catalog: Catalog,
+    pictures: Mapping[str, Picture] = {},
+    group_by: str | None = None,
+    asked: Sequence[Asked] = (),
 ) -> str:
     """The text of results.md, from sorted records.
 
     Args:
         pictures: those that are on disk, by path.
         group_by: a key of the spec, for one more table.
+        asked: the questions of `compare`.
     """
     results = stats.results(records)
     groups = stats.ranked(results.compared)
@@ -101,6 +108,7 @@ def markdown(
         introduction(results),
         problems(records, results),
         first_suite,
+        questions.section(asked, {path: _shown(path, pictures) for path in pictures}),
         comparisons.choice(groups),
         comparisons.gain(groups),
         *other_suites,

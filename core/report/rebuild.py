@@ -1,14 +1,15 @@
 """Brings results.md, its pictures and its tables up to date with the records."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from core import store
+from core import compare, store
 from core.data import datasets
 from core.data.tensors import DataError
-from core.report import best_run, markdown, plots, published, stats, tables
+from core.report import best_run, markdown, plots, published, questions, stats, tables
 from core.report.catalog import Catalog
 from core.report.plots import Picture
 from core.runs import files
@@ -34,13 +35,13 @@ def prepare(out: Path, catalog: Catalog) -> None:
     """Delete what killed processes left, and raise StoreError if a report cannot be written."""
     check(out, catalog)
     files.sweep_all(out)
-    for name in _names(catalog):
+    for name in _names(out, catalog):
         store.reserve(_target(out / name), 1, 1)
 
 
 def check(out: Path, catalog: Catalog) -> None:
     """Raise StoreError if a file with the name of a file of the report is not ours. Writes nothing."""
-    for name in _names(catalog):
+    for name in _names(out, catalog):
         path = out / name
         data = _on_disk(path).replace(b"\r\n", b"\n")  # Git may have changed the line ends
         ours = data.startswith(BEGINNINGS[name].encode()) if name in BEGINNINGS else plots.is_picture(data)
@@ -51,9 +52,10 @@ def check(out: Path, catalog: Catalog) -> None:
             )
 
 
-def _names(catalog: Catalog) -> list[str]:
+def _names(out: Path, catalog: Catalog) -> list[str]:
     """The files that a report may have, relative to its folder."""
-    return [*BEGINNINGS, *PICTURES, *map(plots.suite_path, catalog.suites)]
+    asked = [question.picture for question in compare.read_all(out)]
+    return [*BEGINNINGS, *PICTURES, *map(plots.suite_path, catalog.suites), *asked]
 
 
 def _target(path: Path) -> Path:
@@ -86,12 +88,13 @@ def rebuild(
     check(out, catalog)
     with lock_results(out):
         records = sorted(read_records(out, catalog.former), key=stats.order)
-        results = stats.results(records)
-        shown = {p.path: p for p in _pictures(out, results, catalog, data) if _draw(p, out / p.path, redraw)}
+        results, asked = stats.results(records), questions.asked(out, records)
+        drawn = itertools.chain(_pictures(out, results, catalog, data), questions.pictures(asked))
+        shown = {p.path: p for p in drawn if _draw(p, out / p.path, redraw)}
         _update(out / tables.CURVES_CSV, tables.curves_csv(results).encode())
         _update(out / tables.RESULTS_CSV, tables.results_csv(records, results).encode())
         _update(out / tables.METRICS_JSON, tables.metrics_json(results).encode())
-        _update(out / "results.md", markdown.markdown(records, catalog, shown, group_by).encode())
+        _update(out / "results.md", markdown.markdown(records, catalog, shown, group_by, asked).encode())
     return records
 
 

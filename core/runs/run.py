@@ -40,6 +40,7 @@ class Run:
         out: the folder of results.md and checkpoints/.
         former: earlier names of the experiment. The run reads weights and a record from there if `name` has none, and
             goes on from the resume points there. It writes only under `name`.
+        title: names the experiment in messages, if `name` is not enough.
 
     Raises:
         core.errors.UserError: the name cannot name an experiment, or the spec is not valid (core.spec.SpecError).
@@ -49,6 +50,7 @@ class Run:
     spec: Spec
     out: Path
     former: Sequence[str] = ()
+    title: str = ""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -62,7 +64,7 @@ class Run:
     @property
     def label(self) -> str:
         """The run in messages."""
-        return f"{self.name} seed {self.seed}"
+        return f"{self.title or self.name} seed {self.seed}"
 
     @cached_property
     def id(self) -> str:
@@ -159,8 +161,8 @@ class Run:
         record.name = self.name
         return record
 
-    def result(self) -> Finished | None:
-        """The record of a finished run that has its weights.
+    def result(self, weights: bool = True) -> Finished | None:
+        """The record of a finished run that has its weights; without `weights`, also of one that has none.
 
         Raises:
             RecordError: the record cannot be read. It may be the only copy of a result, so no run replaces it.
@@ -171,20 +173,23 @@ class Run:
         except RecordError as error:
             self.check_case()
             raise RecordError(f"{error}; to train it anew, move that file to {self.record}.old") from None
-        return record if isinstance(record, Finished) and self.weights.exists() else None
+        return record if isinstance(record, Finished) and (not weights or self.weights.exists()) else None
 
-    def finished(self, data: str | None, in_progress: InProgress | None = None) -> Finished | None:
+    def finished(
+        self, data: str | None, in_progress: InProgress | None = None, weights: bool = True
+    ) -> Finished | None:
         """The result, unless the run is being trained again.
 
         Args:
             data: the identity of the data to train on (core.data.identity); None for whatever it is.
             in_progress: as `is_in_progress` takes it.
+            weights: as `result` takes it.
 
         Raises:
             OtherData, OtherCode: the result is of other data, or of code that gives other numbers. RecordError: as
                 `result`.
         """
-        result = self.result()  # first: the search below reads the names of all files of a folder
+        result = self.result(weights)  # first: the search below reads the names of all files of a folder
         if result is None or self.is_in_progress(in_progress):
             return None
         if data is not None and result.data != data:

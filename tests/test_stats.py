@@ -66,7 +66,7 @@ def test_needed_seeds_against_the_noncentral_t():
         n = stats.needed(deviation)
 
         def power(n, deviation=deviation):
-            shift, critical = 0.002 / deviation * n**0.5, reference.t.ppf(0.975, n - 1)
+            shift, critical = 0.005 / deviation * n**0.5, reference.t.ppf(0.975, n - 1)
             return reference.nct.sf(critical, n - 1, shift) + reference.nct.cdf(-critical, n - 1, shift)
 
         assert power(n) >= 0.8 > power(n - 1)

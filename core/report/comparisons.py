@@ -1,9 +1,12 @@
 """The sections of results.md that compare experiments: the choice of the learning rate, what helped, the baseline."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
+from core import compare
+from core.compare import Interval
 from core.report import stats, text
 from core.report.catalog import Catalog
 from core.report.stats import Difference, Group
@@ -21,26 +24,33 @@ class Comparison(NamedTuple):
     b: Group
     better: str = "better"  # the verdict, if `a` is significantly better
     worse: str = "worse"
+    rows: int = 0  # as stats.compare takes it
 
     def difference(self, split: str) -> Difference:
-        return stats.compare(self.a, self.b, split)
+        return stats.compare(self.a, self.b, split, self.rows)
 
     @property
     def verdict(self) -> str:
         difference = self.difference("validation")
         if not difference.significant:
-            return "not significant"
+            return "not significant" if difference.half < math.inf else "too few seeds"
         verdict = self.better if difference.mean > 0 else self.worse
         return verdict if difference.paired else f"{verdict} (unpaired)"
 
     def needed(self) -> str:
         difference = self.difference("validation")
-        return f"{stats.needed(difference.deviation):,}" if difference.paired else ""
+        if not difference.paired:
+            return ""
+        if not self.rows:
+            return f"{stats.needed(difference.deviation):,}"
+        points = Interval(*(100 * value for value in difference[:3]), difference.seeds)
+        return f"{compare.needed(points, compare.DIFFERENCE, stats.ALPHA / self.rows):,}"
 
     def points(self, split: str) -> str:
-        """'+2.39 ± 1.18'."""
+        """'+2.39 ± 1.18'; '+2.39' if there are too few seeds for an interval."""
         difference = self.difference(split)
-        return f"{100 * difference.mean:+.2f} ± {100 * difference.half:.2f}"
+        half = f" ± {100 * difference.half:.2f}" if difference.half < math.inf else ""
+        return f"{100 * difference.mean:+.2f}{half}"
 
     def images(self) -> str:
         """'700 : 749, p = 0.21'; empty if the records do not say which images were right."""
@@ -123,6 +133,9 @@ def what_helped(groups: list[Group], catalog: Catalog) -> str:
     changes = _changes(groups, catalog)
     if not changes:
         return ""
+    rows = len(changes)
+    changes = [change._replace(rows=rows) for change in changes]
+    least = compare.first_look(stats.ALPHA / rows)
     names: dict[str, list[str]] = defaultdict(list)
     for change in changes:
         names[change.verdict].append(f"{change.name} ({change.points('validation')})")
@@ -131,7 +144,11 @@ def what_helped(groups: list[Group], catalog: Catalog) -> str:
         "## What helped\n\nA row compares two networks that differ in one key of the spec. `dropout` 0 → 0.2 in "
         "lr-1e-3 is the accuracy with dropout 0.2 minus the accuracy with dropout 0, where all other values are those "
         "of lr-1e-3. The name of a variant has a minus before what is left out and a plus before what is added: "
-        f"`full-dropout` has no dropout, `minute+dropout` has dropout.\n\n{summary}\n{text.table(COLUMNS, changes)}"
+        "`full-dropout` has no dropout, `minute+dropout` has dropout.\n\n"
+        f"All intervals hold together and at every look (docs/compare.md): with 95%, no verdict of the {rows} rows is "
+        f"wrong, however often seeds were added. It takes at least {least} seeds. With the seeds needed, the "
+        f"interval excludes 0 or all of {compare.DIFFERENCE:g} points, if mean and deviation stay the same.\n\n"
+        f"{summary}\n{text.table(COLUMNS, changes)}"
     )
 
 

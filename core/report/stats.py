@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 from core import code_hash
 from core.code_hash import same_numbers
 from core.compare import DIFFERENCE as POINTS
+from core.compare import half_width as at_every_look
 from core.data import cifar10
 from core.runs.record import UNSET, Finished, Record
 from core.spec import canonical
 
 # Quantiles are from scipy.special: to import scipy.stats takes 0.7 s more.
 
+ALPHA = 0.05  # of the intervals
 Z = 1.959964  # 97.5% quantile of the normal distribution
 DIFFERENCE = POINTS / 100  # the smallest difference of interest
 POWER = 0.8  # how often a test with `needed` seeds finds it
@@ -208,19 +210,25 @@ def _pairs(a: Group, b: Group) -> list[tuple[Finished, Finished]]:
     return [(record, by_seed[record.seed]) for record in sorted(a, key=lambda r: r.seed) if record.seed in by_seed]
 
 
-def compare(a: Group, b: Group, split: str) -> Difference:
-    """The accuracy of `a` minus that of `b`."""
+def compare(a: Group, b: Group, split: str, rows: int = 0) -> Difference:
+    """The accuracy of `a` minus that of `b`.
+
+    Args:
+        rows: if not 0, the intervals of so many comparisons are valid together and at every look; see core.compare.
+    """
     pairs = _pairs(a, b)
     if len(pairs) > 1:
         of_a, of_b = (accuracies(runs, split) for runs in zip(*pairs, strict=True))
         differences = [one - other for one, other in zip(of_a, of_b, strict=True)]
         # Few seeds can have equal differences by chance: less than one image is never significant.
-        half = max(half_width(differences), 1 / getattr(a[0].metrics, split).n)
-        return Difference(fmean(differences), half, stdev(differences), len(pairs))
+        deviation, least = stdev(differences), 1 / getattr(a[0].metrics, split).n
+        half = at_every_look(deviation, len(pairs), ALPHA / rows) if rows else half_width(differences)
+        return Difference(fmean(differences), max(half, least), deviation, len(pairs))
     means = accuracy(a, split), accuracy(b, split)
     counts = [getattr(group[0].metrics, split).n for group in (a, b)]
     variance = sum(p * (1 - p) / n for p, n in zip(means, counts, strict=True))
-    return Difference(means[0] - means[1], Z * math.sqrt(variance), 0.0, len(pairs))
+    half = math.inf if rows else Z * math.sqrt(variance)
+    return Difference(means[0] - means[1], half, 0.0, len(pairs))
 
 
 def needed(deviation: float, difference: float = DIFFERENCE) -> int:

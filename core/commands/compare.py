@@ -12,13 +12,12 @@ from core.compare import Candidate, Look, Question
 from core.data.datasets import Source
 from core.errors import UserError
 from core.listeners.progress import Display
-from core.mode import Mode
 from core.plan import Project
 from core.report import questions
 from core.report.rebuild import prepare, rebuild
 from core.runs import files
-from core.runs.record import Failed, Record
-from core.runs.run import Run, former_of
+from core.runs.record import Failed, Record, former_names
+from core.runs.run import Run
 from core.signals import Stop
 from core.tally import Tally
 from core.terminal import say
@@ -73,7 +72,7 @@ def candidate(word: str, args: argparse.Namespace, project: Project, source: Sou
 
 
 def as_run(args: argparse.Namespace, project: Project, of: Candidate, seed: int) -> Run:
-    return Run(of.name, {**of.spec, "seed": seed}, args.out, former_of(of.name, project.former), of.label)
+    return Run(of.name, {**of.spec, "seed": seed}, args.out, former_names(of.name, project.former), of.label)
 
 
 def existing(args: argparse.Namespace, question: Question, project: Project) -> list[Record]:
@@ -157,12 +156,11 @@ def dry_run(args: argparse.Namespace, question: Question, project: Project, sour
     measurements = measured(stop, args.out, args.device, 1 if args.ray else None)
     question.data = source.identity(question.candidates[0].spec["dataset"]) or ""
     known = compare.assign(question, existing(args, question, project))
-    first, mode = compare.first_count(question, known), Mode("eager" if args.no_compile else "compiled")
     rounds = {}
-    for name, count in (("first round", first), ("all seeds", question.max_seeds)):
+    for name, count in (("first round", compare.first_count(question, known)), ("all seeds", question.max_seeds)):
         todo = compare.missing(question, known, [each.label for each in question.candidates], count)
         specs = [{**each.spec, "seed": seed} for each, seed in todo]
-        found = measurements.estimate(specs, mode)
+        found = measurements.estimate(specs, not args.no_compile)
         total = count * len(question.candidates)
         rounds[name] = {"seeds": count, "runs": total, "to_train": len(todo), "seconds": found.seconds}
         if not args.json:

@@ -43,7 +43,8 @@ class Comparison(NamedTuple):
             return ""
         if not self.rows:
             return f"{stats.needed(difference.deviation):,}"
-        points = Interval(*(100 * value for value in difference[:3]), difference.seeds)
+        mean, half, deviation = (100 * value for value in difference[:3])
+        points = Interval(mean, half, deviation, difference.seeds)
         return f"{compare.needed(points, compare.DIFFERENCE, stats.ALPHA / self.rows):,}"
 
     def points(self, split: str) -> str:

@@ -67,7 +67,8 @@ def run_experiment(
                 [run], data, device, [*listeners, stop.listen], lambda: stop() or should_stop(), **options
             )
         except KeyboardInterrupt:
-            raise _interrupted(f"{run.label} stopped before it could save a step; {AGAIN}") from None
+            again = AGAIN if run.resume_points() else "the same call starts from the beginning"
+            raise _interrupted(f"{run.label} stopped before it could save a step; {again}") from None
     if stop():
         if isinstance(result, Stopped):
             where = f"after step {result.step} of {result.total}, which is saved"

@@ -114,7 +114,7 @@ def test_an_interrupt_saves_the_step_and_the_next_call_goes_on(train):
 @pytest.mark.parametrize(
     ("where", "times", "sentence"),
     [
-        ("Started", 1, f"x seed 0 stopped before it could save a step; {AGAIN}"),
+        ("Started", 1, "x seed 0 stopped before it could save a step; the same call starts from the beginning"),
         ("StepDone(step=32", 2, f"x seed 0 stopped before it could save a step; {AGAIN}"),
         ("EpochDone(epoch=2", 1, "x seed 0 has ended, and its record is on disk"),
     ],
@@ -216,8 +216,9 @@ print(longer.exact, longer.digest == uninterrupted.digest)
 MISSPELT = 'x = 1\nrun_experiment("misspelt", {"lrr": 1}, out, data)'
 
 
+@pytest.mark.slow
 def test_the_notebook_in_a_kernel(tmp_path):
-    """Every cell works, as it stands but for the folder of the files and a shorter run. A run is interrupted by the
+    """Every cell works, as it stands but for the folder of the files and shorter runs. A run is interrupted by the
     kernel's interrupt, and goes on to the same bits."""
     if not importlib.util.find_spec("nbclient"):
         lacking("uv run --group notebook ... has nbclient and ipykernel")
@@ -232,6 +233,7 @@ def test_the_notebook_in_a_kernel(tmp_path):
         by_name[name].source = by_name[name].source.replace(old, new)
 
     change("data", 'root / "trials"', f"Path({str(tmp_path)!r})")
+    change("train", '"epochs": 8', '"epochs": 2')
     change("stop", '"epochs": 100', '"epochs": 4')
     for name, source in (("wait", WAIT.format(folder=str(tmp_path))), ("again", by_name["stop"].source)):
         by_name[name] = nbformat.v4.new_code_cell(source)
@@ -270,7 +272,8 @@ def test_the_notebook_in_a_kernel(tmp_path):
         [result] = [out.data for out in shown[name] if out.output_type in ("execute_result", "display_data")]
         return result
 
-    assert text("train").count("quick seed 0: epoch ") == 8
+    assert text("train").count("quick seed 0: epoch ") == 2
+    assert text("train").startswith("quick seed 0: prepares the first step")
     assert "\x1b" not in text("train")
     assert "<table>" in data("train")["text/html"]
     assert "image/png" in data("curves")

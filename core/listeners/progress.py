@@ -19,7 +19,7 @@ from core.report import stats
 from core.runs.record import Failed, Finished, Record
 from core.runs.run import Run
 from core.tally import Tally
-from core.terminal import console, duration, say, warn
+from core.terminal import PLAIN, console, duration, say, warn
 
 
 class Display:
@@ -120,6 +120,8 @@ class Display:
         self.description = run.label if cohort == 1 else f"{run.label} and {cohort - 1} more"
         columns = TimeRemainingColumn(), TextColumn("{task.fields[note]}")
         self._show(self.description, *columns, total=None, note="compiling")
+        if PLAIN:  # no bar says so
+            say(f"{self.description}: prepares the first step, which may have to be compiled")
 
     def _first_step(self, run: Run, event: FirstStep) -> None:
         self._update(total=event.total, completed=event.step, note="")

@@ -10,8 +10,8 @@ from core.errors import UserError
 from core.functional.tree import Tree, tree_map
 
 NO_CUDA = (
-    "there is an NVIDIA driver, but this PyTorch is built without CUDA: https://pytorch.org/get-started/locally/ has "
-    "the command that installs it with CUDA, and after that `uv run --no-sync main.py` uses it"
+    "there is an NVIDIA driver, but this PyTorch is built without CUDA: docs/platforms.md has the command that installs "
+    "one with CUDA"
 )
 
 log = logging.getLogger(__name__)

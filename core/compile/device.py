@@ -10,8 +10,8 @@ from core.errors import UserError
 from core.functional.tree import Tree, tree_map
 
 NO_CUDA = (
-    "there is an NVIDIA driver, but this PyTorch is built without CUDA: docs/platforms.md has the command that installs "
-    "one with CUDA"
+    "there is an NVIDIA driver, but this PyTorch is built without CUDA: docs/platforms.md has the command that "
+    "installs one with CUDA"
 )
 
 log = logging.getLogger(__name__)

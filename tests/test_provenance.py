@@ -1,5 +1,7 @@
 """What a record says of where it was made: the hash of the code that decides bits, the settings, what has changed."""
 
+import os
+import platform
 import re
 import shutil
 
@@ -9,6 +11,7 @@ import torch
 
 from core.code_hash import CODE, code_hash
 from core.mode import COMPILED, Mode
+from core.runs import provenance
 from core.runs.provenance import SETTINGS, difference, environment
 from core.runs.record import Environment
 from tests.conftest import ROOT
@@ -186,3 +189,43 @@ def test_an_environment_can_be_recorded_whatever_the_variables_say(settings):
     now = environment(CPU, EAGER)
     assert now.settings.isprintable()
     assert msgspec.convert(msgspec.to_builtins(now), Environment) == now
+
+
+# The chip
+
+
+def cpuinfo(**of):
+    """The text of /proc/cpuinfo with two processors; the second has another maker."""
+    first = [f"{name.replace('_', ' ')}\t: {value}" for name, value in of.items()]
+    return "\n".join(["processor\t: 0", *first, "", "processor\t: 1", *first[:-1], f"{first[-1]}?", ""])
+
+
+X86 = cpuinfo(vendor_id="AuthenticAMD", model_name="AMD EPYC: 9B14").replace("vendor id", "vendor_id")
+SYSCTL = "#!/bin/sh\n[ \"$*\" = '-n machdep.cpu.brand_string' ] && echo Apple M2\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "sysctl", "name", "maker"),
+    [
+        (X86, SYSCTL, "AMD EPYC: 9B14", "AuthenticAMD"),
+        (cpuinfo(CPU_implementer="0x41", CPU_part="0xd40"), SYSCTL, *2 * ("CPU implementer 0x41, CPU part 0xd40",)),
+        (None, SYSCTL, "Apple M2", "Apple M2"),
+        (None, "#!/bin/sh\nexit 1\n", "arm", "arm"),
+        (None, None, "arm", "arm"),
+        ("Features\t: fp asimd\n", None, "arm", "arm"),
+    ],
+    ids=["x86 Linux", "arm64 Linux", "macOS", "an older macOS", "no sysctl", "an unknown Linux"],
+)
+def test_two_generations_of_chips_have_two_names(monkeypatch, tmp_path, text, sysctl, name, maker):
+    """macOS and arm64 Linux give "arm" or nothing as the name of any processor."""
+    (tmp_path / "cpuinfo").write_text(text or "")
+    if sysctl:
+        (tmp_path / "sysctl").write_text(sysctl)
+        (tmp_path / "sysctl").chmod(0o755)
+    monkeypatch.setattr(provenance, "Path", lambda _: tmp_path / ("cpuinfo" if text else "missing"))
+    monkeypatch.setattr(platform, "processor", lambda: "arm")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    now = environment(CPU, EAGER)
+    assert now.device_name == f"{name}, {os.cpu_count()} cores"
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert now.hardware.startswith(f"{platform.machine()} {maker} {capability}")

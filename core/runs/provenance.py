@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -91,8 +92,15 @@ def _instructions() -> str:
 
 
 def _cpuinfo(key: str) -> str:
-    """A property of the first processor, as Linux names it; elsewhere the name of the processor."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith(key))
+    """A property of the first processor, as Linux names it on x86; elsewhere what tells one chip from another."""
+    with contextlib.suppress(OSError):
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines()]
+        found = {name.strip(): value.strip() for name, _, value in reversed(lines)}
+        arm = [f"{name} {found[name]}" for name in ("CPU implementer", "CPU part") if name in found]
+        if arm or key in found:
+            return ", ".join(arm) or found[key]
+    with contextlib.suppress(OSError):  # macOS, where platform.processor() is "arm" for each generation
+        sysctl = ("sysctl", "-n", "machdep.cpu.brand_string")
+        if name := subprocess.run(sysctl, capture_output=True, encoding="utf-8", check=False).stdout.strip():
+            return name
     return platform.processor() or platform.machine()

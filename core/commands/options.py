@@ -58,7 +58,9 @@ def machine(project: Project) -> Parser:
     parser.add_argument(
         "--test-share", type=float, metavar="X", help="share of the images of --data-folder that are for testing"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto is CUDA or else the CPU"
+    )
     return parser
 
 

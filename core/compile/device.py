@@ -31,12 +31,12 @@ def to_device(tree: Tree, device: torch.device) -> Tree:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA, then MPS, then the CPU.
+    """The device of that name; "auto" is CUDA or else the CPU: nothing is compiled for MPS.
 
     Raises:
         DeviceError: It is not available.
     """
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    usable = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.backends.mps.is_available()}
     available = [kind for kind in usable if usable[kind]]
     lacks_cuda = torch.version.cuda is None and shutil.which("nvidia-smi")  # as PyPI's build for Windows
     if name == "auto":

@@ -36,6 +36,13 @@ VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # where torch keeps its own compiled files
 COMPILER_VARIABLES = ("TORCH", "AOT", "INDUCTOR")  # the prefixes of variables that set up torch's compilers
 # What messages say where the system lacked something, or a compiler was killed.
 LACKING = "Killed|No space left|allocate memory|out of memory|temporarily unavailable|can't start new thread"
+# What they say where something is not installed; what that is; the commands that install it on macOS and on Debian.
+COMPILER = "xcode-select --install", "apt install g++"
+MISSING = (
+    ("No working C", "no C++ compiler works", *COMPILER),
+    (r"'omp\.h' file not found", "clang++ finds no omp.h", "brew install libomp", "apt install libomp-dev"),
+    (r"-std=c\+\+20", "torch needs g++ 10 or newer", COMPILER[0], "apt install g++-10; export CXX=g++-10"),
+)
 LIBRARY_LIMIT, DESCRIPTION_LIMIT = 1 << 28, 1 << 16  # bytes, far above what is written
 
 
@@ -276,10 +283,19 @@ def is_temporary(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a message and the first error of a C++ compiler in it: at most 200 printable characters."""
+    """The first line of a message and the first error of a C++ compiler in it: at most 200 printable characters. If
+    something is not installed, that and its remedy."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     errors = [line for line in lines[1:] if "error:" in line][:1]
-    return "".join(c for c in ": ".join([lines[0], *errors]) if c.isprintable())[:200]
+    text = "".join(c for c in ": ".join([lines[0], *errors]) if c.isprintable())
+    known = (with_remedy(*found) for sign, *found in MISSING if re.search(sign, text))
+    return next(known, text[:200])
+
+
+def with_remedy(problem: str, macos: str, debian: str) -> str:
+    """A problem, and the command against it on this system, which one of its own programs tells."""
+    commands = {"xcode-select": macos, "apt": debian}
+    return next((f"{problem} (try: {commands[name]})" for name in commands if shutil.which(name)), problem)
 
 
 # Loading

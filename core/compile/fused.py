@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import shutil
+import sys
 import types
 from collections.abc import Callable
 from functools import partial
@@ -37,8 +38,10 @@ class Step(NamedTuple):
 
 def compiler_problem(device: torch.device) -> str | None:
     """Why no step can be compiled for this device, or None. A step from the cache needs no compiler."""
+    if device.type == "cpu" and sys.platform == "win32":
+        return "the step is not compiled on Windows"
     if device.type == "cpu" and not _compiler():
-        return "no C++ compiler (g++ or clang++) was found"
+        return cache.with_remedy("no C++ compiler (g++ or clang++) was found", *cache.COMPILER)
     if device.type == "mps":
         return "the step is not compiled for MPS"
     return None

@@ -248,12 +248,47 @@ def test_a_missing_compiler_is_reported_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert fused.compiler_problem(CPU) == NO_COMPILER
+    for program, remedy in (("apt", "apt install g++"), ("xcode-select", "xcode-select --install")):
+        (tmp_path / program).touch(0o755)
+        assert fused.compiler_problem(CPU) == f"{NO_COMPILER} (try: {remedy})"
     compiler = tmp_path / "clang++"
     compiler.touch(0o755)
     assert fused.compiler_problem(CPU) is None
     compiler.rename(tmp_path / "mine")
     monkeypatch.setenv("CXX", "mine")
     assert fused.compiler_problem(CPU) is None
+
+
+def test_nothing_is_compiled_on_windows_in_one_line(monkeypatch):
+    """Even where a g++ lies on the PATH: torch takes no notice of it there."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert fused.compiler_problem(CPU) == "the step is not compiled on Windows"
+
+
+OLD = "g++: error: unrecognized command line option '-std=c++20'; did you mean '-std=c++2a'?"
+NO_OPENMP = "/a/long/path/" + "torch/" * 40 + "ParallelOpenMP.h:14:10: fatal error: 'omp.h' file not found"
+
+
+@pytest.mark.parametrize(
+    ("says", "problem", "debian", "macos"),
+    [
+        (f"Output:\n{NO_OPENMP}\n", "clang++ finds no omp.h", "apt install libomp-dev", "brew install libomp"),
+        (OLD, "torch needs g++ 10 or newer", "apt install g++-10; export CXX=g++-10", "xcode-select --install"),
+        ("", "no C++ compiler works", "apt install g++", "xcode-select --install"),
+    ],
+    ids=["clang++ without OpenMP", "an old g++", "a compiler that does not start"],
+)
+def test_what_a_compiler_lacks_is_said_with_its_remedy(monkeypatch, tmp_path, says, problem, debian, macos):
+    from torch._inductor import exc
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    error = exc.CppCompileError(["g++", "-std=c++20"], says) if says else exc.InvalidCxxCompiler()
+    assert cache.first_line(error) == problem
+    for program, remedy in (("apt", debian), ("xcode-select", macos)):
+        (tmp_path / program).touch(0o755)
+        assert cache.first_line(error) == f"{problem} (try: {remedy})"
+    other = exc.CppCompileError(["g++", "-std=c++20"], "x.cpp:1: error: no such thing")
+    assert cache.first_line(other).endswith(": x.cpp:1: error: no such thing")
 
 
 def test_the_compiler_is_what_a_shell_would_take(monkeypatch, tmp_path):
@@ -355,6 +390,50 @@ def test_the_settings_of_torch_are_pinned(monkeypatch):
         assert [key for key, value in unsafe.items() if config.get_config_copy()[key] == value] == list(unsafe)
     assert os.environ["TORCHDYNAMO_DISABLE"] == "1"
     assert len(graphs) == 1
+
+
+def test_vector_instructions_are_taken_for_granted_on_x86_alone(monkeypatch):
+    for machine, expected in (("x86_64", True), ("AMD64", True), ("aarch64", None), ("arm64", None)):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        assert inductor.options().get("cpp.vec_isa_ok") is expected
+
+
+@pytest.fixture
+def clang(monkeypatch, tmp_path):
+    """Makes clang++ the only C++ compiler on the PATH."""
+    from torch._inductor import cpp_builder
+
+    names = ("clang++", *(f"clang++-{version}" for version in range(30, 13, -1)))
+    found = next(filter(None, map(shutil.which, names)), "")
+    probe = (found, "-fopenmp", "-fsyntax-only", "-x", "c++", "-include", "omp.h", os.devnull)
+    if not found or subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("no clang++ with omp.h here")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "clang++").symlink_to(found)
+    (tmp_path / "bin" / "ld").symlink_to(shutil.which("ld"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.delenv("CXX", raising=False)
+    once_a_process = (cpp_builder.is_gcc, cpp_builder.is_clang, cpp_builder.is_apple_clang)
+    for answer in once_a_process:  # which other tests have asked of g++
+        answer.cache_clear()
+    yield
+    for answer in once_a_process:
+        answer.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_step_of_clang_is_compiled_with_the_patches(clang, places, monkeypatch, small_spec, step_inputs):
+    """Clang maps the source, to which torch appends a comment meanwhile."""
+    spec = small_spec(widths=[8], norm="none", dropout=0.0)
+    state, data, hyper = step_inputs(spec)
+    fresh, eager = clone(state), step.make_train_step(static(spec))(state, data, hyper)
+    made = fused.fuse(spec, state, data, hyper)
+    assert (made.mode, made.problem) == (Mode("compiled"), "")
+    made.advance()
+    assert_close(state, eager)
+    monkeypatch.setattr(cache, "_build", None)
+    fused.fuse(spec, fresh, data, hyper).advance()
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(state), tree.leaves(fresh), strict=True))
 
 
 @compiles
@@ -910,8 +989,9 @@ def test_a_failing_compiler_is_quiet_and_not_called_again(places, compiler, capf
         fused.fuse(spec, *step_inputs(spec))
     assert says in str(raised.value)
     asked = log.read_text()
-    with pytest.raises(fused.CompileError, match=says):
-        fused.fuse(spec, *step_inputs(spec))
+    for seed in (1, 2):
+        with pytest.raises(fused.CompileError, match=says):
+            fused.fuse({**spec, "seed": seed}, *step_inputs(spec))
     assert log.read_text() == asked, "what has failed was compiled again"
     assert len(str(raised.value).splitlines()) == 1
     assert capfd.readouterr() == ("", ""), "the C++ compiler has written to the terminal"
@@ -927,6 +1007,9 @@ def test_pick_device(monkeypatch):
     for name in ("cuda", "mps"):
         with pytest.raises(DeviceError, match=f"^device {name} is not available; available: cpu$"):
             pick_device(name)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto") == CPU, "MPS, for which nothing is compiled, is for those who ask for it"
+    assert pick_device("mps") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto") == torch.device("cuda")
 

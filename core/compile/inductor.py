@@ -17,6 +17,7 @@ used:
   _inductor.decomposition.select_decomp_table   lowers the step to operations that inductor has code for
   _subclasses.FakeTensorMode                    traces the step without computing it
   fx.experimental.proxy_tensor.make_fx          records the operations
+  cpp_builder.CppBuilder._sources_args          compiles a copy of a source that torch still writes to
   cpp_builder.CppTorchDeviceOptions, cpu_vec_isa.pick_vec_isa   the flags of the precompiled header
   codegen.cpp.ParallelDepth                     says that threads do not share a loop
   overrides._get_current_function_mode_stack, _pop_mode, _push_mode, utils._python_dispatch._disable_current_modes
@@ -30,6 +31,8 @@ import importlib
 import importlib.util
 import logging
 import os
+import platform
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -52,7 +55,7 @@ OPTIONS: dict[str, Any] = {
     # A result of more operations than this gets a buffer of its own until loops are fused. Each round of a random draw
     # uses the round before three times. By default inductor writes that expression out each time: saves 11 s.
     "realize_opcount_threshold": 10,
-    "cpp.vec_isa_ok": True,  # build no program to try each of the CPU's sets of vector instructions: saves 10 s
+    "cpp.vec_isa_ok": True,  # on x86, build no program to try each of the CPU's vector instructions: saves 10 s
     "size_asserts": False,
     "alignment_asserts": False,
 }
@@ -133,7 +136,8 @@ def options() -> dict[str, Any]:
     from torch._inductor import config
 
     known = config.get_config_copy()
-    supported = {key: value for key, value in OPTIONS.items() if key in known}
+    is_x86 = platform.machine() in ("x86_64", "AMD64")  # Elsewhere nobody has tried whether the flags work.
+    supported = {key: OPTIONS[key] for key in OPTIONS if key in known and (is_x86 or key != "cpp.vec_isa_ok")}
     return {**supported, "post_grad_custom_pre_pass": choose_products}
 
 
@@ -246,6 +250,8 @@ def parallel_builds(scratch: Path) -> Iterator[None]:
     def build_or_start(builder: Any) -> None:
         target = builder.get_target_file_path()
         if target.endswith((".wrapper.o", ".kernel.o")):
+            # Torch appends a comment to the source meanwhile. Clang maps the file, and would read half of it as code.
+            builder._sources_args = shutil.copy(builder._sources_args, f"{target}.cpp")
             jobs.append(worker.start(partial(build, builder, headers if target.endswith(".wrapper.o") else None)))
             return
         if target.endswith(".so"):  # links the objects

@@ -94,7 +94,7 @@ def _instructions() -> str:
 def _cpuinfo(key: str) -> str:
     """A property of the first processor, as Linux names it on x86; elsewhere what tells one chip from another."""
     with contextlib.suppress(OSError):
-        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines()]
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()]
         found = {name.strip(): value.strip() for name, _, value in reversed(lines)}
         arm = [f"{name} {found[name]}" for name in ("CPU implementer", "CPU part") if name in found]
         if arm or key in found:

@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from core.errors import UserError
-from core.runs.record import UNSHOWN, Failed, Finished, Name, Record, Text
+from core.runs.record import UNSHOWN, Failed, Finished, Name, Record, Text, new_name
 from core.spec import Spec, canonical, resolve, spec_id
 from core.store import StoreError, atomic_write, read_file
 
@@ -72,7 +72,7 @@ class Interval(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} ± {self.half:.2f}" if self.half < math.inf else f"{self.mean:.2f}, too few seeds"
+        return f"{self.mean:.2f} ± {self.half:.2f}" if self.half < math.inf else f"{self.mean:.2f} (too few seeds)"
 
 
 def interval(values: Sequence[float], alpha: float, least: float = 0.0) -> Interval:
@@ -184,15 +184,23 @@ def read(path: Path) -> Question:
         raise StoreError(f"{path} is not a question that `compare` has written: {str(error)[:200]!r}") from None
 
 
-def read_all(out: Path) -> list[Question]:
-    """The questions that were asked under `out`. Skips a file that is none, with a warning in the log."""
-    questions = []
+def read_all(out: Path, former: Mapping[str, str] = {}) -> list[Question]:
+    """The questions that were asked under `out`. Skips a file that is none, with a warning in the log.
+
+    Args:
+        former: old names of experiments, with the new names.
+    """
+    questions: dict[str, Question] = {}
     for path in sorted((out / "checkpoints").glob("compare-*.json")):
         try:
-            questions.append(read(path))
+            question = read(path)
         except StoreError as error:
             log.warning("%s; it is skipped and stays as it is", error)
-    return sorted(questions, key=lambda question: [candidate.label for candidate in question.candidates])
+            continue
+        for candidate in question.candidates:
+            candidate.name = new_name(candidate.name, former)
+        questions[question.file] = question
+    return sorted(questions.values(), key=lambda question: [candidate.label for candidate in question.candidates])
 
 
 # Answers
@@ -273,7 +281,7 @@ class Look(NamedTuple):
     def beaten(self) -> list[Pair]:
         """A pair for each candidate that is beaten; if there is one, that with the best candidate."""
         significant = sorted((p for p in self.pairs if p.significant), key=lambda p: p.better == self.left[0])
-        return list({pair.worse: pair for pair in significant}.values())
+        return sorted({pair.worse: pair for pair in significant}.values(), key=lambda pair: pair.difference.mean)
 
     @property
     def decided(self) -> Pair | None:

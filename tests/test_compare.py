@@ -182,6 +182,18 @@ def test_a_diverged_run_counts_as_chance_and_another_failure_as_nothing():
     assert answer([*records, other])[0].pairs[0].difference.n == 4
 
 
+def test_the_picture_has_the_interval_after_each_seed():
+    records = records_of("a", [1, 2, 0, 1, 2, 1, 0])
+    question = Question(candidates=[A, B])
+    known = compare.assign(question, records)
+    (picture,) = questions.pictures([questions.Asked(question, known, compare.look(question, known))])
+    within, [(label, seeds, means, widths)] = picture.content
+    assert (within, label, seeds) == (0.5, "a minus b", [5, 6, 7])
+    assert means == pytest.approx([6 / 5, 7 / 6, 1.0])
+    assert widths[2] == pytest.approx(compare.half_width(np.std([1, 2, 0, 1, 2, 1, 0], ddof=1), 7, ALPHA))
+    assert plots.is_picture(plots.draw(picture))
+
+
 def test_rounds_grow_and_a_beaten_candidate_gets_no_more_seeds():
     asked = []
 
@@ -234,7 +246,7 @@ def test_a_comparison_goes_on_and_ends_with_a_sentence(ask, tmp_path, monkeypatc
     better, worse = "demo lr=5e-3", "demo lr=1e-5"
     status, said, _ = ask(better, worse, "--dry-run", "--json")
     assert status == 0
-    assert json.loads(said)["first round"] == {"seeds": 5, "runs": 10, "to_train": 10, "seconds": None}
+    assert json.loads(said)["first round"] == {"seeds": 5, "runs": 10, "to_train": 10, "estimated_seconds": None}
     assert json.loads(said)["all seeds"]["runs"] == 100
     assert not list(tmp_path.iterdir())
 
@@ -272,10 +284,12 @@ def test_a_comparison_goes_on_and_ends_with_a_sentence(ask, tmp_path, monkeypatc
     (picture,) = tmp_path.glob("checkpoints/compare-*.svg")
     assert picture.name in report
 
-    # Again, with other words for the same question: nothing is trained.
+    # Again, in another order: it is the same question, and nothing is trained.
     monkeypatch.setattr("core.commands.compare.train", None)
-    status, said, _ = ask(worse, better)
-    assert (status, said.splitlines()) == (0, [said.splitlines()[0], last["sentence"], last["test"]])
+    for words in ((worse, better), (better, worse)):
+        status, said, _ = ask(*words)
+        assert (status, said.splitlines()) == (0, [said.splitlines()[0], last["sentence"], last["test"]])
+    assert len(list(tmp_path.glob("checkpoints/compare-*.json"))) == 1
     assert main.main(["report", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "results.md").read_text() == report
 

@@ -90,3 +90,11 @@ def test_images_are_compared_for_the_first_seed_that_both_recorded():
     assert stats.image_by_image(a[2:], b) != (0, 0, 1.0)
     assert stats.image_by_image(a[:1], b) is None
     assert stats.image_by_image(a[1:2], b[:1]) is None
+
+
+def test_the_doubt_about_other_test_images():
+    """Of 10,000 images, 50 are right in the first network alone and 50 in the second alone: 1% differ by 1 or -1."""
+    one, other = answered(make("a", test=0.57)), answered(make("b", test=0.57, lr=0.1), 5)
+    assert stats.over_images([(one, other)]) == pytest.approx(1.96 * 0.1 / 100, rel=1e-3)
+    assert stats.over_images([(one, other), (other, one)]) == 0
+    assert stats.over_images([(one, make("b"))]) is None

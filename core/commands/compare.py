@@ -1,6 +1,7 @@
 """compare: trains more seeds of several experiments until it is clear which is best."""
 
 import argparse
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -124,7 +125,7 @@ def decide(
         say(questions.line(found))
         if args.json:
             terminal.as_json(about(found))
-    asked = questions.asked(args.out, rebuild(args.out, catalog, args.data))
+    asked = questions.asked(args.out, rebuild(args.out, catalog, args.data), project.former)
     if status == 130 or found is None:
         return 130, found
     [known] = [each.known for each in asked if each.question.file == question.file]
@@ -143,7 +144,7 @@ def about(found: Look) -> dict[str, Any]:
             "better": pair.better,
             "worse": pair.worse,
             "mean": pair.difference.mean,
-            "half": pair.difference.half if pair.difference.n > 1 else None,
+            "half": pair.difference.half if pair.difference.half < math.inf else None,
             "seeds": pair.difference.n,
         }
         for pair in found.pairs
@@ -162,7 +163,7 @@ def dry_run(args: argparse.Namespace, question: Question, project: Project, sour
         specs = [{**each.spec, "seed": seed} for each, seed in todo]
         found = measurements.estimate(specs, not args.no_compile)
         total = count * len(question.candidates)
-        rounds[name] = {"seeds": count, "runs": total, "to_train": len(todo), "seconds": found.seconds}
+        rounds[name] = {"seeds": count, "runs": total, "to_train": len(todo), "estimated_seconds": found.seconds}
         if not args.json:
             time = terminal.estimate(found, while_trained=True)
             say(f"{name}: {count} seeds, {total:,} runs, {len(todo):,} to train: {time}")

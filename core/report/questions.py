@@ -109,13 +109,18 @@ class Asked(NamedTuple):
     look: Look
 
 
-def asked(out: Path, records: Sequence[Record]) -> list[Asked]:
-    """The questions under `out`, with the records of this code and of their data."""
+def asked(out: Path, records: Sequence[Record], former: Mapping[str, str] = {}) -> list[Asked]:
+    """The questions under `out` that have records of this code and of their data, with these records.
+
+    Args:
+        former: old names of experiments, with the new names.
+    """
     found = []
-    for question in compare.read_all(out):
+    for question in compare.read_all(out, former):
         current = (r for r in records if r.data == question.data and same_numbers(r.environment.code))
         known = compare.assign(question, current)
-        found.append(Asked(question, known, compare.look(question, known)))
+        if any(known.values()):
+            found.append(Asked(question, known, compare.look(question, known)))
     return found
 
 
@@ -158,23 +163,26 @@ def _line(question: Question, known: Known, pair: Pair) -> Line:
     counts = range(compare.first_look(question.alpha), pair.difference.n + 1)
     looks = [compare.pair(question, known, pair.better, pair.worse, n) for n in counts]
     means = [each.difference.mean * (1 if each.better == pair.better else -1) for each in looks]
-    return f"{pair.better} minus {pair.worse}", list(counts), means, [each.difference.half for each in looks]
+    label = f"{plots.short(pair.better)} minus {plots.short(pair.worse)}"
+    return label, list(counts), means, [each.difference.half for each in looks]
 
 
 def _paint(figure: "Figure", content: tuple[float, list[Line]], _: Any) -> None:
     import numpy as np
+    from matplotlib.ticker import MaxNLocator
 
     within, lines = content
     ax = figure.subplots()
     for i, (label, seeds, *numbers) in enumerate(lines):
         mean, half = map(np.array, numbers)
         marker = "o" if len(seeds) == 1 else None
-        ax.plot(seeds, mean, color=f"C{i}", label=plots.short(label), linewidth=2, marker=marker)
+        ax.plot(seeds, mean, color=f"C{i}", label=label, linewidth=2, marker=marker)
         ax.fill_between(seeds, mean - half, mean + half, color=f"C{i}", alpha=0.2, linewidth=0)
     for height, style in ((0, "-"), (within, "--"), (-within, "--")):
         ax.axhline(height, color="black", linestyle=style, linewidth=1)
     last = [abs(mean[-1]) + half[-1] for _, _, mean, half in lines]
     limit = 1.5 * max(within, *last)  # the first intervals are very wide
     ax.set(xlabel="seeds", ylabel="points", ylim=(-limit, limit))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
-    plots.legend(figure, ax)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", frameon=False)

@@ -54,7 +54,7 @@ def check(out: Path, catalog: Catalog) -> None:
 
 def _names(out: Path, catalog: Catalog) -> list[str]:
     """The files that a report may have, relative to its folder."""
-    asked = [question.picture for question in compare.read_all(out)]
+    asked = [question.picture for question in compare.read_all(out, catalog.former)]
     return [*BEGINNINGS, *PICTURES, *map(plots.suite_path, catalog.suites), *asked]
 
 
@@ -88,7 +88,7 @@ def rebuild(
     check(out, catalog)
     with lock_results(out):
         records = sorted(read_records(out, catalog.former), key=stats.order)
-        results, asked = stats.results(records), questions.asked(out, records)
+        results, asked = stats.results(records), questions.asked(out, records, catalog.former)
         drawn = itertools.chain(_pictures(out, results, catalog, data), questions.pictures(asked))
         shown = {p.path: p for p in drawn if _draw(p, out / p.path, redraw)}
         _update(out / tables.CURVES_CSV, tables.curves_csv(results).encode())

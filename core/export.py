@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -45,9 +46,9 @@ class Classifier(nn.Sequential):
         return self.network._replace(params=params, stats=dict(self.named_buffers())).logits(images)
 
 
-def torch_bytes(program: ExportedProgram) -> bytes:
+def torch_bytes(program: ExportedProgram, classes: str) -> bytes:
     file = io.BytesIO()
-    torch.export.save(program, file)
+    torch.export.save(program, file, extra_files={"classes.json": classes})
     return file.getvalue()
 
 
@@ -55,7 +56,7 @@ def torch_model(path: Path) -> Model:
     return torch.export.load(io.BytesIO(path.read_bytes())).module()
 
 
-def onnx_bytes(program: ExportedProgram) -> bytes:
+def onnx_bytes(program: ExportedProgram, classes: str) -> bytes:
     exported = torch.onnx.export(
         program,
         dynamo=True,
@@ -66,7 +67,9 @@ def onnx_bytes(program: ExportedProgram) -> bytes:
         verbose=False,
     )
     assert exported is not None
-    return exported.model_proto.SerializeToString()
+    model = exported.model_proto
+    model.metadata_props.add(key="classes", value=classes)
+    return model.SerializeToString()
 
 
 def onnx_model(path: Path) -> Model:
@@ -94,14 +97,14 @@ class Format(NamedTuple):
     Attributes:
         suffix: of their names.
         needs: the packages that write and check them.
-        encode: the content of the file. read: the model in a file.
+        encode: the content of the file, with the names of the classes as a JSON list. read: the model in a file.
         bfloat16: whether its matrix products can be in bfloat16; otherwise they are in float32.
         limit: how many bytes of weights it holds.
     """
 
     suffix: str
     needs: tuple[str, ...]
-    encode: Callable[[ExportedProgram], bytes]
+    encode: Callable[[ExportedProgram, str], bytes]
     read: Callable[[Path], Model]
     bfloat16: bool
     limit: int
@@ -170,5 +173,5 @@ def export(network: Network, kind: str, path: str | Path, images: Tensor) -> Exp
 
     example, shapes = torch.zeros(2, *network.info.shape, dtype=torch.uint8), ({0: torch.export.Dim("n")},)
     program = torch.export.export(Classifier(network), (example,), dynamic_shapes=shapes)
-    atomic_write(path, form.encode(program), check=check)
+    atomic_write(path, form.encode(program, json.dumps(network.info.classes)), check=check)
     return Exported(network.spec["precision"], largest)

@@ -19,6 +19,8 @@ def parse(argv: list[str], project: Project) -> argparse.Namespace:
         command.add_parser(parsers, project).set_defaults(execute=command.execute)
     has_command = argv[:1] and argv[0] in (*parsers.choices, "-h", "--help")
     args, more = top.parse_known_args(argv if has_command else ["run", *argv])
+    default = parsers.choices[args.command].get_default
+    args.given = {name for name, value in vars(args).items() if value != default(name)}  # for options.no_effect
     if more:  # argparse takes no names after options, as in: run baseline --epochs 3 lr=0.1
         key = "names" if hasattr(args, "names") else "checkpoints"
         if unknown := [word for word in more if word.startswith("-") or not hasattr(args, key)]:

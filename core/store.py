@@ -11,9 +11,9 @@ import shutil
 import signal
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -37,6 +37,19 @@ class StoreError(UserError):
 
 class Held(UserError):
     """Another process holds the lock; the message names that process."""
+
+
+class Leftover(NamedTuple):
+    """Files or a folder that nothing needs.
+
+    Attributes:
+        reason: Why, in a few words.
+        lock: A process that uses the files holds this lock; they are deleted under it.
+    """
+
+    paths: Sequence[Path]
+    reason: str
+    lock: Path
 
 
 @contextlib.contextmanager

@@ -531,7 +531,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     assert parse("--out=~/x").out == parse("--data=~/x").data == home
     assert parse("predict", "y", "~/x").images == [home]
     assert parse("export", "y", "--format", "torch", "--output=~/x").output == home
-    assert files.find_weights(tmp_path, "~/x") == home
+    assert files.find_file(tmp_path, "~/x") == home
 
 
 @pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&- <&-"])

@@ -1,4 +1,4 @@
-"""The file of weights that a word of the command line means."""
+"""The file of weights, or of the record, that a word of the command line means."""
 
 import re
 
@@ -7,7 +7,7 @@ import pytest
 from core.errors import UserError
 from core.events import Resumed
 from core.remote import keep as keep_from_worker
-from core.runs.files import find_weights, in_progress
+from core.runs.files import find_file, in_progress
 from core.runs.record import former_names, new_name, read_records, write_record
 from core.runs.run import Run
 from core.session import run_cohort
@@ -34,24 +34,27 @@ def test_a_name_means_the_first_seed_unless_one_is_given(keep, tmp_path):
     third, first = keep(make("x", seed=3)), keep(make("x", seed=1))
     keep(make("x", seed=0), weights=False)
     keep(make("y", seed=0))
-    assert find_weights(tmp_path, "x") == first
-    assert find_weights(tmp_path, "x", 3) == third
+    assert find_file(tmp_path, "x") == first
+    assert find_file(tmp_path, "x", 3) == third
+    assert find_file(tmp_path, "x", suffix=".json") == Run("x", {"epochs": 2}, tmp_path).record, "it needs no weights"
 
 
 def test_an_id_and_a_path_mean_themselves(keep, tmp_path):
     path = keep(make("x"))
-    assert find_weights(tmp_path, path.stem) == path
-    assert find_weights(tmp_path, str(path)) == path
+    assert find_file(tmp_path, path.stem) == path
+    assert find_file(tmp_path, str(path)) == path
+    assert find_file(tmp_path, path.stem, suffix=".json") == path.with_suffix(".json")
+    assert find_file(tmp_path, str(path), suffix=".json") == path.with_suffix(".json")
     for gone in ("gone.safetensors", str(tmp_path / "gone")):  # whoever reads it says that it is not there
-        assert str(find_weights(tmp_path, gone)) == gone
+        assert str(find_file(tmp_path, gone)) == gone
 
 
 def test_the_spec_in_experiments_is_preferred(keep, tmp_path):
     keep(make("x", lr=0.1))
     official = make("x", lr=0.2, seed=5)
     path = keep(official)
-    assert find_weights(tmp_path, "x", spec={**official.spec, "seed": 0}) == path
-    assert find_weights(tmp_path, "x") != path
+    assert find_file(tmp_path, "x", spec={**official.spec, "seed": 0}) == path
+    assert find_file(tmp_path, "x") != path
 
 
 def test_an_unknown_or_ambiguous_word_is_refused(keep, tmp_path):
@@ -65,7 +68,7 @@ def test_an_unknown_or_ambiguous_word_is_refused(keep, tmp_path):
         (("0123456789ab",), f"there are no weights of the id 0123456789ab under {tmp_path}"),
     ):
         with pytest.raises(UserError, match=f"^{re.escape(words)}$"):
-            find_weights(tmp_path, *arguments)
+            find_file(tmp_path, *arguments)
 
 
 FORMER = {"old": "new", "older": "new"}
@@ -82,7 +85,7 @@ def test_a_run_under_a_former_name_is_read_under_the_new_one(keep, tmp_path):
     assert run.finished(record.data) == renamed
     assert list(read_records(tmp_path, FORMER)) == [renamed]
     assert check_finished(run, record.data) == renamed
-    assert find_weights(tmp_path, "new", former=OLD) == weights
+    assert find_file(tmp_path, "new", former=OLD) == weights
 
 
 def test_of_a_run_under_both_names_the_new_one_counts(keep, tmp_path):
@@ -93,7 +96,7 @@ def test_of_a_run_under_both_names_the_new_one_counts(keep, tmp_path):
     assert run.weights.parent.name == run.record.parent.name == "new"
     assert run.finished(record.data) == record
     assert list(read_records(tmp_path, FORMER)) == [record]
-    assert find_weights(tmp_path, "new", former=OLD) == run.weights
+    assert find_file(tmp_path, "new", former=OLD) == run.weights
 
 
 def test_weights_may_be_in_the_old_folder_and_the_record_in_the_new_one(keep, tmp_path):
@@ -103,7 +106,7 @@ def test_weights_may_be_in_the_old_folder_and_the_record_in_the_new_one(keep, tm
     weights = keep(make("old"))
     weights.with_suffix(".json").unlink()
     assert Run("new", record.spec, tmp_path, OLD).finished(record.data) == record
-    assert find_weights(tmp_path, "new", former=OLD) == weights
+    assert find_file(tmp_path, "new", former=OLD) == weights
 
 
 def test_a_run_goes_on_from_a_resume_point_under_a_former_name(tmp_path, invented):

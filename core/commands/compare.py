@@ -52,7 +52,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
         question = Question(
             candidates=candidates, within=args.within, max_seeds=args.max_seeds, confidence=args.confidence
         )
-        options.print_notes(source, [as_run(args, project, each, 0) for each in candidates])
+        options.print_notes(args, source, [as_run(args, project, each, 0) for each in candidates])
     if args.dry_run:
         return dry_run(args, question, project, source, stop)
     return decide(args, question, project, source, stop)[0]

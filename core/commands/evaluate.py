@@ -34,7 +34,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     with stop.quick_imports():
         from core import predict
     if args.checkpoints:
-        paths = [options.weights(args, project, word) for word in args.checkpoints]
+        paths = [options.run_file(args, project, word) for word in args.checkpoints]
     else:
         files = sorted((args.out / "checkpoints").glob("*/*.safetensors"))
         paths = [path for path in files if ".step-" not in path.name]
@@ -52,6 +52,8 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
             status = 2
     if not good:
         return status
+    options.no_effect_on_files(args, args.checkpoints)
+    options.no_effect_on_data(args, good)
     show = terminal.evaluation_as_json if args.json else terminal.evaluation
     on_device = options.data_on_device(args, source)
     for name, members in good.items():

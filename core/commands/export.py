@@ -22,7 +22,8 @@ def add_parser(commands: argparse._SubParsersAction, project: Project) -> argpar
 def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     with stop.quick_imports():
         from core import export, predict
-    source = options.weights(args, project, args.checkpoint)
+    options.no_effect_on_files(args, [args.checkpoint])
+    source = options.run_file(args, project, args.checkpoint)
     network = predict.load(source)
     path = args.output or source.with_suffix(export.FORMATS[args.format].suffix)
     images, what = export.check_images(network, args.data)

@@ -20,6 +20,7 @@ def add_parser(commands: argparse._SubParsersAction, project: Project) -> argpar
 
 def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     if args.keys:
+        options.no_effect(args, out="the keys do not depend on runs")
         terminal.keys_as_json() if args.json else terminal.keys()
         return 0
     suites = project.catalog().suites

@@ -1,12 +1,12 @@
 """Options that several commands share, and their meaning."""
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from core import plan, terminal
-from core.data import datasets
+from core.data import datasets, folder
 from core.data.datasets import Source
 from core.data.tensors import Data
 from core.errors import UserError
@@ -31,14 +31,15 @@ class Parser(argparse.ArgumentParser):
 
 def shared() -> Parser:
     parser = Parser(add_help=False)
-    parser.add_argument("--out", type=local, default=".", metavar="DIR", help="where results.md and checkpoints/ are")
+    here = Path(".")
+    parser.add_argument("--out", type=local, default=here, metavar="DIR", help="where results.md and checkpoints/ are")
     return parser
 
 
 def data(project: Project) -> Parser:
     parser = Parser(add_help=False)
-    folder = project.root / "data"
-    parser.add_argument("--data", type=local, default=folder, metavar="DIR", help="where published data is, or goes")
+    where = project.root / "data"
+    parser.add_argument("--data", type=local, default=where, metavar="DIR", help="where published data is, or goes")
     return parser
 
 
@@ -136,20 +137,56 @@ def chosen(args: argparse.Namespace, project: Project, source: Source) -> list[R
         values["dataset"] = source.own_name
     words = [current_name(word, project) for word in args.names]
     runs = plan.chosen(project, words, values, args.seeds, args.out)
-    print_notes(source, runs)
+    print_notes(args, source, runs)
     return runs
 
 
-def print_notes(source: Source, runs: Iterable[Run]) -> None:
-    """Print the notes on the data sets of these runs."""
-    for name in dict.fromkeys(run.spec["dataset"] for run in runs):
+def print_notes(args: argparse.Namespace, source: Source, runs: Iterable[Run]) -> None:
+    """Print the notes on the data sets of these runs, and which options have no effect on them."""
+    names = dict.fromkeys(run.spec["dataset"] for run in runs)
+    for name in names:
         if (source.own is None or name != source.own_name) and (note := datasets.get(name).note):
             terminal.warn(note)
+    no_effect_on_data(args, names)
+    small = not any(map(datasets.worth_compiling, names))
+    no_effect(args, no_compile=small and "for so little data, no step is compiled")
 
 
 def compiled(args: argparse.Namespace, dataset: str) -> bool:
     """Whether to compile the train step of a run on a data set."""
     return not args.no_compile and datasets.worth_compiling(dataset)
+
+
+def no_effect(args: argparse.Namespace, **reasons: str | bool | None) -> None:
+    """Say which of the given options change nothing in this call. Without a reason, an option has an effect."""
+    for name, reason in reasons.items():
+        if reason and name in args.given:
+            terminal.warn(f"--{name.replace('_', '-')} has no effect: {reason}")
+
+
+def no_effect_on_data(args: argparse.Namespace, names: Iterable[str]) -> None:
+    """The same for the options that say where the data of these data sets is."""
+    published = [name for name in names if name in datasets.REGISTRY and datasets.get(name).archive]
+    complete = not any(datasets.get(name).missing(datasets.home(name, args.data)) for name in published)
+    none_published = not published and "no published data is read"
+    none_own = not any(name.startswith(folder.PREFIX) for name in names) and "no run has images of your own"
+    no_effect(
+        args,
+        data=none_published,
+        data_url=none_published or (complete and f"all files are in {args.data}"),
+        data_folder=none_own,
+        test_share=none_own,
+    )
+
+
+def no_effect_on_files(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """The same for the options that say which run a word means."""
+    kinds = {files.kind(word) for word in words}
+    no_effect(
+        args,
+        seed="name" not in kinds and "no run is meant by the name of its experiment",
+        out=kinds == {"file"} and "every run is meant by a file",
+    )
 
 
 def source(args: argparse.Namespace) -> Source:
@@ -172,11 +209,11 @@ def data_on_device(args: argparse.Namespace, source: Source) -> "Callable[[str],
     return load
 
 
-def weights(args: argparse.Namespace, project: Project, word: str) -> Path:
-    """The file of weights that `word` means."""
+def run_file(args: argparse.Namespace, project: Project, word: str, suffix: str = ".safetensors") -> Path:
+    """The weights or, with ".json", the record that `word` means."""
     name = current_name(word, project)
     spec = plan.experiments(project.suites).get(name)
-    return files.find_weights(args.out, name, args.seed, spec, former_names(name, project.former))
+    return files.find_file(args.out, name, args.seed, spec, former_names(name, project.former), suffix)
 
 
 def current_name(word: str, project: Project) -> str:

@@ -24,7 +24,8 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     """Returns 2 if an image cannot be read."""
     with stop.quick_imports():
         from core import images, predict
-    network = predict.load(options.weights(args, project, args.checkpoint))
+    options.no_effect_on_files(args, [args.checkpoint])
+    network = predict.load(options.run_file(args, project, args.checkpoint))
     paths, classes = images.find(args.images), network.info.classes
     if not args.json:
         which = f": {', '.join(classes)}" if len(classes) <= terminal.LISTED else ""

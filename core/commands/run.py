@@ -19,7 +19,7 @@ from core.runs import files
 from core.runs.record import Failed, Finished, Record, RecordError, read_records
 from core.runs.run import OtherCode, Run
 from core.signals import Stop
-from core.spec import spec_id
+from core.spec import spec_id, static_key
 from core.tally import Tally
 from core.terminal import say, warn
 
@@ -61,6 +61,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
                 terminal.as_json(row(result))
         else:
             todo.append(run)
+    say_no_effect(args, todo, tally.several)
     status = 0 if tally.done + len(todo) == len(runs) else 2
     say_finished(tally)
     if todo:
@@ -98,6 +99,29 @@ def with_results(
             f"{count} of other code, which gives other numbers ({options.labels(other_code)}): neither counted as "
             "results of this code nor replaced; --force trains them anew"
         )
+
+
+def say_no_effect(args: argparse.Namespace, todo: Sequence[Run], several: bool) -> None:
+    """Say which options change nothing, now that it is known which runs are trained."""
+    if not todo:
+        trains = ("cohort", "ray", "checkpoint_every", "resume_anyway", "tensorboard", "device", "verbose", "force")
+        options.no_effect(args, **dict.fromkeys(trains, "no run is to be trained"))
+        return
+    in_progress = files.in_progress(args.out)
+    resumable = any(run.is_in_progress(in_progress) for run in todo)
+    replaced = resumable or any(run.record.exists() for run in todo)
+    shapes = {(static_key(run.spec), run.spec["epochs"]) for run in todo}
+    options.no_effect(
+        args,
+        cohort=len(shapes) == len(todo) and "no two runs can be trained together",
+        checkpoint_every=args.ray and "a worker keeps no resume points",
+        resume_anyway=(args.ray and "on a cluster, every run starts anew")
+        or (args.force and "with --force, every run starts anew")
+        or (not resumable and "there is nothing to resume"),
+        force=not replaced and "there is no result to replace",
+        verbose=(args.ray and "a worker reports no epochs")
+        or (not several and "a single run shows its epochs without it"),
+    )
 
 
 def say_finished(tally: Tally) -> None:

@@ -50,6 +50,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
         return schedule.one_after_another(again)(groups, listener, should_stop)
 
     tally, status = Tally(runs), 0
+    options.no_effect(args, verbose=not tally.several and "a single run shows its epochs without it")
     with Display(tally, args.verbose) as display:
         for result in schedule.train_all(runs, executor, [display, stop.listen], stop):
             match result:

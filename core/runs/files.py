@@ -1,8 +1,8 @@
-"""Finds files of the runs under a folder: resume points, leftovers of killed processes, weights."""
+"""Finds files of the runs under a folder: resume points, leftovers of killed processes, weights, records."""
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,10 @@ from core.errors import UserError
 from core.runs.record import Finished, read_each
 from core.runs.run import InProgress, Run
 from core.spec import resolve
-from core.store import Held, delete, local, locked, reserve, sweep
+from core.store import Held, Leftover, delete, local, locked, reserve, sweep
+
+DEAD = "temporary file of a dead process"
+SUFFIXES = {".safetensors": "are no weights", ".json": "is no record"}  # of a run, and what `find_file` says without it
 
 
 def in_progress(out: Path) -> InProgress:
@@ -43,36 +46,73 @@ def sweep_all(out: Path) -> None:
             delete(folder / f"{run_id}.owner")
 
 
-def find_weights(
+def leftovers(out: Path) -> Iterator[Leftover]:
+    """The temporary files of dead processes under `out`, and the resume points of finished runs.
+
+    A run that is trained again with --force has a result and resume points. Those that are newer than the result let it
+    go on, and are none.
+    """
+    folder = out / "checkpoints"
+    for path in (*out.glob("results.md.[0-9]*.tmp"), *folder.glob("*.[0-9]*.tmp")):
+        yield Leftover([path], DEAD, folder / "results.lock")
+    for path in (*folder.glob("*/*.[0-9]*.tmp"), *folder.glob("*/*.owner")):
+        yield Leftover([path], DEAD, path.with_name(f"{path.name.split('.')[0]}.lock"))
+    for name, run_id in sorted(in_progress(out)):
+        record = folder / name / f"{run_id}.json"
+        if any(isinstance(each, Finished) for each in read_each([record] if record.exists() else [])):
+            for path in sorted(record.parent.glob(f"{run_id}.step-*.safetensors")):
+                if path.stat().st_mtime <= record.stat().st_mtime:
+                    yield Leftover([path], "resume point of a finished run", record.with_suffix(".lock"))
+
+
+def weights(out: Path, name: str) -> Iterator[Leftover]:
+    """The weights of an experiment. Without them, a run counts as not finished."""
+    for path in sorted((out / "checkpoints" / name).glob("*.safetensors")):
+        if ".step-" not in path.name:
+            yield Leftover([path], "weights", path.with_suffix(".lock"))
+
+
+def kind(word: str) -> str:
+    """Whether a word of the command line means a run by a "file", an "id" or the "name" of its experiment."""
+    path = local(word)
+    if path.exists() or path.name != word or path.suffix in SUFFIXES:
+        return "file"
+    return "id" if re.fullmatch("[0-9a-f]{12}", word) else "name"
+
+
+def find_file(
     out: Path,
     word: str,
     seed: int | None = None,
     spec: Mapping[str, Any] | None = None,
     former: Sequence[str] = (),
+    suffix: str = ".safetensors",
 ) -> Path:
-    """The file of weights for a word of the command line: a path, an id, or the name of an experiment.
+    """The weights or the record for a word of the command line: a path, an id, or the name of an experiment.
 
     Args:
-        seed: of the run; None for the first one that has weights.
+        seed: of the run; None for the first one that has such a file.
         spec: the current spec of the experiment in experiments/, if there is one. Runs of this spec are preferred.
         former: earlier names of the experiment.
+        suffix: .safetensors for the weights, .json for the record. A path may have the other one.
 
     Raises:
         UserError: there is no such file, or there are several.
     """
-    path = local(word)
-    if path.exists() or path.name != word or word.endswith(".safetensors"):
-        return path
-    if re.fullmatch("[0-9a-f]{12}", word):
-        paths = sorted((out / "checkpoints").glob(f"*/{word}.safetensors"))
+    means, what = kind(word), SUFFIXES[suffix]
+    if means == "file":
+        path = local(word)
+        return path.with_suffix(suffix) if path.suffix in SUFFIXES else path
+    if means == "id":
+        paths = sorted((out / "checkpoints").glob(f"*/{word}{suffix}"))
         if not paths:
-            raise UserError(f"there are no weights of the id {word} under {out}")
+            raise UserError(f"there {what} of the id {word} under {out}")
         return paths[0]
-    runs = [run for run in _with_weights(out, word, former) if seed is None or run.seed == seed]
+    runs = [run for run in _runs(out, word, former, suffix) if seed is None or run.seed == seed]
     if not runs:
         of_seed = "" if seed is None else f" --seed {seed}"
         train = f"`uv run main.py run {word}{of_seed}` trains it" if spec is not None else "names are in `main.py list`"
-        raise UserError(f"there are no weights of {word}{of_seed} under {out}; {train}")
+        raise UserError(f"there {what} of {word}{of_seed} under {out}; {train}")
     wanted = None if spec is None else {**resolve(spec), "seed": 0}
     runs = [run for run in runs if {**run.spec, "seed": 0} == wanted] or runs
     first = min(run.seed for run in runs)
@@ -80,15 +120,15 @@ def find_weights(
     if len(runs) > 1:
         ids = ", ".join(run.id for run in runs)
         raise UserError(f"there are several networks of {word} with seed {first}: say which by its id: {ids}")
-    return runs[0].weights
+    return runs[0].record if suffix == ".json" else runs[0].weights
 
 
-def _with_weights(out: Path, name: str, former: Sequence[str]) -> list[Run]:
-    """The finished runs of an experiment that have weights."""
+def _runs(out: Path, name: str, former: Sequence[str], suffix: str) -> list[Run]:
+    """The runs of an experiment that have such a file."""
     runs: dict[str, Run] = {}
     for folder in (name, *former):
         for record in read_each(sorted((out / "checkpoints" / folder).glob("*.json"))):
             run = Run(name, record.spec, out, former)
-            if isinstance(record, Finished) and run.weights.exists():
+            if suffix == ".json" or (isinstance(record, Finished) and run.weights.exists()):
                 runs.setdefault(run.id, run)
     return [runs[run_id] for run_id in sorted(runs)]

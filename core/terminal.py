@@ -224,6 +224,25 @@ def estimate_as_json(run: Run, of: Estimate, **more: str) -> None:
     as_json({"experiment": run.name, "spec_id": run.id, **more, **run.spec, **numbers})
 
 
+def differences(heading: Sequence[str], parts: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
+    """Print the values of two runs side by side: a block of rows for each part that is not empty."""
+    grid = Table("", *heading, box=None, pad_edge=False)
+    for title, pairs in parts.items():
+        if pairs:
+            grid.add_row(title.replace("_", " "))
+        for key, pair in pairs.items():
+            grid.add_row(f"  {key}", *(_value(key, value) for value in pair))
+    console.print(grid)
+
+
+def _value(key: str, value: Any) -> str:
+    if value is None or value == "":
+        return "none"
+    if key.endswith("accuracy"):
+        return stats.percent(value)
+    return printable(value[:12] if key in ("digest", "diff") else stats.shown(value))
+
+
 def evaluation(path: Path, about: Any, evaluated: Any) -> None:
     """Print the evaluation of a checkpoint.
 

@@ -29,7 +29,7 @@ SETTINGS = (
 )
 
 # A run repeats bit for bit if these agree. The number of threads matters only in two cases: see `environment` and
-# `difference`.
+# `deciding`.
 DECIDE_BITS = ("code", "torch", "device", "hardware", "mode", "settings")
 
 
@@ -67,11 +67,15 @@ def environment(device: torch.device, mode: Mode, bfloat16: bool = False) -> Env
     )
 
 
+def deciding(made: Environment) -> tuple[str, ...]:
+    """The keys that decide the bits of a run that was made in this environment."""
+    # Unpatched, inductor shares the terms of a sum between threads.
+    return (*DECIDE_BITS, "threads") if Mode.parse(made.mode).kind == "unpatched" else DECIDE_BITS
+
+
 def difference(then: Environment, now: Environment) -> str | None:
     """The changes that decide bits, in words; None if a run would repeat bit for bit."""
-    # Unpatched, inductor shares the terms of a sum between threads.
-    keys = (*DECIDE_BITS, "threads") if Mode.parse(then.mode).kind == "unpatched" else DECIDE_BITS
-    pairs = [(key, getattr(then, key), getattr(now, key)) for key in keys]
+    pairs = [(key, getattr(then, key), getattr(now, key)) for key in deciding(then)]
     return ", ".join(f"{key} {old or 'unknown'} (now {new})" for key, old, new in pairs if old != new) or None
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from core import store
+from core.code_hash import CODE
 from core.compile import worker
 from core.spec import canonical
 
@@ -221,7 +222,8 @@ def _build(recipe: Recipe, path: Path) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f"{path.stem}.{middle}.", suffix=".scratch", dir=place))
     library, content = worker.wait_for(lambda: _build_in(scratch, recipe), lambda: _abandon(scratch))
     digest = _hash(recipe.name, content, library)
-    description = json.dumps({"inputs": library.inputs, "problem": library.problem, "sha256": digest}).encode()
+    about = {"inputs": library.inputs, "problem": library.problem, "sha256": digest, "code": CODE}
+    description = json.dumps(about).encode()
     for file, data in ((path, content), (path.with_suffix(".json"), description)):
         store.atomic_write(file, data)
         file.chmod(file.stat().st_mode & ~0o022)  # Whatever the umask, only its owner can write it.
@@ -249,13 +251,48 @@ def _scratch_place(cache: Path) -> tuple[Path, str]:
     return place, hashlib.sha256(os.fsencode(cache)).hexdigest()[:16]
 
 
-def _sweep_scratch(cache: Path) -> None:
-    """Remove the scratch folders of killed processes, 130 MB each: those whose library nobody has locked."""
+def _scratch_folders(cache: Path) -> Iterator[store.Leftover]:
+    """Those of killed processes, 130 MB each, and of processes that hold the lock."""
     place, middle = _scratch_place(cache)
     for scratch in place.glob(f"*.{middle}.*.scratch"):
         lock = cache / f"{scratch.name.split('.')[0]}.lock"
-        with contextlib.suppress(store.Held, store.StoreError), store.locked(lock, timeout=0):
-            shutil.rmtree(scratch, ignore_errors=True)
+        yield store.Leftover([scratch], "scratch folder of a killed compilation", lock)
+
+
+def _sweep_scratch(cache: Path) -> None:
+    """Remove the scratch folders of killed processes."""
+    for scratch in _scratch_folders(cache):
+        with contextlib.suppress(store.Held, store.StoreError), store.locked(scratch.lock, timeout=0):
+            shutil.rmtree(scratch.paths[0], ignore_errors=True)
+
+
+def leftovers() -> Iterator[store.Leftover]:
+    """Scratch folders of killed processes, and libraries of other code that no process has loaded."""
+    for cache in _candidates():
+        yield from _scratch_folders(cache)
+        libraries = (path for path in cache.glob("*.so") if re.fullmatch("[0-9a-f]{32}", path.stem))
+        others = [path for path in libraries if _code(path) != CODE]
+        loaded = _loaded() if others else set()
+        for path in others:
+            if os.path.realpath(path) not in loaded:
+                files = [path, *cache.glob(f"{path.stem}.json")]
+                yield store.Leftover(files, "compiled step of other code", path.with_suffix(".lock"))
+
+
+def _code(path: Path) -> str | None:
+    """The code of a library; None where its description does not say it."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        return json.loads(store.read_file(path.with_suffix(".json"), DESCRIPTION_LIMIT))["code"]
+    return None
+
+
+def _loaded() -> set[str]:
+    """The files that processes of this machine have mapped into their memory; empty on macOS, which does not say."""
+    paths = set[str]()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, AttributeError, OSError):  # another user's, or it has ended
+            paths.update(mapped.path for mapped in process.memory_maps())
+    return paths
 
 
 def _abandon(scratch: Path) -> None:

@@ -67,8 +67,11 @@ CASES = [
     (damage, DEMO, "--force starts anew", (*DEMO, "--force")),
 ]
 
-# What other tests do: their file, and words of the line that does it.
+# What other tests do: their file, and words of the line that does it. Two install software: these are compared as text.
 ELSEWHERE = {
+    "main.py compare": ("test_compare.py", '"compare"'),
+    "--install": ("test_compile.py", "xcode-select --install"),
+    "--python": ("test_remote.py", "uv run --python 3.13"),
     "kill -CONT {}": ("test_store.py", "send_signal(signal.SIGCONT)"),
     "uv run dvc pull": ("test_dvc.py", 'dvc(clone, "pull")'),
     "uv run main.py report": ("test_cli.py", 'call("report"'),

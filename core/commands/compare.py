@@ -165,8 +165,8 @@ def dry_run(args: argparse.Namespace, question: Question, project: Project, sour
         total = count * len(question.candidates)
         rounds[name] = {"seeds": count, "runs": total, "to_train": len(todo), "estimated_seconds": found.seconds}
         if not args.json:
-            time = terminal.estimate(found, while_trained=True)
-            say(f"{name}: {count} seeds, {total:,} runs, {len(todo):,} to train: {time}")
+            time = f": {terminal.estimate(found, while_trained=True)}" if todo else ""
+            say(f"{name}: {count} seeds, {total:,} runs, {len(todo):,} to train{time}")
     if args.json:
         terminal.as_json(rounds)
     return 0

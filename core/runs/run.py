@@ -195,11 +195,11 @@ class Run:
         if data is not None and result.data != data:
             raise OtherData(
                 f"{self.record} is the result of other data ({result.data}, now {data}): name another folder with "
-                "--out, or replace it with --force"
+                "--out, or replace it with `run` and --force"
             )
         if not same_numbers(result.environment.code):
             raise OtherCode(
                 f"{self.record} is the result of other code ({result.environment.code or 'unknown'}, now {CODE}): name "
-                "another folder with --out, or replace it with --force"
+                "another folder with --out, or replace it with `run` and --force"
             )
         return result

@@ -1027,7 +1027,7 @@ def test_the_commands_have_the_options_of_a_run():
     ]
     assert commands(records) == [
         "uv run main.py run lr-1e-3 --seeds 3",
-        "uv run main.py run lr-5e-4 --seeds 3,7",
+        'uv run main.py run lr-5e-4 --seeds "3,7"',
         "uv run main.py run lr-1e-4 --seed 7",
         'uv run main.py run lr-1e-4 "widths=8,4" epochs=3',
         "uv run main.py run lr-1e-3 dropout=0.1",

@@ -20,9 +20,9 @@ from pathlib import Path
 from core import cli, terminal
 from core.errors import UserError
 from core.plan import Project
-from experiments import ABLATIONS, DEFAULT, FORMER_NAMES, SUITES
+from experiments import ABLATIONS, DEFAULT, FORMER_NAMES, SEARCHES, SUITES
 
-PROJECT = Project(Path(ROOT), SUITES, ABLATIONS, DEFAULT, FORMER_NAMES)
+PROJECT = Project(Path(ROOT), SUITES, ABLATIONS, DEFAULT, FORMER_NAMES, SEARCHES)
 
 
 def main(argv: list[str]) -> int:

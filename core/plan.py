@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from core import space
 from core.errors import UserError
 from core.report.catalog import Catalog
 from core.runs.record import MAX_NAME, check_name, former_names
@@ -28,6 +29,7 @@ class Project(NamedTuple):
         root: the folder of main.py.
         suites, ablations, default: as experiments/ has them.
         former: old names of experiments and suites, with the new names.
+        searches: spaces to search, as experiments/ has them.
     """
 
     root: Path
@@ -35,6 +37,19 @@ class Project(NamedTuple):
     ablations: Mapping[str, Mapping[str, str]]
     default: str
     former: Mapping[str, str] = {}
+    searches: Mapping[str, Mapping[str, Any]] = {}
+
+    @property
+    def named(self) -> Suites:
+        """The suites, and for each search a suite of its base with its fixed keys: `run NAME lr=...` trains a trial."""
+        known = experiments(self.suites)
+        starts: dict[str, Mapping[str, Mapping[str, Any]]] = {}
+        for name, search in self.searches.items():
+            if name in self.suites:
+                raise UserError(f"the name {name} stands for a suite and a search in experiments/; rename one of them")
+            base, fixed = space.start(name, search, known)
+            starts[name] = {name: {**known[base], **fixed}}
+        return {**self.suites, **starts}
 
     def catalog(self) -> Catalog:
         """The experiments as a report needs them, with grids expanded."""
@@ -254,13 +269,14 @@ def chosen(
     Raises:
         UserError: a word is unknown, a key is given twice, or a spec is not valid.
     """
-    given = split_words(words, catalog(project.suites))
+    suites = project.named
+    given = split_words(words, catalog(suites))
     if twice := values.keys() & (given.values.keys() | given.axes.keys()):
         raise UserError(f"{min(twice)} is given twice, once as an option")
     if "seed" in given.values and seeds is not None:
         raise UserError("seed is given twice, once as --seeds")
     members: Experiments = {}
-    for name, spec in pick(project.suites, given.names or [project.default]).items():
+    for name, spec in pick(suites, given.names or [project.default]).items():
         fixed = {key: value for key, value in spec.items() if key not in given.axes}
         members |= expand(name, fixed | given.axes)
     return runs(members, {**values, **given.values}, seeds, out, project.former)

@@ -10,11 +10,13 @@ command line, and runs under an old name are found.
 
 A suite is an ablation if ABLATIONS names it, with its plain and its full experiment. results.md then compares the other
 experiments of the suite with these two, and says for each that differs in one key what that change is worth.
+
+SEARCHES has the spaces of `uv run main.py search NAME`.
 """
 
 from typing import Any
 
-from experiments import ablation, baseline, best_by_time, demo, learning_rate
+from experiments import ablation, baseline, best_by_time, demo, learning_rate, searches
 
 DEFAULT = "learning-rate"
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
@@ -24,6 +26,7 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
     **best_by_time.SUITES,
     "demo": demo.SUITE,
 }
+SEARCHES: dict[str, dict[str, Any]] = searches.SEARCHES
 ABLATIONS: dict[str, dict[str, str]] = {"ablation": ablation.ENDS, **best_by_time.ABLATIONS}
 FORMER_NAMES = {
     "minute-activation": "minute-gelu",

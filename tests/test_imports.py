@@ -15,7 +15,9 @@ RULES = {
     "runs": {"code_hash", "errors", "mode", "store", "spec"},
     "compile": {"code_hash", "errors", "mode", "store", "spec", "functional"},
     "compare": {"errors", "store", "spec", "runs"},
-    "report": {"code_hash", "compare", "errors", "store", "spec", "runs", "data"},  # identity, classes, images
+    "space": {"errors", "store", "spec", "runs"},
+    "search": {"code_hash", "errors", "events", "runs", "schedule", "space", "spec", "store"},
+    "report": {"code_hash", "compare", "errors", "store", "space", "spec", "runs", "data"},  # identity, classes, images
     "events": {"mode", "runs"},
     "train": {"errors", "events", "mode", "spec", "functional", "data", "compile"},  # no files, so no runs; no terminal
     "predict": {"errors", "store", "spec", "functional", "data", "compile", "runs"},
@@ -26,7 +28,7 @@ RULES = {
     "schedule": {"events", "spec", "store", "runs", "session"},
     "cluster": {"errors"},
     "remote": {"cluster", "code_hash", "events", "mode", "store", "spec", "data", "runs", "session", "schedule"},
-    "plan": {"errors", "spec", "runs", "report"},  # report: its catalog
+    "plan": {"errors", "space", "spec", "runs", "report"},  # report: its catalog
     "estimate": {"mode", "spec", "functional", "data", "runs", "report"},
     "tally": {"spec", "runs", "report", "estimate"},
     "terminal": {"errors", "spec", "report", "runs", "estimate", "tally"},

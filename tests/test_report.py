@@ -112,11 +112,11 @@ def answered(record, turn=0):
     return replace(record, answers=Answers(np.packbits(right).tobytes(), confusion, mistakes))
 
 
-def partial(name, epochs=1, **changes):
+def partial(name, reached=1, **changes):
     """The record of a run that fell behind after some of its epochs."""
     run = make(name, **changes)
     about = {key: getattr(run, key) for key in ("name", "spec", "spec_id", "data", "environment", "seed")}
-    return Partial(**about, history=run.history[:epochs])
+    return Partial(**about, history=run.history[:reached])
 
 
 def write(out, records):

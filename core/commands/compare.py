@@ -61,7 +61,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
 def candidate(word: str, args: argparse.Namespace, project: Project, source: Source) -> Candidate:
     """The experiment that a word of the command line means, with its changes."""
     words = [options.current_name(each, project) for each in word.split()]
-    given = plan.split_words(words, plan.catalog(project.suites))
+    given = plan.split_words(words, plan.catalog(project.named))
     if len(given.names) != 1:
         raise UserError(f"{word!r} names {len(given.names)} experiments, expected one: {EXAMPLE}")
     if "seed" in given.values or "seed" in given.axes:

@@ -175,6 +175,22 @@ class Display:
             say(f"{run.label}: {accuracy} {how} ({progress(self.tally)})")
 
 
+class Bars(Display):
+    """Shows the trials of a search: a bar, but no line for a run that ends."""
+
+    def __init__(self, verbose: bool, total: int, on_cluster: bool) -> None:
+        """`total`: the number of trials."""
+        super().__init__(Tally([]), verbose, on_cluster)
+        self.tally.total = total
+
+    @property
+    def epochs(self) -> bool:
+        return self.verbose
+
+    def _say_result(self, run: Run, record: Record, seconds: float) -> None:
+        pass
+
+
 def process_start() -> float:
     """When this process started, on the clock of time.perf_counter."""
     return time.perf_counter() - (time.time() - psutil.Process().create_time())

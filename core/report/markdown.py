@@ -8,10 +8,11 @@ from typing import Any
 
 from core.code_hash import same_numbers
 from core.data import cifar10, datasets
-from core.report import best_run, comparisons, plots, published, questions, stats, tables, text
+from core.report import best_run, comparisons, plots, published, questions, searches, stats, tables, text
 from core.report.catalog import Catalog
 from core.report.plots import Picture
 from core.report.questions import Asked
+from core.report.searches import Searched
 from core.report.stats import Group, Results
 from core.runs.record import Failed, Finished, Record
 from core.spec import SpecError, resolve
@@ -92,6 +93,7 @@ def markdown(
     pictures: Mapping[str, Picture] = {},
     group_by: str | None = None,
     asked: Sequence[Asked] = (),
+    searched: Sequence[Searched] = (),
 ) -> str:
     """The text of results.md, from sorted records.
 
@@ -99,7 +101,10 @@ def markdown(
         pictures: those that are on disk, by path.
         group_by: a key of the spec, for one more table.
         asked: the questions of `compare`.
+        searched: the searches of `search`.
     """
+    records = searches.other(records, searched)
+    shown = {path: _shown(path, pictures) for path in pictures}
     results = stats.results(records)
     groups = stats.ranked(results.compared)
     trained_on_all = sorted(results.trained_on_all, key=lambda group: published.work(group[0]))
@@ -108,7 +113,8 @@ def markdown(
         introduction(results),
         problems(records, results),
         first_suite,
-        questions.section(asked, {path: _shown(path, pictures) for path in pictures}),
+        questions.section(asked, shown),
+        searches.section(searched, shown),
         comparisons.choice(groups),
         comparisons.gain(groups),
         *other_suites,

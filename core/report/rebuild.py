@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from core import compare, store
+from core import compare, space, store
 from core.data import datasets
 from core.data.tensors import DataError
-from core.report import best_run, markdown, plots, published, questions, stats, tables
+from core.report import best_run, markdown, plots, published, questions, searches, stats, tables
 from core.report.catalog import Catalog
 from core.report.plots import Picture
 from core.runs import files
@@ -55,7 +55,8 @@ def check(out: Path, catalog: Catalog) -> None:
 def _names(out: Path, catalog: Catalog) -> list[str]:
     """The files that a report may have, relative to its folder."""
     asked = [question.picture for question in compare.read_all(out, catalog.former)]
-    return [*BEGINNINGS, *PICTURES, *map(plots.suite_path, catalog.suites), *asked]
+    found = map(searches.picture_path, space.read_all(out))
+    return [*BEGINNINGS, *PICTURES, *map(plots.suite_path, catalog.suites), *asked, *found]
 
 
 def _target(path: Path) -> Path:
@@ -88,13 +89,17 @@ def rebuild(
     check(out, catalog)
     with lock_results(out):
         records = sorted(read_records(out, catalog.former), key=stats.order)
-        results, asked = stats.results(records), questions.asked(out, records, catalog.former)
-        drawn = itertools.chain(_pictures(out, results, catalog, data), questions.pictures(asked))
+        asked = questions.asked(out, records, catalog.former)
+        searched = searches.searched(out, records, asked)
+        results = stats.results(searches.other(records, searched))
+        drawn = itertools.chain(
+            _pictures(out, results, catalog, data), questions.pictures(asked), searches.pictures(searched)
+        )
         shown = {p.path: p for p in drawn if _draw(p, out / p.path, redraw)}
         _update(out / tables.CURVES_CSV, tables.curves_csv(results).encode())
         _update(out / tables.RESULTS_CSV, tables.results_csv(records, results).encode())
         _update(out / tables.METRICS_JSON, tables.metrics_json(results).encode())
-        _update(out / "results.md", markdown.markdown(records, catalog, shown, group_by, asked).encode())
+        _update(out / "results.md", markdown.markdown(records, catalog, shown, group_by, asked, searched).encode())
     return records
 
 

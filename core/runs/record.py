@@ -295,7 +295,7 @@ NOT_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?|.*\.", 
 POINT = r"(?=-\w+=)"  # where the values begin in the name of a member of a grid
 
 # Endings of other names in checkpoints/, beside the folders of experiments.
-ENDINGS = (".csv", ".json", ".lock", ".owner", ".png", ".svg", ".tmp")
+ENDINGS = (".csv", ".journal", ".json", ".lock", ".owner", ".png", ".svg", ".tmp")
 
 
 def check_name(name: str, what: str = "an experiment") -> None:

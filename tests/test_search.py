@@ -114,17 +114,17 @@ def test_the_spaces_of_the_project_are_valid_and_their_names_are_experiments():
 
 
 def test_a_search_trains_what_optuna_proposes_and_goes_on_where_it_was(found):
-    with found() as search:
+    with found(epochs=1) as search:
         first = search.train(3)
         assert [type(record) for record in first] == [Finished] * 3
         assert [record.name for record in first] == ["s"] * 3
         assert len({(record.spec["lr"], record.spec["dropout"]) for record in first}) == 3
-    with found() as search:
+    with found(epochs=1) as search:
         assert search.train(3) == []
         assert search.told == [record.spec_id for record in first]
         assert {record.spec_id: record for record in first} == search.records
         [fourth] = search.train(4)
-    with found("another") as search:
+    with found("another", epochs=1) as search:
         assert [record.spec for record in search.train(4)] == [record.spec for record in [*first, fourth]], "seeded"
         best = max(search.records.values(), key=lambda record: record.metrics.validation.accuracy)
         assert search.best(1) == [best]
@@ -281,7 +281,7 @@ def main(monkeypatch, tmp_path, capsys, found):
 
 
 def test_the_command_searches_compares_on_fresh_seeds_and_reports(main, tmp_path):
-    status, text, _ = main("s", "--trials", 3, "--max-seeds", 10)
+    status, text, _ = main("s", "--trials", 3, "--max-seeds", 6)
     assert status == 0
     lines = text.splitlines()
     assert [line.split(":")[0] for line in lines if line.startswith("trial ")] == [f"trial {i} of 3" for i in (1, 2, 3)]
@@ -299,7 +299,7 @@ def test_the_command_searches_compares_on_fresh_seeds_and_reports(main, tmp_path
     assert "checkpoints/search-s.svg" in section
     assert not any("| s (" in line for line in results.splitlines()), "trials are in no other table"
     assert b"<dc:identifier>" in (tmp_path / "out" / "checkpoints" / "search-s.svg").read_bytes()
-    status, text, _ = main("s", "--trials", 3, "--max-seeds", 10, "--json")
+    status, text, _ = main("s", "--trials", 3, "--max-seeds", 6, "--json")
     assert (status, json.loads(text.splitlines()[-1])["sentence"]) == (0, sentence), "nothing is trained again"
 
 

@@ -103,7 +103,7 @@ def work(group: list[tuple[str, Spec]], stored: list[Any], device: str, compiled
     """
     torch.set_num_threads(1)
     data = _mapped(*stored, device)
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as out:
         runs = [Run(name, spec, Path(out)) for name, spec in group]
         run_cohort(runs, data, device, compiled=compiled, checkpoint_every=10**9)
         return [

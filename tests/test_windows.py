@@ -23,7 +23,8 @@ HOME = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "USERPROFILE")
 
 def test_every_command_works_on_windows(tmp_path):
     """In one process: without os.geteuid, fcntl and the like, in cp1252, with open files that cannot be replaced. Where
-    this project opens text without an encoding, it ends in an error."""
+    this project opens text without an encoding, it ends in an error. There is no home folder, and the user has no name,
+    as in some containers."""
     out, image = tmp_path / "out", tmp_path / "é.png"
     Image.new("RGB", (32, 32)).save(image)
     commands = {

@@ -15,6 +15,7 @@ import functools
 import io
 import locale
 import os
+import pwd
 import re
 import sys
 import warnings
@@ -141,12 +142,18 @@ def open_as_on_windows(file, mode="r", buffering=-1, encoding=None, *rest, **opt
     return real_open(file, mode, buffering, encoding, *rest, **options)
 
 
+def unknown_user(uid: int) -> None:
+    """As `docker run --user 12345` has it."""
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+
 def install() -> None:
     """Make this process one on Windows. An encoding that the project leaves open is an error."""
     for name in ("replace", "rename", "remove", "unlink"):
         setattr(os, name, refuse_if_open(getattr(os, name)))
     builtins.open = io.open = open_as_on_windows
     locale.getpreferredencoding = lambda *_: "cp1252"
+    pwd.getpwuid = unknown_user
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="cp1252")  # as of a pipe
     builtins.__import__ = import_as_on_windows

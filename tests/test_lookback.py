@@ -214,12 +214,7 @@ def test_an_option_that_changes_nothing_says_so(ask, tmp_path):
         "cohort: no two runs can be trained together",
         "resume-anyway: with --force, every run starts anew",
     ]
-    finished = ["cohort", "ray", "checkpoint-every", "resume-anyway", "tensorboard", "device", "verbose"]
-    command = (*demo, "--cohort", 2, "--ray", "x", "--checkpoint-every", 2, "--resume-anyway", "--tensorboard")
-    assert without_effect(*command, "--device", "cpu", "-v") == [
-        f"{each}: no run is to be trained" for each in finished
-    ]
-    assert without_effect(*demo) == []
+    assert without_effect(*demo, "--device", "cpu", "-v") == [], "a line says that the run is finished"
     assert without_effect("evaluate", "demo", "--seed", 0, "--test-share", 0.1, "--data-folder", tmp_path) == [
         "data-folder: no run has images of your own",
         "test-share: no run has images of your own",

@@ -57,7 +57,12 @@ CASES = [
     (lambda path: None, DEMO, "--force trains it again", (*DEMO, "--force")),
     (lambda path: None, ("clean", "--weights", "demo"), "--yes deletes them", ("clean", "--weights", "demo", "--yes")),
     (lambda path: edit(path, CODE, "0" * 12), DEMO, "--force trains them anew", (*DEMO, "--force")),
-    (lambda path: edit(path, '"data": "[^"]*"', '"data": "x"'), DEMO, "or replace it with --force", (*DEMO, "--force")),
+    (
+        lambda path: edit(path, '"data": "[^"]*"', '"data": "x"'),
+        DEMO,
+        "or replace it with `run` and --force",
+        (*DEMO, "--force"),
+    ),
     (
         lambda path: edit(path, '"data": "[^"]*"', '"data": "x"'),
         DEMO,
@@ -70,6 +75,8 @@ CASES = [
 # What other tests do: their file, and words of the line that does it. Two install software: these are compared as text.
 ELSEWHERE = {
     "main.py compare": ("test_compare.py", '"compare"'),
+    "main.py search": ("test_search.py", '"search"'),
+    "--trials": ("test_search.py", '"--trials"'),
     "--install": ("test_compile.py", "xcode-select --install"),
     "--python": ("test_remote.py", "uv run --python 3.13"),
     "kill -CONT {}": ("test_store.py", "send_signal(signal.SIGCONT)"),

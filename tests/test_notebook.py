@@ -33,6 +33,14 @@ def train(invented, tmp_path):
     return train
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell lets what it starts in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupting(where, times=1):
     """A listener that sends SIGINT to this process at the event whose text begins so."""
 

@@ -77,7 +77,7 @@ def text(value):
 
 @given(st.data(), st.sampled_from(sorted(FIELDS)))
 def test_every_value_of_every_key_can_be_written(data, key):
-    value = data.draw(VALID[key])
+    value = data.draw(VALID[key].filter(lambda value: key != "locality" or len(value) <= 3))
     [found] = plan.parse_values(key, text(value))
     assert resolve({key: found})[key] == resolve({key: value})[key]
 

@@ -102,10 +102,9 @@ def with_results(
 
 
 def say_no_effect(args: argparse.Namespace, todo: Sequence[Run], several: bool) -> None:
-    """Say which options change nothing, now that it is known which runs are trained."""
+    """Say which options change nothing, now that it is known which runs are trained. If all are finished, a line says
+    so already."""
     if not todo:
-        trains = ("cohort", "ray", "checkpoint_every", "resume_anyway", "tensorboard", "device", "verbose", "force")
-        options.no_effect(args, **dict.fromkeys(trains, "no run is to be trained"))
         return
     in_progress = files.in_progress(args.out)
     resumable = any(run.is_in_progress(in_progress) for run in todo)

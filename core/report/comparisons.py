@@ -35,6 +35,8 @@ class Comparison(NamedTuple):
         if not difference.significant:
             return "not significant" if difference.half < math.inf else "too few seeds"
         verdict = self.better if difference.mean > 0 else self.worse
+        if self.rows and difference.seeds < compare.first_look(stats.ALPHA / self.rows):
+            return f"{verdict} (one look)"
         return verdict if difference.paired else f"{verdict} (unpaired)"
 
     def needed(self) -> str:
@@ -147,8 +149,10 @@ def what_helped(groups: list[Group], catalog: Catalog) -> str:
         "of lr-1e-3. The name of a variant has a minus before what is left out and a plus before what is added: "
         "`full-dropout` has no dropout, `minute+dropout` has dropout.\n\n"
         f"All intervals hold together and at every look (docs/compare.md): with 95%, no verdict of the {rows} rows is "
-        f"wrong, however often seeds were added. It takes at least {least} seeds. With the seeds needed, the "
-        f"interval excludes 0 or all of {compare.DIFFERENCE:g} points, if mean and deviation stay the same.\n\n"
+        f"wrong, however often seeds were added. That takes at least {least} seeds. Fewer seeds have the interval of "
+        "one look: it also holds for all rows together, but only if the number of seeds was chosen in advance. With "
+        f"the seeds needed, the interval excludes 0 or all of {compare.DIFFERENCE:g} points, if mean and deviation "
+        "stay the same.\n\n"
         f"{summary}\n{text.table(COLUMNS, changes)}"
     )
 

@@ -164,11 +164,11 @@ def interval(accuracy: float, n: int) -> tuple[float, float]:
     return center - half, center + half
 
 
-def half_width(values: list[float]) -> float:
-    """Half of the 95% interval of the mean of two or more values (Student's t)."""
+def half_width(values: list[float], alpha: float = ALPHA) -> float:
+    """Half of the interval of the mean of two or more values (Student's t), which is wrong with probability `alpha`."""
     from scipy import special
 
-    return stdev(values) / math.sqrt(len(values)) * float(special.stdtrit(len(values) - 1, 0.975))
+    return stdev(values) / math.sqrt(len(values)) * float(special.stdtrit(len(values) - 1, 1 - alpha / 2))
 
 
 def mean_interval(group: Group, split: str) -> tuple[float, float]:
@@ -214,7 +214,8 @@ def compare(a: Group, b: Group, split: str, rows: int = 0) -> Difference:
     """The accuracy of `a` minus that of `b`.
 
     Args:
-        rows: if not 0, the intervals of so many comparisons are valid together and at every look; see core.compare.
+        rows: if not 0, the intervals of so many comparisons are valid together, and at every look (core.compare) from
+            `first_look` seeds on.
     """
     pairs = _pairs(a, b)
     if len(pairs) > 1:
@@ -222,7 +223,9 @@ def compare(a: Group, b: Group, split: str, rows: int = 0) -> Difference:
         differences = [one - other for one, other in zip(of_a, of_b, strict=True)]
         # Few seeds can have equal differences by chance: less than one image is never significant.
         deviation, least = stdev(differences), 1 / getattr(a[0].metrics, split).n
-        half = at_every_look(deviation, len(pairs), ALPHA / rows) if rows else half_width(differences)
+        alpha = ALPHA / max(rows, 1)
+        half = at_every_look(deviation, len(pairs), alpha) if rows else math.inf
+        half = half_width(differences, alpha) if half == math.inf else half
         return Difference(fmean(differences), max(half, least), deviation, len(pairs))
     means = accuracy(a, split), accuracy(b, split)
     counts = [getattr(group[0].metrics, split).n for group in (a, b)]

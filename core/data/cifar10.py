@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from core.data.archive import Archive, Progress
+from core.data.archive import DIRECTORY_HASH, Archive, Progress
 from core.data.tensors import Data
 from core.spec import CIFAR10
 from core.store import local
@@ -31,7 +31,6 @@ ARCHIVE = Archive(
     tracked=True,
 )
 CLASSES = CIFAR10.classes
-DIRECTORY_HASH = "15fc275e5cae3db098ab0f217a684a1f.dir"  # of the seven files together, as in data.dvc
 
 
 def load(folder: str | Path, url: str | None = None, progress: Progress = lambda *_: None) -> Data:
@@ -59,7 +58,7 @@ def read(folder: Path) -> Data:
         images[i * 10_000 : (i + 1) * 10_000] = torch.from_numpy(batch[b"data"])
         labels[i * 10_000 : (i + 1) * 10_000] = torch.tensor(batch[b"labels"], device="cpu")
     data = Data(images[:50_000], labels[:50_000], images[50_000:], labels[50_000:])
-    note_published(data)
+    note_published(data, DIRECTORY_HASH)
     return data
 
 

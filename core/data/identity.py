@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.data.cifar10 import DIRECTORY_HASH
+from core.data.archive import DIRECTORY_HASH
 from core.data.tensors import Data, DataError
 
 # The sha256 of the tensors of a data set, as `_hash` has it, and the name that records have for that data set.
@@ -46,10 +46,10 @@ def data_identity(data: Data) -> str:
     return identity
 
 
-def note_published(data: Data) -> None:
-    """Note that these tensors are the published data set. A reader calls this after it has checked every byte, so
+def note_published(data: Data, name: str) -> None:
+    """Note that these tensors are the published data set with this name in records. A reader calls this after it has checked every byte, so
     that they are not hashed again."""
-    _remember(data, _hash(data, SAMPLE), DIRECTORY_HASH)
+    _remember(data, _hash(data, SAMPLE), name)
 
 
 def _remember(data: Data, sample: str, identity: str) -> None:

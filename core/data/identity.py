@@ -47,8 +47,8 @@ def data_identity(data: Data) -> str:
 
 
 def note_published(data: Data, name: str) -> None:
-    """Note that these tensors are the published data set with this name in records. A reader calls this after it has checked every byte, so
-    that they are not hashed again."""
+    """Note that these tensors are the published data set with this name in records. A reader calls this after it has
+    checked every byte, so that they are not hashed again."""
     _remember(data, _hash(data, SAMPLE), name)
 
 

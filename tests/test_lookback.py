@@ -1,11 +1,11 @@
 """What looks back at runs: --json, records(), diff, clean; and options without an effect."""
 
+import importlib.util
 import json
 import mmap
 import os
 import re
 
-import pandas
 import pytest
 from msgspec.structs import replace
 
@@ -14,7 +14,7 @@ from core import code_hash, histories, records
 from core.compile import cache
 from core.report import plots, tables
 from core.runs.run import Run
-from tests.conftest import ROOT
+from tests.conftest import ROOT, lacking
 from tests.test_report import failed, make, on_all, write
 
 
@@ -113,12 +113,16 @@ def test_all_records_are_dicts_and_frames(tmp_path):
     assert (a["status"], a["lr"], a["widths"], a["test_accuracy"]) == ("finished", 0.5, [1024, 512, 256], 0.57)
     assert (b["status"], b["test_accuracy"], b["error"]) == ("failed", None, "the loss is NaN since step 7 (epoch 1)")
     assert (without["validation_accuracy"], without["error"]) == (None, None)
+    assert records(tmp_path / "nothing") == []
+    if importlib.util.find_spec("pandas") is None:
+        lacking("pandas is not installed (`uv sync --group notebook`)")
+    import pandas
+
     frame = pandas.DataFrame(records(tmp_path))
     assert frame.groupby("experiment").test_accuracy.count().to_dict() == {"a": 1, "b": 1}
     epochs = pandas.DataFrame(histories(tmp_path))
     assert epochs[epochs.experiment == "a"].epoch.tolist() == [1, 2, 3]
     assert len(epochs) == 5
-    assert records(tmp_path / "nothing") == []
 
 
 def test_the_page_of_json_has_every_key():

@@ -364,13 +364,17 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def changed(resolved: Spec) -> Spec:
+    """The part of a resolved spec that differs from the defaults."""
+    return {key: value for key, value in resolved.items() if value != FIELDS[key].default}
+
+
 def spec_id(resolved: Spec) -> str:
     """Twelve hexadecimal digits that name a resolved spec.
 
     Only keys that differ from their default count. Adding a key keeps the ids of old runs.
     """
-    changed = {key: value for key, value in resolved.items() if value != FIELDS[key].default}
-    return hashlib.sha256(canonical(changed).encode()).hexdigest()[:12]
+    return hashlib.sha256(canonical(changed(resolved)).encode()).hexdigest()[:12]
 
 
 def static(resolved: Spec) -> Spec:

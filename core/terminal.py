@@ -20,7 +20,7 @@ from core.estimate import Estimate
 from core.report import stats
 from core.report.markdown import override
 from core.runs.run import Run
-from core.spec import FIELDS, Spec
+from core.spec import FIELDS, Spec, changed
 from core.tally import Tally
 
 NARROW = 60  # columns
@@ -159,8 +159,8 @@ def suites(members: Mapping[str, Sequence[Run]], default: str, estimate: Callabl
         name = f"{suite} (the default)" if suite == default else suite
         rows += [("", "", ""), (name, expected(runs), "the whole suite")]
         for run in runs:
-            changed = [override(key, run.spec[key]) for key in FIELDS if run.spec[key] != FIELDS[key].default]
-            rows.append((f"  {run.name}\n  {run.id}", expected([run]), " ".join(changed) or "all defaults"))
+            words = " ".join(override(key, value) for key, value in changed(run.spec).items())
+            rows.append((f"  {run.name}\n  {run.id}", expected([run]), words or "all defaults"))
     _print_table(("experiment, id", "time, disk", "changed keys"), rows)
 
 

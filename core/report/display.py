@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from core.report import plots, stats
 from core.report.stats import Group
 from core.runs.record import Failed, Finished, Record
-from core.spec import FIELDS
+from core.spec import changed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,8 +21,7 @@ HEIGHT = 6  # of the curves, in inches
 
 def rows(record: Record) -> dict[str, str]:
     """The cells of the table: the run, the keys of its spec that differ from the defaults, and what came of it."""
-    changed = {key: value for key, value in record.spec.items() if key != "seed" and value != FIELDS[key].default}
-    spec = ", ".join(f"{key} {stats.shown(value)}" for key, value in changed.items())
+    spec = ", ".join(f"{key} {stats.shown(value)}" for key, value in changed(record.spec).items() if key != "seed")
     cells = {"run": f"{record.name} seed {record.seed}", "spec": spec or "all keys have their defaults"}
     if isinstance(record, Failed):
         return {**cells, "failed": record.error}
@@ -34,7 +33,7 @@ def rows(record: Record) -> dict[str, str]:
                 cells[f"{split} accuracy"] = stats.percent(metrics.accuracy) + interval
     else:
         cells["fell behind"] = f"after epoch {len(record.history)} of {record.spec['epochs']}"
-    return {**cells, "time": f"{sum(epoch.seconds for epoch in record.history):.1f} s of training"}
+    return {**cells, "time": f"{stats.seconds(record):.1f} s of training"}
 
 
 def line(record: Record) -> str:

@@ -11,7 +11,7 @@ from core.report.plots import Picture
 from core.report.questions import Asked
 from core.runs.record import Failed, Finished, Partial, Record
 from core.space import Trials, accuracy
-from core.spec import FIELDS, Spec
+from core.spec import Spec, changed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +69,7 @@ def label(name: str, number: int) -> str:
 
 def pasted(spec: Spec) -> str:
     """A spec as the dict to paste into experiments/: the keys that differ from their defaults, without the seed."""
-    return str({key: v for key, v in spec.items() if key != "seed" and v != FIELDS[key].default})
+    return str({key: value for key, value in changed(spec).items() if key != "seed"})
 
 
 def sentence(search: Searched) -> str:

@@ -12,7 +12,7 @@ from core.code_hash import same_numbers
 from core.compare import DIFFERENCE as POINTS
 from core.compare import half_width as at_every_look
 from core.data import cifar10
-from core.runs.record import UNSET, Finished, Record
+from core.runs.record import UNSET, Finished, Partial, Record
 from core.spec import canonical
 
 # Quantiles are from scipy.special: to import scipy.stats takes 0.7 s more.
@@ -121,7 +121,7 @@ def gap(group: Group) -> float:
     return 100 * (accuracy(group, "train") - accuracy(group, "test"))
 
 
-def seconds(record: Finished) -> float:
+def seconds(record: Finished | Partial) -> float:
     """The time of all steps, without compilation."""
     return sum(entry.seconds for entry in record.history)
 

@@ -9,8 +9,6 @@ martingale (Lai 1976, Annals of Statistics 4; Wang and Ramdas 2023, arXiv:2310.0
 """
 
 import hashlib
-import json
-import logging
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,22 +17,19 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, NamedTuple
 
-import msgspec
 from msgspec import Meta, Struct
 
 from core.errors import UserError
+from core.runs import layout
 from core.runs.record import UNSHOWN, Failed, Finished, Name, Record, Text, new_name
 from core.spec import Spec, canonical, resolve, spec_id
-from core.store import StoreError, atomic_write, read_file
 
 DIFFERENCE = 0.5  # points of accuracy: a smaller difference does not matter
 GROWTH = 4  # a round has a quarter more seeds than the one before
 MAX_CANDIDATES = 20
 MAX_SEEDS = 1_000  # of a question
 NEEDED = 100_000  # the most seeds that `needed` tells
-MAX_BYTES = 1 << 20  # of the file of a question
-
-log = logging.getLogger(__name__)
+WHAT = "a question that `compare` has written"
 
 
 class QuestionError(UserError, ValueError):
@@ -170,18 +165,12 @@ class Question(Struct, kw_only=True):
         Raises:
             StoreError: it cannot be written, or there is a file that is no question.
         """
-        path = out / self.file
-        if path.exists():
-            read(path)
-        atomic_write(path, json.dumps(msgspec.to_builtins(self), indent=1).encode() + b"\n")
+        layout.write(out / self.file, self, WHAT)
 
 
 def read(path: Path) -> Question:
     """The question in a file. Raises StoreError if it holds none."""
-    try:
-        return msgspec.json.decode(read_file(path, MAX_BYTES), type=Question)
-    except (OSError, ValueError, RecursionError) as error:
-        raise StoreError(f"{path} is not a question that `compare` has written: {str(error)[:200]!r}") from None
+    return layout.read(path, Question, WHAT)
 
 
 def read_all(out: Path, former: Mapping[str, str] = {}) -> list[Question]:
@@ -191,12 +180,7 @@ def read_all(out: Path, former: Mapping[str, str] = {}) -> list[Question]:
         former: old names of experiments, with the new names.
     """
     questions: dict[str, Question] = {}
-    for path in sorted((out / "checkpoints").glob("compare-*.json")):
-        try:
-            question = read(path)
-        except StoreError as error:
-            log.warning("%s; it is skipped and stays as it is", error)
-            continue
+    for question in layout.read_all((out / "checkpoints").glob("compare-*.json"), Question, WHAT):
         for candidate in question.candidates:
             candidate.name = new_name(candidate.name, former)
         questions[question.file] = question

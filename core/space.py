@@ -1,26 +1,21 @@
 """A search space: a spec in which some values are ranges or choices. Knows neither Optuna nor a tensor."""
 
-import logging
 import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 from msgspec import Struct
 
 from core.errors import UserError
 from core.runs import layout
 from core.runs.record import Finished, Id, Name, Partial, Text
 from core.spec import FIELDS, Integer, Number, Spec, SpecError, nearest, plain, resolve
-from core.store import StoreError, atomic_write, read_file
 
 DIGITS = 3  # significant digits of a number in a range
 PREFIX = "checkpoints/search-"  # of the files of a search
-MAX_BYTES = 1 << 20
+WHAT = "a file that `search` has written"
 NOT_SEARCHED = ("seed", "dataset", "train_on")  # accuracies are compared, on one validation split
-
-log = logging.getLogger(__name__)
 
 
 class Range(NamedTuple):
@@ -112,29 +107,12 @@ class Trials(Struct):
 
     def write(self, out: Path) -> None:
         """Raises core.store.StoreError if it cannot be written, or what is there is no such file."""
-        path = out / self.file
-        if path.exists():
-            read(path)
-        atomic_write(path, layout.dumps(msgspec.to_builtins(self)).encode())
-
-
-def read(path: Path) -> Trials:
-    """What is in the file of a search. Raises StoreError if it is none."""
-    try:
-        return msgspec.json.decode(read_file(path, MAX_BYTES), type=Trials)
-    except (OSError, ValueError, RecursionError) as error:
-        raise StoreError(f"{path} is not a file that `search` has written: {str(error)[:200]!r}") from None
+        layout.write(out / self.file, self, WHAT)
 
 
 def read_all(out: Path) -> list[Trials]:
     """The searches that were made under `out`. Skips a file that is of none, with a warning in the log."""
-    found = []
-    for path in sorted(out.glob(f"{PREFIX}*.json")):
-        try:
-            found.append(read(path))
-        except StoreError as error:
-            log.warning("%s; it is skipped and stays as it is", error)
-    return found
+    return layout.read_all(out.glob(f"{PREFIX}*.json"), Trials, WHAT)
 
 
 def accuracy(record: Finished | Partial) -> float:

@@ -1,9 +1,56 @@
-"""JSON that a person can read and that Git can compare: short lines, and a line for each column or row of numbers."""
+"""JSON that a person can read and that Git can compare: short lines, and a line for each column or row of numbers. Also
+the small files of that kind that a command writes for the report."""
 
 import json
-from typing import Any
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from core.store import StoreError, atomic_write, read_file
 
 WIDTH = 120  # characters of a line that holds several values
+MAX_BYTES = 1 << 20  # of a file that `read` takes
+
+T = TypeVar("T", bound=Struct)
+
+log = logging.getLogger(__name__)
+
+
+def read(path: Path, kind: type[T], what: str) -> T:
+    """The content of a small file that a command has written for the report.
+
+    Args:
+        what: the file in a message, such as "a question that `compare` has written".
+
+    Raises:
+        StoreError: the file cannot be read, or is another one.
+    """
+    try:
+        return msgspec.json.decode(read_file(path, MAX_BYTES), type=kind)
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is not {what}: {str(error)[:200]!r}") from None
+
+
+def read_all(paths: Iterable[Path], kind: type[T], what: str) -> list[T]:
+    """The contents of such files, in the order of their names. Skips another file, with a warning in the log."""
+    found = []
+    for path in sorted(paths):
+        try:
+            found.append(read(path, kind, what))
+        except StoreError as error:
+            log.warning("%s; it is skipped and stays as it is", error)
+    return found
+
+
+def write(path: Path, content: Struct, what: str) -> None:
+    """Write such a file. Raises StoreError if it cannot be written, or another file is there."""
+    if path.exists():
+        read(path, type(content), what)
+    atomic_write(path, dumps(msgspec.to_builtins(content)).encode())
 
 
 def dumps(value: dict[str, Any]) -> str:

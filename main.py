@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
     try:
         args = cli.parse(argv, PROJECT)
         terminal.console.stderr = getattr(args, "json", False)  # stdout has the results alone
+        terminal.console.quiet = getattr(args, "quiet", False)
         status = args.execute(args, PROJECT, stop)
         sys.stdout.flush()
         return status

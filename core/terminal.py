@@ -66,6 +66,12 @@ def warn(text: str) -> None:
     errors.print(printable(text), soft_wrap=True)
 
 
+def note(text: str) -> None:
+    """Print a line on stderr about what is no error. `--quiet` leaves it out, as it does the lines of `say`."""
+    if not console.quiet:
+        warn(text)
+
+
 def fail(error: Exception) -> None:
     """Print the error that ended a command: a line, or a paragraph if a UserError has several arguments."""
     first, *more = error.args if isinstance(error, UserError) and error.args else [error]
@@ -126,7 +132,7 @@ def _about(seconds: float) -> str:
 def fetching() -> Iterator[Callable[[str, int, int], None]]:
     """A function for core.data.datasets.load to call while it downloads. Shows a bar for each source."""
     tasks: dict[str, Any] = {}
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bars:
+    with Progress(console=errors, transient=True, disable=console.quiet or not errors.is_terminal) as bars:
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:

@@ -51,6 +51,19 @@ def test_json_of_runs_is_one_object_a_line_and_everything_else_is_on_stderr(ask)
     assert ask("report")[1].endswith("rebuilt from 2 records\n"), "the next call without --json"
 
 
+def test_quiet_prints_errors_alone(ask):
+    command = ("run", "demo", "widths=8", "epochs=1", "--quiet", "--force")
+    assert ask(*command) == (0, "", ""), "neither the note on the data nor the option without effect"
+    status, out, said = ask(*command, "seed=1", "lr=1e30")
+    assert (status, out) == (1, "")
+    assert said.startswith("demo seed 1 failed: ")
+    status, out, said = ask(*command, "--json")
+    assert (status, said, len(out.splitlines())) == (0, "", 1)
+    assert ask("report")[1].endswith("rebuilt from 2 records\n"), "the next call without --quiet"
+    status, _, said = ask(*command, "--verbose")
+    assert (status, "not allowed with argument" in said) == (2, True)
+
+
 def test_json_of_list_has_each_experiment_and_each_key(ask):
     status, out, _ = ask("list", "--json")
     found = {(row["suite"], row["experiment"]): row for row in map(json.loads, out.splitlines())}

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from core import estimate, plan, terminal
 from core.commands import options
 from core.errors import UserError
-from core.events import Ended, Started
+from core.events import Ended, EpochDone, FirstStep, Started, StepDone
 from core.functional import model
 from core.listeners import progress
 from core.runs.record import check_name
@@ -337,6 +337,31 @@ def test_a_run_that_ends_twice_counts_once(capsys):
     display(runs[1], Ended(make("a", seed=1, epochs=3)))
     assert display.tally.done == 2
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["a seed 0", "a seed 1"]
+
+
+def test_off_a_terminal_a_line_every_half_minute_says_how_far_a_run_is(capsys, monkeypatch):
+    [run, other] = plan.runs({"a": {}}, {"epochs": 3}, range(2))
+    now = 100.0
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
+    display = progress.Display(Tally([run, other]), verbose=False)
+    display(run, Started(1))
+    assert capsys.readouterr().out == "a seed 0: prepares the first step, which may have to be compiled\n"
+    display(run, FirstStep(1, 201))
+    capsys.readouterr()
+    for step in range(2, 102):  # a second each
+        now += 1
+        display(run, StepDone(step))
+        if step == 80:
+            display(run, EpochDone(1, 0.1, 1.5, 0.5, 1.4, 0.56, 79.0, 1000))
+    assert capsys.readouterr().out.splitlines() == [
+        "a seed 0: step 31 of 201, about 3 min left",
+        "a seed 0: step 61 of 201, about 2 min left",
+        "a seed 0: step 91 of 201, validation 56.00%, about 2 min left",
+    ]
+    display(run, Ended(make("a", seed=0, epochs=3)))
+    capsys.readouterr()
+    display(other, Started(1))
+    assert not capsys.readouterr().out, "only the first run of a process may have to wait for the compiler"
 
 
 def test_on_a_cluster_a_bar_of_all_runs_begins_with_the_first(capsys):

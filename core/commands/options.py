@@ -75,7 +75,9 @@ def parse_address(text: str) -> str:
 def compiler() -> Parser:
     parser = Parser(add_help=False)
     parser.add_argument("--no-compile", action="store_true", help="run the train step eager")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show each epoch of several runs, too")
+    lines = parser.add_mutually_exclusive_group()
+    lines.add_argument("-v", "--verbose", action="store_true", help="show each epoch of several runs, too")
+    lines.add_argument("-q", "--quiet", action="store_true", help="print no more than warnings, errors and --json")
     return parser
 
 
@@ -146,7 +148,7 @@ def print_notes(args: argparse.Namespace, source: Source, runs: Iterable[Run]) -
     names = dict.fromkeys(run.spec["dataset"] for run in runs)
     for name in names:
         if (source.own is None or name != source.own_name) and (note := datasets.get(name).note):
-            terminal.warn(note)
+            terminal.note(note)
     no_effect_on_data(args, names)
     small = not any(map(datasets.worth_compiling, names))
     no_effect(args, no_compile=small and "for so little data, no step is compiled")
@@ -161,7 +163,7 @@ def no_effect(args: argparse.Namespace, **reasons: str | bool | None) -> None:
     """Say which of the given options change nothing in this call. Without a reason, an option has an effect."""
     for name, reason in reasons.items():
         if reason and name in args.given:
-            terminal.warn(f"--{name.replace('_', '-')} has no effect: {reason}")
+            terminal.note(f"--{name.replace('_', '-')} has no effect: {reason}")
 
 
 def no_effect_on_data(args: argparse.Namespace, names: Iterable[str]) -> None:
@@ -219,7 +221,7 @@ def run_file(args: argparse.Namespace, project: Project, word: str, suffix: str 
 def current_name(word: str, project: Project) -> str:
     """The current name of an experiment or suite; a former name still works."""
     if (name := new_name(word, project.former)) != word:
-        terminal.warn(f"{word} has a new name: {name}")
+        terminal.note(f"{word} has a new name: {name}")
     return name
 
 

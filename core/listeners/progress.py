@@ -19,11 +19,14 @@ from core.report import stats
 from core.runs.record import Failed, Finished, Record
 from core.runs.run import Run
 from core.tally import Tally
-from core.terminal import PLAIN, console, duration, say, warn
+from core.terminal import console, duration, say, warn
+
+SILENCE = 30  # seconds; off a terminal, where there is no bar, a line then says how far a run is
 
 
 class Display:
-    """A listener. It shows a bar, and a line for each epoch; if there are several runs, a line for each run.
+    """A listener. It shows a bar, and a line for each epoch; if there are several runs, a line for each run. Off a
+    terminal there is no bar, but a line at least every half minute while a run is trained here.
 
     Use it in a `with` statement, which removes the bar at the end.
     """
@@ -41,6 +44,7 @@ class Display:
         self.ended: set[Run] = set()  # a run ends twice if the rest of its cohort is too large and is tried again
         self.training: list[Run] = []  # the current cohort, without the runs that have ended
         self.bars: Progress | None = None
+        self.said = 0.0  # when the last line was printed
 
     @property
     def epochs(self) -> bool:
@@ -62,11 +66,12 @@ class Display:
             case Resumed():
                 self._update(completed=event.step)
                 inexact = f", not exact: {event.inexact}" if event.inexact else ""
-                say(f"{run.label}: resumed after step {event.step} (epoch {event.epoch}){inexact}")
+                self._say(f"{run.label}: resumed after step {event.step} (epoch {event.epoch}){inexact}")
             case FirstStep():
                 self._first_step(run, event)
             case StepDone():
                 self._update(completed=event.step)
+                self._break_silence(event.step)
             case EpochDone():
                 self._epoch(run, event)
             case Notice() | ModeChanged():
@@ -83,6 +88,19 @@ class Display:
         if reason not in self.noticed:
             self.noticed.add(reason)
             warn(f"{run.label}: {reason}")
+
+    def _say(self, text: str) -> None:
+        self.said = time.perf_counter()
+        say(text)
+
+    def _break_silence(self, step: int) -> None:
+        """Off a terminal, say how far the run is if nothing was said for a while."""
+        now = time.perf_counter()
+        if console.is_terminal or now - self.said < SILENCE:
+            return
+        first, then, total = self.first
+        left = duration((now - then) / max(1, step - first) * (total - step))
+        self._say(f"{self.description}: step {step:,} of {total:,}{self.note}, about {left} left")
 
     def _show(self, description: str, *more: ProgressColumn, **task: Any) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *more
@@ -115,19 +133,21 @@ class Display:
         self.training.append(run)
         if len(self.training) > 1:
             return
-        self.started = time.perf_counter()
+        self.said = self.started = time.perf_counter()
         self.cohort = cohort
         self.description = run.label if cohort == 1 else f"{run.label} and {cohort - 1} more"
         columns = TimeRemainingColumn(), TextColumn("{task.fields[note]}")
         self._show(self.description, *columns, total=None, note="compiling")
-        if PLAIN:  # no bar says so
-            say(f"{self.description}: prepares the first step, which may have to be compiled")
+        self.note = ""
+        if not console.is_terminal and (self.epochs or self.what == "the process"):
+            self._say(f"{self.description}: prepares the first step, which may have to be compiled")
 
     def _first_step(self, run: Run, event: FirstStep) -> None:
         self._update(total=event.total, completed=event.step, note="")
+        self.first = event.step, time.perf_counter(), event.total
         if run is self.training[0] and (self.epochs or self.what == "the process"):
             seconds = time.perf_counter() - self.since
-            say(f"{self.description}: first step {seconds:.1f} s after the start of {self.what}")
+            self._say(f"{self.description}: first step {seconds:.1f} s after the start of {self.what}")
 
     def _epoch(self, run: Run, event: EpochDone) -> None:
         if event.val_accuracy is None:
@@ -135,8 +155,9 @@ class Display:
         else:
             note = f"validation {stats.percent(event.val_accuracy)}"
         self._update(note=note)
+        self.note = f", {note}"
         if self.epochs:
-            say(
+            self._say(
                 f"{run.label}: epoch {event.epoch}: train loss {event.train_loss:.4f}, {note}, "
                 f"{event.samples_per_second:,} samples/s"
             )
@@ -172,7 +193,7 @@ class Display:
                 how = "on the cluster"
             else:
                 how = f"in {duration(seconds)}" if seconds else "by another process"
-            say(f"{run.label}: {accuracy} {how} ({progress(self.tally)})")
+            self._say(f"{run.label}: {accuracy} {how} ({progress(self.tally)})")
 
 
 class Bars(Display):

@@ -1,6 +1,7 @@
 """Every command under a simulation of Windows, by a user without a name and a home; see tests/windows.py."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -36,8 +37,11 @@ def test_every_command_works_on_windows(tmp_path):
         f"predict demo {image} --out {out}": "pattern-",
         f"verify demo epochs=1 --no-compile --out {out}": "the same bits",
         f"export demo --format torch --out {out}": "within 1e-05",
+        f"diff demo demo --out {out}": "The weights are the same, bit for bit",
+        f"compare 'demo epochs=1 widths=8' 'demo epochs=1 widths=9' --within 100 --max-seeds 5 --out {out}": "5 seeds",
+        f"clean --out {out}": "nothing",
     }
-    words = " , ".join(commands).split()
+    words = shlex.split(" , ".join(commands))
     env = {key: value for key, value in os.environ.items() if key not in HOME}
     env |= {**OFFLINE, "MPLCONFIGDIR": matplotlib.get_cachedir(), "COLUMNS": "200"}
     done = subprocess.run(

@@ -19,6 +19,11 @@ from core.store import local
 if TYPE_CHECKING:
     import torch
 
+ON_CLUSTER = {  # options that have no effect with --ray, and why
+    "checkpoint_every": "a worker keeps no resume points",
+    "resume_anyway": "on a cluster, every run starts anew",
+    "verbose": "a worker reports no epochs",
+}
 KEYS = ("epochs", "batch_size", "lr", "precision", "seed")  # keys of a spec that are options, too
 
 

@@ -110,17 +110,14 @@ def say_no_effect(args: argparse.Namespace, todo: Sequence[Run], several: bool) 
     resumable = any(run.is_in_progress(in_progress) for run in todo)
     replaced = resumable or any(run.record.exists() for run in todo)
     shapes = {(static_key(run.spec), run.spec["epochs"]) for run in todo}
-    options.no_effect(
-        args,
-        cohort=len(shapes) == len(todo) and "no two runs can be trained together",
-        checkpoint_every=args.ray and "a worker keeps no resume points",
-        resume_anyway=(args.ray and "on a cluster, every run starts anew")
-        or (args.force and "with --force, every run starts anew")
+    reasons: dict[str, str | bool] = {
+        "cohort": len(shapes) == len(todo) and "no two runs can be trained together",
+        "resume_anyway": (args.force and "with --force, every run starts anew")
         or (not resumable and "there is nothing to resume"),
-        force=not replaced and "there is no result to replace",
-        verbose=(args.ray and "a worker reports no epochs")
-        or (not several and "a single run shows its epochs without it"),
-    )
+        "force": not replaced and "there is no result to replace",
+        "verbose": not several and "a single run shows its epochs without it",
+    }
+    options.no_effect(args, **reasons | (options.ON_CLUSTER if args.ray else {}))
 
 
 def say_finished(tally: Tally) -> None:

@@ -1,6 +1,7 @@
 """Parses the command line."""
 
 import argparse
+import tomllib
 
 from core import commands
 from core.commands.options import Parser
@@ -14,10 +15,12 @@ def parse(argv: list[str], project: Project) -> argparse.Namespace:
         core.errors.UserError: an option is unknown or has an invalid value.
     """
     top = Parser(prog="main.py", description="CIFAR-10 with fully connected networks.")
+    about = tomllib.loads((project.root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    top.add_argument("--version", action="version", version=about["version"], help="print the version, and exit")
     parsers = top.add_subparsers(dest="command")
     for command in commands.ALL:
         command.add_parser(parsers, project).set_defaults(execute=command.execute)
-    has_command = argv[:1] and argv[0] in (*parsers.choices, "-h", "--help")
+    has_command = argv[:1] and argv[0] in (*parsers.choices, "-h", "--help", "--version")
     args, more = top.parse_known_args(argv if has_command else ["run", *argv])
     default = parsers.choices[args.command].get_default
     args.given = {name for name, value in vars(args).items() if value != default(name)}  # for options.no_effect

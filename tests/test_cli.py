@@ -296,6 +296,14 @@ def test_a_grid_with_seeds_and_the_plan_of_it(start, data_dir, tmp_path):
     assert re.match("8 runs, 4 to train: (about|under) ", more[-1])
 
 
+def test_the_version_is_that_of_the_changelog(capsys):
+    project = Project(ROOT, SUITES, {}, "learning-rate")
+    with pytest.raises(SystemExit, match="0"):
+        cli.parse(["--version"], project)
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert capsys.readouterr().out.strip() == newest
+
+
 def test_verbose_shows_the_epochs_of_a_sweep(start, data_dir, tmp_path):
     command = ("smoke", "--seeds", "3,7", "--epochs", 1, "--no-compile", "--data", data_dir)
     for options, epochs in (((), 0), (("-v", "--force"), 2)):

@@ -72,7 +72,7 @@ class Network(NamedTuple):
         """The sha256 of the weights; see core.runs.checkpoint.digest."""
         return checkpoint.digest({**self.params, **self.stats})
 
-    def evaluate(self, images: Tensor | np.ndarray, labels: Tensor | np.ndarray, flip: bool = False) -> dict[str, Any]:
+    def evaluate(self, images: Tensor | np.ndarray, labels: Tensor | np.ndarray, tta: str = "none") -> dict[str, Any]:
         """Loss and accuracy over all the images; see core.functional.step.answers.
 
         Args:
@@ -84,7 +84,7 @@ class Network(NamedTuple):
         with isolated(self.spec["precision"]):
             pixels = as_images(images, self.info).flatten(1).to(self.device)
             classes = as_labels(labels, len(images), self.info).to(self.device)
-            return step.evaluate(self.params, self.stats, pixels, classes, self.spec, flip=flip, info=self.info)
+            return step.evaluate(self.params, self.stats, pixels, classes, self.spec, tta=tta, info=self.info)
 
 
 def as_images(images: Tensor | np.ndarray, info: DataInfo = CIFAR10) -> Tensor:
@@ -158,7 +158,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         result: as core.functional.step.evaluate returns it.
-        flip: whether the probabilities were averaged over each image and its mirror image.
+        tta: over which variants of each image the probabilities were averaged; see core.functional.augment.views.
         recorded, digest: the test metrics, evaluated in the same way, and the digest of the weights in the record
             beside the checkpoint, or in the checkpoint itself where there is no record. `recorded` is None where
             neither has such metrics, and where they are of other data.
@@ -167,7 +167,7 @@ class Evaluation(NamedTuple):
     """
 
     result: dict[str, Any]
-    flip: bool
+    tta: str
     recorded: Metrics | None
     digest: str
     other_data: str | None
@@ -184,7 +184,7 @@ def recorded(path: str | Path) -> Record | None:
     return read_record(record_path) if record_path.exists() else None
 
 
-def evaluate(path: str | Path, network: Network, data: Data, flip: bool = False) -> Evaluation:
+def evaluate(path: str | Path, network: Network, data: Data, tta: str = "none") -> Evaluation:
     """Evaluate the network of a checkpoint on the test split, and compare with its record, if that is of the same data.
 
     Raises:
@@ -194,15 +194,18 @@ def evaluate(path: str | Path, network: Network, data: Data, flip: bool = False)
     identity.check(data)
     datasets.check(data, network.about.spec["dataset"])
     record = recorded(path)
-    test, digest, trained_with = None if flip else network.about.test, network.about.digest, network.about.data
+    recorded_tests, digest, trained_with = {"none": network.about.test}, network.about.digest, network.about.data
     if isinstance(record, Finished):
-        digest, trained_with = record.digest, record.data
-        test = (record.flipped.test if record.flipped else None) if flip else record.metrics.test
+        digest, trained_with, recorded_tests = record.digest, record.data, {"none": record.metrics.test}
+        if record.flipped:
+            recorded_tests["flip"] = record.flipped.test
+        if record.shifted:
+            recorded_tests["shifts"] = record.shifted
     other_data = None if trained_with == identity.data_identity(data) else trained_with
-    test = None if other_data else test
-    result = network.evaluate(data.test_images, data.test_labels, flip)
+    test = None if other_data else recorded_tests.get(tta)
+    result = network.evaluate(data.test_images, data.test_labels, tta)
     as_recorded = test is None or (result["correct"] == test.correct and abs(result["loss"] - test.loss) < 1e-4)
-    return Evaluation(result, flip, test, digest, other_data, as_recorded and digest == network.digest())
+    return Evaluation(result, tta, test, digest, other_data, as_recorded and digest == network.digest())
 
 
 class Residual(nn.Sequential):

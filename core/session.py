@@ -374,8 +374,11 @@ class Session:
         # In evaluation mode, unlike the train numbers of the history. No other code reads the test split.
         answers = {split: training.answers(split) for split in training.splits}
         metrics = {split: Metrics(**step.summary(answer)) for split, answer in answers.items()}
-        flipped = {s: Metrics(**step.summary(training.answers(s, flip=True))) for s in answers if s != "train"}
-        losses = [(split, measured.loss) for each in (metrics, flipped) for split, measured in each.items()]
+        flipped = {s: Metrics(**step.summary(training.answers(s, "flip"))) for s in answers if s != "train"}
+        shifted = {}
+        if self.spec["train_on"] == "all" and self.spec["augment"] == "flip+shift":
+            shifted["test"] = Metrics(**step.summary(training.answers("test", "shifts")))
+        losses = [(split, measured.loss) for each in (metrics, flipped, shifted) for split, measured in each.items()]
         training.check_finite({f"{split} loss": torch.tensor(loss) for split, loss in losses})
         splits = Splits(metrics["train"], metrics.get("validation"), metrics["test"])
         weights = training.weights
@@ -391,6 +394,7 @@ class Session:
             exact=self.progress.exact,
             answers=msgspec.convert(step.details(answers["test"]), Answers),
             flipped=Flipped(flipped.get("validation"), flipped["test"]),
+            shifted=shifted.get("test", UNSET),
             whitening=checkpoint.digest(training.whitening) if training.whitening else UNSET,
         )
         self.write(record)

@@ -264,10 +264,14 @@ def evaluation(path: Path, about: Any, evaluated: Any) -> None:
         verdict = f"the run had other data: {evaluated.other_data}" if evaluated.other_data else verdict
     else:
         verdict = f"the run recorded {numbers}, weights {evaluated.digest[:12]}"
-    mirrored = ", averaged over each image and its mirror image" if evaluated.flip else ""
+    views = {
+        "none": "",
+        "flip": ", averaged over each image and its mirror image",
+        "shifts": ", averaged over nine shifts of each image and their mirror images",
+    }
     say(
-        f"{about.name} ({path}): {stats.percent(result['accuracy'])} of {result['n']:,} test images{mirrored} "
-        f"(95% interval {100 * low:.2f}-{100 * high:.2f}%), loss {result['loss']:.4f}; {verdict}"
+        f"{about.name} ({path}): {stats.percent(result['accuracy'])} of {result['n']:,} test images"
+        f"{views[evaluated.tta]} (95% interval {100 * low:.2f}-{100 * high:.2f}%), loss {result['loss']:.4f}; {verdict}"
     )
     classes = list(zip(about.data_info.classes, result["correct"], result["count"], strict=True))
     least = ""
@@ -297,7 +301,7 @@ def evaluation_as_json(path: Path, about: Any, evaluated: Any) -> None:
         "test_accuracy": evaluated.result["accuracy"],
         "test_loss": evaluated.result["loss"],
         "n": evaluated.result["n"],
-        "tta": "flip" if evaluated.flip else "none",
+        "tta": evaluated.tta,
         "recorded_test_accuracy": evaluated.recorded.accuracy if evaluated.recorded else None,
     }
     as_json(line)

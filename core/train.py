@@ -104,12 +104,10 @@ class Training:
         """Loss and accuracy on train, validation or test, in evaluation mode; see core.functional.step.summary."""
         return steps.summary(self.answers(split))
 
-    def answers(self, split: str, flip: bool = False) -> steps.Answers:
+    def answers(self, split: str, tta: str = "none") -> steps.Answers:
         """The answers of the network to each image of train, validation or test; see core.functional.step.answers."""
         images, labels, examples = self.splits[split]
-        return steps.answers(
-            *self.network, images, labels, model.folded(self.spec), examples, flip=flip, info=self.info
-        )
+        return steps.answers(*self.network, images, labels, model.folded(self.spec), examples, tta=tta, info=self.info)
 
     def check_finite(self, tensors: dict[str, Tensor] | None = None) -> None:
         """Raise NotFinite if the state, or other `tensors`, are NaN or infinite. The step itself checks the loss and

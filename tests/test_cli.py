@@ -400,9 +400,12 @@ def test_evaluate_as_json_and_a_record_that_differs(call, out):
     correct = [test.correct[0] + 1, *test.correct[1:]]
     about.test = Metrics(test.accuracy + 1e-4, test.loss, test.n, correct, test.count)
     checkpoint.save(boast, tensors, about)
-    done = call("evaluate", "smoke", boast, "--json", out=out)
+    done = call("evaluate", "smoke", boast, "--json", "--tta", "flip", out=out)
     assert done.returncode == 1
     lines = [json.loads(line) for line in done.stdout.splitlines()]  # nothing else is on stdout
+    lines, mirrored = lines[::2], lines[1::2]  # the plain number comes first
+    assert [line["tta"] for line in mirrored] == ["flip", "flip"]
+    assert [line["recorded_test_accuracy"] for line in mirrored] == [record(out)["flipped"]["test"]["accuracy"], None]
     expected = {
         "checkpoint": str(weights(out)),
         "experiment": "smoke",

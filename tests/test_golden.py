@@ -143,10 +143,10 @@ def numbers(data, spec):
             for key in keys if isinstance(event, EpochDone) else ():
                 if getattr(event, key) is not None:
                     yield f"epoch {event.epoch} {key}", getattr(event, key)
-        for flip in (False, True):
-            evaluated = step.summary(training.answers("test", flip))
+        for tta in ("none", "flip"):
+            evaluated = step.summary(training.answers("test", tta))
             for key in ("loss", "accuracy"):
-                yield f"test {key}, flip {flip}", evaluated[key]
+                yield f"test {key}, flip {tta == 'flip'}", evaluated[key]
         for name, t in training.weights.items():
             yield f"norm of {name}", t.double().norm().item()
             yield f"norm of {name} + 1", (t.double() + 1).norm().item()  # another one with another sign

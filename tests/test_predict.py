@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 from msgspec.structs import replace
 
-from core import predict
+from core import predict, run_experiment
 from core.data.identity import data_identity
 from core.functional import model, step
 from core.predict import InputError
@@ -204,18 +204,38 @@ def test_a_checkpoint_is_compared_with_the_record_beside_it(saved, invented):
     assert found.recorded.loss == test.loss + 5e-5
 
 
-def test_mirror_images_are_compared_with_mirror_images(saved, invented):
+@pytest.mark.parametrize("tta", ["flip", "shifts"])
+def test_tta_is_compared_with_the_same_tta(saved, invented, tta):
     path, spec, params, stats = saved
     images, labels = invented.test_images, invented.test_labels
-    alone = predict.evaluate(path, predict.load(path), invented, flip=True)
-    assert (alone.recorded, alone.same, alone.flip) == (None, True, True)
-    expected = Metrics(**step.evaluate(params, stats, images, labels, spec, flip=True))
+    alone = predict.evaluate(path, predict.load(path), invented, tta)
+    assert (alone.recorded, alone.same, alone.tta) == (None, True, tta)
+    expected = Metrics(**step.evaluate(params, stats, images, labels, spec, tta=tta))
     for loss, same in ((expected.loss, True), (expected.loss + 1, False)):
-        record_beside(path, flipped=Flipped(None, replace(expected, loss=loss)))
-        result = predict.evaluate(path, predict.load(path), invented, flip=True)
+        test = replace(expected, loss=loss)
+        record_beside(path, **({"flipped": Flipped(None, test)} if tta == "flip" else {"shifted": test}))
+        result = predict.evaluate(path, predict.load(path), invented, tta)
         assert (result.recorded.loss, result.same) == (loss, same)
     assert result.result["correct"] == expected.correct
     assert evaluate(path, invented).same
+
+
+@pytest.mark.parametrize(
+    ("changes", "has"),
+    [
+        ({"augment": "flip+shift", "train_on": "all"}, True),
+        ({"train_on": "all"}, False),
+        ({"augment": "flip+shift"}, False),
+    ],
+    ids=str,
+)
+def test_a_run_on_all_images_with_shifts_records_shifts_tta(invented, tmp_path, small_spec, changes, has):
+    record = run_experiment("x", small_spec(epochs=1, **changes), tmp_path, invented, "cpu", compiled=False)
+    assert bool(record.shifted) == has
+    path = tmp_path / "checkpoints" / "x" / f"{record.spec_id}.safetensors"
+    found = predict.evaluate(path, predict.load(path), invented, "shifts")
+    assert found.same
+    assert (found.recorded is not None) == has
 
 
 def test_numbers_of_other_data_are_not_compared(saved, invented):

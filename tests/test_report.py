@@ -482,7 +482,7 @@ def test_runs_on_all_images_are_in_best_by_time_and_in_no_choice():
     minute = [on_all("minute", *accuracies, seed=i) for i, accuracies in enumerate([(0.70, 0.71), (0.71, 0.73)])]
     text = markdown.markdown([*THREE, *minute], SUITES)
     assert text.replace(section(text, "Best by time"), "").count("minute") == 1, "but for the command that trains it"
-    named = dict(zip(published.RUNS, table(section(text, "Best by time"))[0], strict=True))
+    named = dict(zip(published.columns(stats.groups(minute)), table(section(text, "Best by time"))[0], strict=True))
     assert (named["recipe"], named["n"]) == ("minute", "2")
     assert (named["test"], named["test, with mirror images"]) == ("70.50 ± 0.71%", "**72.00 ± 1.41%**")
     assert (named["training"], named["with compilation"]) == ("6 s", "14 s")
@@ -492,6 +492,15 @@ def test_runs_on_all_images_are_in_best_by_time_and_in_no_choice():
     assert "## Best by time" in alone
     assert "## Choice" not in alone
     assert "## Best by time" not in markdown.markdown(THREE, SUITES)
+
+
+def test_best_by_time_has_a_column_for_shifts_where_a_run_has_them():
+    old, new = on_all("hour", 0.78, 0.79), on_all("minute", 0.70, 0.71)
+    new = replace(new, shifted=make("minute", 0.72).metrics.test)
+    text = markdown.markdown([*THREE, old, new], SUITES)
+    rows = [dict(zip(published.RUNS, row, strict=True)) for row in table(section(text, "Best by time"))]
+    assert {row["recipe"]: row[published.SHIFTED] for row in rows} == {"hour": "not evaluated", "minute": "72.00%"}
+    assert published.SHIFTED not in markdown.markdown([*THREE, old], SUITES)
 
 
 def test_whitening_is_part_of_the_arithmetic():

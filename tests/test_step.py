@@ -1,5 +1,8 @@
 """The train step and the evaluation step: pure, right against torch.nn and torch.optim, and honest about NaN."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -236,21 +239,30 @@ def test_without_an_average_the_trained_network_is_the_last(small_spec, step_inp
     assert step.trained(state) == (state["params"], state["stats"])
 
 
-def test_answers_over_mirror_images_average_the_probabilities(small_spec, invented):
-    spec = small_spec()
+@pytest.mark.parametrize(
+    ("tta", "fill", "mode"),
+    [("flip", "zeros", "constant"), ("shifts", "zeros", "constant"), ("shifts", "reflect", "reflect")],
+)
+def test_answers_with_tta_average_the_probabilities(small_spec, invented, tta, fill, mode):
+    """Against a loop in NumPy over the moves."""
+    spec = small_spec(shift_fill=fill)
     params, stats = model.init(spec, 1)
     images, labels = invented.test_images, invented.test_labels
-
-    def probabilities(images):
-        return model.forward(params, stats, augment.normalise(images), spec)[0].softmax(1)
-
-    flipped = torch.from_numpy(images.view(-1, 3, 32, 32).numpy()[..., ::-1].copy()).flatten(1)
-    mean = (probabilities(images) + probabilities(flipped)) / 2
-    found = step.answers(params, stats, images, labels, spec, flip=True)
+    x = augment.normalise(images).view(-1, 3, 32, 32).numpy()
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)), mode)
+    total = 0
+    for down, right in [(1, 1)] if tta == "flip" else itertools.product(range(3), repeat=2):
+        moved = padded[:, :, down : down + 32, right : right + 32]
+        for view in (moved, moved[..., ::-1]):
+            view = torch.from_numpy(view.copy()).flatten(1)
+            total = total + model.forward(params, stats, view, spec)[0].softmax(1)
+    mean = total / (2 if tta == "flip" else 18)
+    found = step.answers(params, stats, images, labels, spec, tta=tta)
     assert torch.equal(found.predicted, mean.argmax(1))
     torch.testing.assert_close(found.probabilities, mean.amax(1))
     torch.testing.assert_close(found.losses, -mean.log()[torch.arange(100), labels])
-    other = step.answers(params, stats, flipped, labels, spec, flip=True)
+    flipped = torch.from_numpy(images.view(-1, 3, 32, 32).numpy()[..., ::-1].copy()).flatten(1)
+    other = step.answers(params, stats, flipped, labels, spec, tta=tta)
     torch.testing.assert_close(found.losses, other.losses)
     assert not torch.equal(found.losses, step.answers(params, stats, images, labels, spec).losses)
 

@@ -23,7 +23,10 @@ def add_parser(commands: argparse._SubParsersAction, project: Project) -> argpar
         "checkpoints", nargs="*", metavar="CHECKPOINT", help="a name, an id or a file; all under --out if none"
     )
     parser.add_argument(
-        "--tta", choices=("none", "flip"), default="none", help="average over each image and its mirror image"
+        "--tta",
+        choices=("none", "flip", "shifts"),
+        default="none",
+        help="also average over mirror images, or over nine shifts of a pixel and their mirror images",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     return parser
@@ -68,7 +71,8 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
         for path in members:
             network = predict.load(path, device)
             network.about.name = new_name(network.about.name, project.former)
-            evaluation = predict.evaluate(path, network, data, args.tta == "flip")
-            status = max(status, 0 if evaluation.same else 1)
-            show(path, network.about, evaluation)
+            for tta in dict.fromkeys(("none", args.tta)):  # the plain number first, whatever is asked for
+                evaluation = predict.evaluate(path, network, data, tta)
+                status = max(status, 0 if evaluation.same else 1)
+                show(path, network.about, evaluation)
     return status

@@ -1,12 +1,17 @@
 """Normalisation and augmentation of a batch of images."""
 
 import math
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core.functional import model, prng
 from core.spec import CIFAR10, DataInfo, Spec, SpecError
+
+# Test-time augmentation: the largest move of an image, in pixels, and whether mirror images are evaluated too.
+TTA = {"none": (0, False), "flip": (0, True), "shifts": (1, True)}
 
 
 def normalise(images: Tensor, info: DataInfo = CIFAR10) -> Tensor:
@@ -34,6 +39,25 @@ def _scale_and_offset(channel: Tensor, info: DataInfo) -> tuple[Tensor, Tensor]:
 def mirror(images: Tensor, info: DataInfo = CIFAR10) -> Tensor:
     """Images [batch, inputs] with left and right exchanged."""
     return images.view(-1, info.inputs // info.shape[2], info.shape[2]).flip(2).view(-1, info.inputs)
+
+
+def views(x: Tensor, tta: str, spec: Spec, info: DataInfo = CIFAR10) -> Iterator[Tensor]:
+    """The variants of normalised images that test-time augmentation evaluates, each float32 [batch, inputs].
+
+    "none": the images alone. "flip": the images and their mirror images. "shifts": the nine moves by -1, 0 and 1 pixels
+    in both directions, each with its mirror image. `shift_fill` fills the new pixels, as in training.
+    """
+    reach, mirrored = TTA[tta]
+    height, width = info.shape[1:]
+    planes = x.view(-1, *info.shape)
+    if reach:
+        planes = F.pad(planes, [reach] * 4, "reflect" if spec["shift_fill"] == "reflect" else "constant")
+    for down in range(2 * reach + 1):
+        for right in range(2 * reach + 1):
+            moved = planes[..., down : down + height, right : right + width].flatten(1)
+            yield moved
+            if mirrored:
+                yield mirror(moved, info)
 
 
 def whiten(x: Tensor, whitening: dict[str, Tensor], precision: str) -> Tensor:

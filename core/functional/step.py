@@ -5,6 +5,7 @@ There is no `backward()` and no `optimizer.step()`: `torch.func.grad_and_value` 
 returns its gradient, and the update is arithmetic from old parameters to new ones.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -203,7 +204,7 @@ def answers(
     spec: Spec,
     examples: Tensor | None = None,
     batch: int = 1000,
-    flip: bool = False,
+    tta: str = "none",
     info: DataInfo = CIFAR10,
 ) -> Answers:
     """The predictions of a network in evaluation mode for all examples, in their order.
@@ -212,7 +213,7 @@ def answers(
         images: uint8 [n, inputs]. labels: int64 [n].
         examples: int64 indices of images; None for all images.
         batch: the number of images that are evaluated at once.
-        flip: average the probabilities over each image and its mirror image.
+        tta: average the probabilities over these variants of each image; see core.functional.augment.views.
     """
     if examples is not None:
         labels = labels[examples]
@@ -221,13 +222,11 @@ def answers(
     for start in range(0, len(labels), batch):
         part = slice(start, start + batch)
         x = augment.normalise(images[part] if examples is None else images[examples[part]], info)
-        logits, _ = model.forward(params, stats, x, spec)
-        log_probabilities = torch.log_softmax(logits, 1)
-        if flip:
-            other, _ = model.forward(params, stats, augment.mirror(x, info), spec)
-            log_probabilities = torch.logaddexp(log_probabilities, torch.log_softmax(other, 1)) - math.log(2)
+        logits = [model.forward(params, stats, view, spec)[0] for view in augment.views(x, tta, spec, info)]
+        each = [torch.log_softmax(one, 1) for one in logits]
+        log_probabilities = functools.reduce(torch.logaddexp, each) - math.log(len(each))
         losses.append(F.nll_loss(log_probabilities, labels[part], reduction="none"))
-        predicted.append((log_probabilities if flip else logits).argmax(1))
+        predicted.append((log_probabilities if len(each) > 1 else logits[0]).argmax(1))
         probabilities.append(log_probabilities.amax(1).exp())
     return Answers(labels, torch.cat(losses), torch.cat(predicted), torch.cat(probabilities), len(info.classes))
 

@@ -207,7 +207,7 @@ def best_by_time(groups: list[Group], pictures: Mapping[str, Picture]) -> str:
         "validation accuracy and take part in no choice. The numbers are means over n seeds ± the standard deviation "
         "of one. Training is the time of all steps. With compilation, the longest time to a first step is added; it "
         "includes whitening and, unless the step was compiled before, compilation. PetaFLOP are 6 operations for each "
-        f"parameter and image, and the whitening of each image.\n\n{text.table(published.RUNS, groups)}"
+        f"parameter and image, and the whitening of each image.\n\n{text.table(published.columns(groups), groups)}"
         "\nPublished results without convolution. No paper gives the time of training:\n\n"
         f"{text.table(published.PAPERS, published.PUBLISHED)}{_shown(published.PICTURE, pictures)}"
     )

@@ -56,6 +56,11 @@ def flipped(group: Group) -> list[float]:
     return [record.flipped.test.accuracy for record in group if record.flipped]
 
 
+def shifted(group: Group) -> list[float]:
+    """The test accuracies with nine shifts and their mirror images averaged in, of the runs that have them."""
+    return [record.shifted.accuracy for record in group if record.shifted]
+
+
 # Tables
 
 
@@ -68,11 +73,13 @@ def _machine(group: Group) -> str:
     return f"{where.device_name}, {where.threads} threads" if where.device == "cpu" else where.device_name
 
 
+SHIFTED = "test, with shifts and mirror images"
 RUNS: dict[str, Callable[[Group], str]] = {
     "recipe": lambda g: g.label,
     "n": lambda g: str(len(g)),
     "test": lambda g: stats.spread(stats.accuracies(g, "test")),
     "test, with mirror images": lambda g: f"**{stats.spread(flipped(g))}**" if flipped(g) else "not evaluated",
+    SHIFTED: lambda g: stats.spread(shifted(g)) if shifted(g) else "not evaluated",
     "parameters": lambda g: f"{g[0].parameters:,}",
     "epochs": lambda g: str(g[0].spec["epochs"]),
     "training": lambda g: f"{_training(g):.0f} s",
@@ -89,6 +96,11 @@ PAPERS: dict[str, Callable[[Published], str]] = {
     "petaFLOP": lambda p: f"{p.petaflop:.3g}" if p.petaflop else "",
     "source": lambda p: p.source,
 }
+
+
+def columns(groups: list[Group]) -> dict[str, Callable[[Group], str]]:
+    """RUNS; without SHIFTED where no run was evaluated in that way."""
+    return {head: cell for head, cell in RUNS.items() if head != SHIFTED or any(map(shifted, groups))}
 
 
 # The picture

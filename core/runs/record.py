@@ -218,6 +218,8 @@ class Finished(About, tag_field="status", tag="finished"):
         exact: whether the bits are those of an uninterrupted run. The key in the file is `bitwise`.
         first_step_seconds: from the start of the run to the end of its first step, which compiles.
         answers, flipped: older records have none.
+        shifted: evaluation of the test split with shifts TTA (core.functional.augment.views). Runs that trained on all
+            images with shifts have it; older records have none.
         whitening: sha256 of the whitening, if the spec has one.
     """
 
@@ -229,6 +231,7 @@ class Finished(About, tag_field="status", tag="finished"):
     exact: bool = msgspec.field(name="bitwise")
     answers: Answers | UnsetType = UNSET
     flipped: Flipped | UnsetType = UNSET
+    shifted: Metrics | UnsetType = UNSET
     whitening: Digest | UnsetType = UNSET
 
     def __post_init__(self) -> None:
@@ -236,6 +239,8 @@ class Finished(About, tag_field="status", tag="finished"):
         self.check_classes(*msgspec.structs.astuple(self.metrics))
         if self.flipped is not UNSET:
             self.check_classes(self.flipped.validation, self.flipped.test)
+        if self.shifted is not UNSET:
+            self.check_classes(self.shifted)
         if self.answers is not UNSET:
             self.answers.check(self.metrics.test)
         check_history(self.history, self.spec["epochs"], self.spec)

@@ -52,8 +52,9 @@ def machine(project: Project) -> Parser:
     parser = Parser(add_help=False, parents=[data(project)])
     parser.add_argument(
         "--data-url",
-        metavar="URL",
-        help="address of the archive, such as cifar-10-python.tar.gz, to try first (or in CIFAR10_URL, CIFAR100_URL)",
+        type=address,
+        metavar="URL|FILE",
+        help="the archive, such as cifar-10-python.tar.gz, to try first (or an address in CIFAR10_URL, CIFAR100_URL)",
     )
     parser.add_argument(
         "--data-folder",
@@ -68,6 +69,12 @@ def machine(project: Project) -> Parser:
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto is CUDA or else the CPU"
     )
     return parser
+
+
+def address(text: str) -> str:
+    """The address of an archive; that of a file, if there is one with this name."""
+    path = local(text)
+    return path.resolve().as_uri() if path.is_file() else text
 
 
 def parse_address(text: str) -> str:

@@ -82,7 +82,7 @@ def test_calling_it_classifies_images_of_either_shape(saved, invented):
     "saved", [{}, {"norm": "layer"}, {"norm": "layer", "expansion": 4}, {"expansion": 2}], indirect=True, ids=str
 )
 def test_plain_pytorch_reads_the_same_file(saved, invented):
-    """As the README shows it: safetensors, nn.Sequential, the channels' mean and deviation."""
+    """As docs/python.md shows it: safetensors, nn.Sequential, the channels' mean and deviation."""
     path, spec, *_ = saved
     module = predict.as_module(spec)
     module.load_state_dict(safetensors.torch.load_file(path), strict=True)

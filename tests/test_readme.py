@@ -1,19 +1,27 @@
-"""What the README says of the code: its example as it stands there, its map of the files, its count of lines."""
+"""What the pages say of the code: their examples as they stand there, the map of the files, the count of lines."""
 
+import importlib.util
 import re
 import subprocess
 import sys
 
+import pytest
+
 import core
 from core.data import cifar10
 from core.runs.record import Failed
-from tests.conftest import ROOT
+from tests.conftest import ROOT, lacking
 
 
-def test_the_notebook_of_the_readme(invented, tmp_path, monkeypatch, capsys):
+def source_of(page, begins):
+    """The Python of a page that begins with these words."""
+    [found] = re.findall(rf"^```python\n({re.escape(begins)}.*?)```", (ROOT / page).read_text(), re.M | re.S)
+    return found
+
+
+def test_the_sweep_of_a_notebook(invented, tmp_path, monkeypatch, capsys):
     """On few images, for one epoch and eager, but with the same lines; and one of the runs diverges."""
-    after = (ROOT / "README.md").read_text().split("**From a notebook**")[1]
-    source = after.split("```python\n")[1].split("```")[0]
+    source = source_of("docs/python.md", "from pathlib")
     assert len([line for line in source.splitlines() if line]) <= 12
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cifar10, "load", lambda folder: invented)
@@ -34,9 +42,40 @@ def test_the_notebook_of_the_readme(invented, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{best.name} {best.seed} {best.metrics.test.accuracy}\n"
 
 
+@pytest.mark.parametrize(
+    ("page", "begins", "packages"),
+    [
+        ("README.md", "from core import predict, records", []),
+        ("docs/listeners.md", "from core import run_experiment", []),
+        ("docs/json.md", "import pandas", ["pandas"]),
+    ],
+)
+def test_the_python_of_a_page(page, begins, packages, invented, tmp_path, monkeypatch):
+    """On few images, for one epoch, with a small network and eager, but with the same lines."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        lacking(f"{', '.join(missing)} not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cifar10, "load", lambda folder: invented)
+    small = {"widths": [16], "epochs": 1}
+    real = core.run_experiment
+    monkeypatch.setattr(
+        core,
+        "run_experiment",
+        lambda name, spec, *more, **options: real(name, {**spec, **small}, *more, compiled=False, **options),
+    )
+    real("small", small, ".", invented, compiled=False)
+    names = {}
+    exec(source_of(page, begins), names)
+    if page == "README.md":
+        assert names["probabilities"].shape == (8, 10)
+        assert [row["experiment"] for row in names["table"]] == ["small"]
+    if page == "docs/listeners.md":
+        assert (tmp_path / "epochs.csv").read_text().startswith("small,0,1,")
+
+
 def test_the_first_line_of_a_notebook_in_a_folder_of_its_own(tmp_path):
     """With it, the core and the data are found from there."""
-    line = re.search(r"its first line is\s+`([^`]+)`", (ROOT / "README.md").read_text())[1]
+    line = re.search(r"its first line is\s+`([^`]+)`", (ROOT / "docs" / "python.md").read_text())[1]
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "core").symlink_to(ROOT / "core")
     program = f"{line}\nimport core.spec, pathlib\nprint(pathlib.Path('data').absolute())"
@@ -47,8 +86,8 @@ def test_the_first_line_of_a_notebook_in_a_folder_of_its_own(tmp_path):
 
 
 def test_the_map_names_every_file_of_core():
-    """In the block of "Read it": a file as core/x.py, or below the line of its folder, such as core/data/."""
-    block = (ROOT / "README.md").read_text().split("## Read it\n")[1].split("```")[1]
+    """In the block of docs/design.md: a file as core/x.py, or below the line of its folder, such as core/data/."""
+    block = (ROOT / "docs" / "design.md").read_text().split("## The house\n")[1].split("```")[1]
     found, folder = [], ""
     for line in block.splitlines():
         places = re.match(r" *([\w./]+(?:, [\w./]+)*)", line)
@@ -65,7 +104,7 @@ def test_the_commands_work_in_every_shell():
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"):
         text = page.read_text(encoding="utf-8").replace("\\\n", "")
         commands = [line for block in re.findall(r"^```sh\n(.*?)```", text, re.M | re.S) for line in block.splitlines()]
-        commands += re.findall(r"`((?:uv|git|--seeds) [^`]+)`", text)
+        commands += re.findall(r"`((?:uv|git|--seeds) [^`|]+)`", text)
         for command in commands:
             if not command.startswith("srun "):
                 unquoted = re.sub(r'"[^"]*"|#.*', "", command)

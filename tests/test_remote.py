@@ -176,7 +176,7 @@ def test_a_killed_worker_node_or_driver_costs_only_time(two_nodes, driver, alone
 
 @pytest.mark.slow
 def test_a_local_cluster_and_then_another_in_an_empty_home(tmp_path):
-    """The two recipes of the README, one after the other."""
+    """The two commands of docs/cluster.md, one after the other."""
     if importlib.util.find_spec("ray") is None:
         lacking("Ray is not installed: uv run --group ray pytest")
     environ = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"HOME": str(tmp_path)}

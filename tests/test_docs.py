@@ -65,6 +65,7 @@ def option(action: argparse.Action) -> tuple[str, str]:
         value = f"[{value}]"
     written = f"{', '.join(action.option_strings)} {value}".strip()
     meaning = (action.help or "").replace("%(default)s", str(action.default))
+    assert meaning, action
     return f"`{written}`".replace("|", "\\|"), meaning.replace("|", "\\|")
 
 
@@ -75,7 +76,8 @@ def command_options(page: str) -> str:
     assert [re.match("## (.*)\n", section)[1] for section in sections] == list(of)
     made = []
     for section, (name, parser) in zip(sections, of.items(), strict=True):
-        rows = [option(action) for action in parser._actions if action.dest != "help"]
+        actions = sorted(parser._actions, key=lambda action: bool(action.option_strings))  # first what has no dash
+        rows = [option(action) for action in actions if action.dest != "help"]
         made.append(with_table(section, (f"`{name}` takes", "meaning"), rows))
     return "".join([first, *made])
 

@@ -14,7 +14,9 @@ HELP = "write a network for other programs"
 def add_parser(commands: argparse._SubParsersAction, project: Project) -> argparse.ArgumentParser:
     parser = commands.add_parser("export", parents=[options.which(), options.data(project)], help=HELP)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the name of an experiment, an id or a file")
-    parser.add_argument("--format", choices=("torch", "onnx"), required=True)
+    parser.add_argument(
+        "--format", choices=("torch", "onnx"), required=True, help="torch.export (.pt2) or ONNX (.onnx)"
+    )
     parser.add_argument("--output", type=local, metavar="FILE", help="by default beside the checkpoint")
     return parser
 

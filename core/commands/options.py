@@ -14,6 +14,7 @@ from core.plan import Project
 from core.runs import files
 from core.runs.record import former_names, new_name
 from core.runs.run import Run
+from core.spec import FIELDS
 from core.store import local
 
 if TYPE_CHECKING:
@@ -128,12 +129,12 @@ def parse_epochs(text: str) -> int:
 def settings() -> Parser:
     parser = Parser(add_help=False)
     settings = parser.add_argument_group("keys of the spec", "The result is saved as another run.")
-    settings.add_argument("--epochs", type=int, metavar="N")
-    settings.add_argument("--batch-size", type=int, metavar="N")
-    settings.add_argument("--lr", type=float, metavar="X")
-    settings.add_argument("--precision", metavar="float32|tf32|bfloat16")
+    settings.add_argument("--epochs", type=int, metavar="N", help=FIELDS["epochs"].meaning)
+    settings.add_argument("--batch-size", type=int, metavar="N", help=FIELDS["batch_size"].meaning)
+    settings.add_argument("--lr", type=float, metavar="X", help=FIELDS["lr"].meaning)
+    settings.add_argument("--precision", metavar="float32|tf32|bfloat16", help=FIELDS["precision"].meaning)
     seeds = settings.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=int, metavar="N")
+    seeds.add_argument("--seed", type=int, metavar="N", help=FIELDS["seed"].meaning)
     seeds.add_argument("--seeds", type=plan.parse_seeds, metavar="N|A,B,...", help="how many from 0 on, or which")
     return parser
 

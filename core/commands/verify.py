@@ -22,7 +22,7 @@ HELP = "train again elsewhere, compare the bits"
 def add_parser(commands: argparse._SubParsersAction, project: Project) -> argparse.ArgumentParser:
     parents = [options.shared(), options.machine(project), options.compiler(), options.settings()]
     parser = commands.add_parser("verify", parents=parents, help=HELP)
-    parser.add_argument("names", nargs="+", metavar="NAME|KEY=VALUE")
+    parser.add_argument("names", nargs="+", metavar="NAME|KEY=VALUE", help="finished runs, as for run")
     return parser
 
 

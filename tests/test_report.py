@@ -3,6 +3,7 @@
 import csv
 import functools
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -153,6 +154,18 @@ def section(text, heading):
     return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
+def folded(text, summary):
+    """What a click on a summary opens."""
+    return text.split(f"<details><summary>{summary}</summary>\n")[1].split("</details>")[0]
+
+
+def choice(text):
+    """Which learning rate is best: the sentences, and the table below them."""
+    found = re.search(r"^Of .* differ in the learning rate alone.*?</details>", text, re.S | re.M)
+    assert found
+    return found[0]
+
+
 EXPERIMENTS = {
     "lr-1e-3": {"epochs": 2, "lr": 1e-3},
     "lr-5e-4": {"epochs": 2, "lr": 5e-4},
@@ -199,7 +212,7 @@ def test_a_row_has_the_numbers_of_the_record():
             "precision": "float32",
         }
     ]
-    assert "Where n is 1" in section(text, "How to read the tables")
+    assert "Where n is 1" in folded(text, "How to read the tables")
 
 
 def test_a_row_stands_for_an_experiment():
@@ -209,7 +222,7 @@ def test_a_row_stands_for_an_experiment():
     (row,) = cells(text)
     assert (row["n"], row["test"]) == ("3", "**52.00 ± 2.00%** (47.03–56.97)")
     assert row["train"] == "70.00 ± 0.00%"
-    assert "Student's t" in section(text, "How to read the tables")
+    assert "Student's t" in folded(text, "How to read the tables")
 
 
 def test_experiments_of_one_name_have_different_labels():
@@ -219,11 +232,13 @@ def test_experiments_of_one_name_have_different_labels():
 
 def test_the_choice_is_by_validation_alone():
     text = markdown.markdown(THREE, SUITES)
-    choice = section(text, "Choice of the learning rate")
-    assert "lr-1e-3, lr-5e-4 and lr-1e-4 differ in the learning rate alone" in choice
-    assert "chooses **lr-5e-4** (0.0005): 57.00% (n = 1)." in choice
-    assert "On test, which has no part in the choice, it reaches 57.50%." in choice
-    first, _ = table(choice)
+    said = choice(section(text, "Suite learning-rate"))
+    assert said.startswith(
+        "Of lr-1e-3, lr-5e-4 and lr-1e-4, which differ in the learning rate alone, validation chooses **lr-5e-4**. "
+        "Its 57.00% (n = 1) is "
+    )
+    assert "; on test, which has no part in the choice, it reaches 57.50%." in said
+    first, _ = table(said)
     assert first[:5] == ["lr-5e-4 minus lr-1e-3", "+2.00 ± 1.95", "-1.50 ± 1.37", "1", "better (unpaired)"]
     assert [row[0] for row in rows(text)] == ["lr-5e-4", "lr-1e-3", "lr-1e-4"]
 
@@ -231,16 +246,15 @@ def test_the_choice_is_by_validation_alone():
 @pytest.mark.parametrize(
     ("second", "verdict", "sure"),
     [
-        (0.569, "not significant", "It is not significantly better than lr-1e-3."),
-        (0.5, "better (unpaired)", "It is significantly better than the others."),
+        (0.569, "not significant", " is not significantly better than lr-1e-3;"),
+        (0.5, "better (unpaired)", " is significantly better than the others;"),
     ],
 )
 def test_the_choice_says_whether_the_lead_is_significant(second, verdict, sure):
     text = markdown.markdown([THREE[1], make("lr-1e-3", lr=1e-3, validation=second)], SUITES)
-    choice = section(text, "Choice of the learning rate")
-    assert table(choice)[0][4] == verdict
-    assert sure in choice
-    assert "`--seeds 5` tells more" in section(text, "How to read the tables")
+    assert table(choice(text))[0][4] == verdict
+    assert sure in choice(text)
+    assert "`--seeds 5` tells more" in folded(text, "How to read the tables")
 
 
 def seeds_of(name, validations, **changes):
@@ -254,32 +268,32 @@ def test_seeds_are_compared_paired():
     """Seeds that differ by far more than the experiments: by themselves the means could not be told apart."""
     better = seeds_of("a", [0.54, 0.58, 0.56], lr=1e-3)
     worse = seeds_of("b", [0.53, 0.568, 0.551], lr=5e-4)
-    choice = section(markdown.markdown([*better, *worse], SUITES), "Choice of the learning rate")
+    said = choice(markdown.markdown([*better, *worse], SUITES))
     # 1.0, 1.2 and 0.9 have the mean 1.033 and the deviation 0.1528; 4.3027 * 0.1528 / sqrt(3) is 0.3795
-    assert "| a minus b | +1.03 ± 0.38 | +1.03 ± 0.38 | 3 | better | " in choice
-    assert "It is significantly better than the others." in choice
+    assert "| a minus b | +1.03 ± 0.38 | +1.03 ± 0.38 | 3 | better | " in said
+    assert " is significantly better than the others;" in said
 
 
 def test_a_comparison_says_how_many_seeds_it_needs():
     a, b = (seeds_of(name, v, lr=lr) for name, v, lr in (("a", [0.56, 0.57], 1e-3), ("b", [0.558, 0.571], 5e-4)))
-    choice = section(markdown.markdown([*a, *b], SUITES), "Choice of the learning rate")
+    said = choice(markdown.markdown([*a, *b], SUITES))
     needed = stats.needed(np.std([0.002, -0.001], ddof=1))
-    assert f"| a minus b | +0.05 ± 1.91 | +0.05 ± 1.91 | 2 | not significant | {needed} |" in choice
+    assert f"| a minus b | +0.05 ± 1.91 | +0.05 ± 1.91 | 2 | not significant | {needed} |" in said
 
 
 def test_the_choice_says_which_images_only_one_gets_right():
     one = answered(make("a", lr=1e-3, seed=3, test=0.57, validation=0.58))
     other = answered(make("b", lr=5e-4, seed=3, test=0.57), turn=5)
     text = markdown.markdown([one, other], SUITES)
-    assert table(section(text, "Choice of the learning rate"))[0][6] == "50 : 50, p = 1"
-    assert "McNemar test" in section(text, "How to read the tables")
+    assert table(choice(text))[0][6] == "50 : 50, p = 1"
+    assert "McNemar test" in folded(text, "How to read the tables")
     text = markdown.markdown([one, make("b", lr=5e-4, seed=3)], SUITES)
-    assert not table(section(text, "Choice of the learning rate"))[0][6]
+    assert not table(choice(text))[0][6]
 
 
 def test_runs_that_differ_in_more_than_the_learning_rate_are_not_compared():
     text = markdown.markdown([make("a", lr=1e-3), make("b", lr=5e-4, epochs=3)], SUITES)
-    assert "Choice of the learning rate" not in text
+    assert "learning rate alone" not in text
 
 
 def test_the_baseline_is_compared_with_the_best_by_validation():
@@ -420,12 +434,12 @@ def test_runs_of_other_code_or_data_are_never_averaged(tmp_path, other):
         ns[:1] = [("lr-1e-3", "1", "70.00%"), ("lr-1e-3", "1", "72.00%")]
     assert [(row["experiment"], row["n"], row["validation"]) for row in apart] == ns
     assert "\n3 finished runs are of other code or on other data, and not compared: see [Runs of other" in text
-    anew = section(text, markdown.OTHER)
+    anew = folded(text, markdown.OTHER)
     assert "uv run main.py run lr-5e-4 --force" in anew
     seeds = '--seeds "2,3"' if said else "--seed 2"
     assert f"uv run main.py run lr-1e-3 {seeds} --force" in anew
-    assert "## Choice" not in text
-    assert "uv run main.py run lr-1e-3 --seeds 2\n" in section(text, "Reproduce")
+    assert "learning rate alone" not in text
+    assert "uv run main.py run lr-1e-3 --seeds 2\n" in folded(text, "Reproduce")
     assert '"lr-1e-3": 0.51' in (tmp_path / "checkpoints" / "metrics.json").read_text()
     assert "lr-5e-4" not in (tmp_path / tables.CURVES_CSV).read_text()
     current = [(row["seed"], row["current"]) for row in csv.DictReader((tmp_path / tables.RESULTS_CSV).open())]
@@ -454,7 +468,7 @@ def test_a_folder_with_only_other_data_has_a_full_report():
     records = [elsewhere(run, data="mine") for run in THREE]
     text = markdown.markdown(records, SUITES)
     assert "The data are not CIFAR-10: mine." in text
-    assert "## Choice of the learning rate" in text
+    assert choice(text)
     assert markdown.OTHER not in text
     assert "not CIFAR-10" not in markdown.markdown(THREE, SUITES)
 
@@ -490,7 +504,7 @@ def test_runs_on_all_images_are_in_best_by_time_and_in_no_choice():
     assert "| S-FC, beta-lasso | 85.19% | 256,000,000 | 4,000 | 307 | [Neyshabur 2020]" in text
     alone = markdown.markdown(minute, SUITES)
     assert "## Best by time" in alone
-    assert "## Choice" not in alone
+    assert "learning rate alone" not in alone
     assert "## Best by time" not in markdown.markdown(THREE, SUITES)
 
 
@@ -521,16 +535,54 @@ def test_the_picture_shows_the_most_accurate_of_very_many():
     assert {p.label for p in ours} == {f"x{i}" for i in range(plots.MAX_BARS, 2 * plots.MAX_BARS)}
 
 
-def test_the_picture_of_best_by_time(tmp_path):
+@pytest.mark.parametrize("path", [published.PICTURE, published.TIME])
+def test_the_pictures_of_best_by_time(tmp_path, path):
     write(tmp_path, [on_all("minute", 0.7, 0.71), on_all("hour", 0.78, 0.79, epochs=9)])
     rebuild.rebuild(tmp_path, SUITES)
-    text = (tmp_path / "results.md").read_text()
-    assert f"({published.PICTURE})" in text
-    svg = (tmp_path / published.PICTURE).read_bytes()
+    assert f"({path})" in section((tmp_path / "results.md").read_text(), "Best by time")
+    svg = (tmp_path / path).read_bytes()
     assert b"svg" in svg[:300]
     assert len(svg) < 300_000
     rebuild.rebuild(tmp_path, SUITES, redraw=True)
-    assert (tmp_path / published.PICTURE).read_bytes() == svg
+    assert (tmp_path / path).read_bytes() == svg
+
+
+def test_accuracy_against_time_has_the_recipes_and_the_best_of_each_suite_by_machine(tmp_path):
+    """Not the variants of an ablation."""
+    gpu = replace(BASELINE.environment, device="cuda", device_name="A GPU")
+    recipes = [on_all("minute", 0.7, 0.71), replace(on_all("gpu", 0.8, epochs=9), environment=gpu)]
+    write(tmp_path, [*THREE, BASELINE, make("variant", dropout=0.5), *recipes])
+    catalog = Catalog({**SUITES.suites, "ablation": {"variant": {}}}, {"ablation": {}}, "learning-rate")
+    rebuild.rebuild(tmp_path, catalog)
+    alt = re.search(rf"!\[(.*)\]\({published.TIME}\)", (tmp_path / "results.md").read_text())
+    assert alt
+    assert alt[1] == (
+        "Test accuracy against seconds of training. A processor, 2 threads: lr-5e-4 57.5% after 6 s, "
+        "baseline 53.0% after 6 s, minute 70.0% after 6 s; A GPU: gpu 80.0% after 29 s"
+    )
+
+
+@pytest.mark.parametrize("path", [published.PICTURE, published.TIME])
+def test_no_name_in_best_by_time_is_cut(monkeypatch, path):
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **kw: figures.append(self) or save(self, *a, **kw))
+    groups = stats.groups([on_all("minute", 0.7, 0.727, epochs=38), on_all("two-hours", 0.78, 0.791, epochs=7000)])
+    plots.draw(published.picture(groups) if path == published.PICTURE else published.against_time(groups))
+    (figure,) = figures
+    texts = [text for text in figure.axes[0].texts if text.get_text()]
+    width, height = figure.canvas.get_width_height()
+    for box in (text.get_window_extent() for text in texts):
+        assert box.x0 >= 0
+        assert box.x1 <= width
+        assert box.y0 >= 0
+        assert box.y1 <= height
+    names = {text.get_text() for text in texts}
+    if path == published.PICTURE:
+        assert names == {"minute", "two-hours", *(p.network for p in published.PUBLISHED)}
+    else:
+        assert names == {"minute 70.0%", "two-hours 78.0%"}
 
 
 @pytest.mark.parametrize("changes", [{"train_on": "all"}, {}], ids=str)
@@ -620,7 +672,7 @@ def test_a_file_of_another_program_is_left_unchanged(tmp_path, name, records):
 
 def test_every_file_of_a_report_is_known_as_ours(tmp_path, cifar_folder):
     """Also where Git has changed the ends of lines."""
-    records = [*map(answered, THREE), on_all("minute", 0.7, 0.71)]
+    records = [*map(answered, THREE), on_all("minute", 0.7, 0.71), make("local", locality=[2.0])]
     write(tmp_path, records)
     weights(tmp_path, records)
     rebuild.rebuild(tmp_path, SUITES, cifar_folder)
@@ -792,7 +844,7 @@ def test_only_what_has_changed_is_written(tmp_path, drawings):
 
 @pytest.fixture
 def axes(monkeypatch):
-    """A function that draws records and returns the axes of accuracy and of loss."""
+    """A function that draws the curves of records and returns the axes of accuracy and of loss."""
     from matplotlib.figure import Figure
 
     figures, save = [], Figure.savefig
@@ -824,10 +876,10 @@ def test_the_picture_neither_depends_on_settings_of_matplotlib_nor_changes_them(
 
 @pytest.mark.parametrize("name", ["a$x_1$b", "$x_{$", r"$\frac$", "a_b^c"])
 def test_a_name_is_not_read_as_mathematics(name, axes):
-    (legend,) = axes([replace(make("a"), name=name)])[0].figure.legends
-    (label,) = legend.get_texts()
-    assert label.get_text() == name
-    assert not label.get_parse_math()
+    for ax in axes([replace(make("a"), name=name)]):
+        (label,) = ax.texts
+        assert label.get_text() == name
+        assert not label.get_parse_math()
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 7, 150])
@@ -862,21 +914,63 @@ def test_curves_are_means_over_seeds_with_a_band():
 def test_the_curves_of_many_groups_are_those_of_the_best_by_validation():
     records = [make(f"x{i}", lr=0.01 * (i + 1), validation=0.5 + 0.002 * (i * 7 % 12)) for i in range(12)]
     picture = plots.curves(stats.groups(records))
-    assert [curve.label for curve in picture.content] == ["x5", "x10", "x3", "x8", "x1", "x6"]
-    assert picture.title.endswith("the best 6 of 12 experiments by validation")
+    assert [curve.label for curve in picture.content] == ["x5", "x10", "x3", "x8"]
+    assert picture.title.endswith("the best 4 of 12 experiments by validation")
 
 
-def test_the_picture_of_the_curves_is_of_the_default_suite(tmp_path):
-    """However good the others are."""
-    others = [make(f"x{i}", dropout=0.01 * i, validation=0.6 + i / 100) for i in range(plots.MAX_CURVES)]
-    write(tmp_path, [*THREE, *others])
-    rebuild.rebuild(tmp_path, SUITES._replace(default="learning-rate"))
-    alt = re.search(rf"!\[(.*)\]\({plots.CURVES}\)", (tmp_path / "results.md").read_text())
-    assert alt
-    assert alt[1].endswith(" of lr-5e-4, lr-1e-3, lr-1e-4")
-    write(tmp_path, [make("lr-1e-3", lr=1e-3, epochs=3)])
-    rebuild.rebuild(tmp_path, SUITES._replace(default="none of these was trained"))
-    assert " of x5, x4, x3, x2, x1, x0](" in (tmp_path / "results.md").read_text()
+def test_each_curve_has_its_name_at_its_end_in_its_colour(axes):
+    """The names do not overlap, however close the ends are, and none is cut."""
+    runs = [make(f"{'x' * 30}{i}", lr=0.01 * (i + 1), validation=0.5 + i / 5000) for i in range(4)]
+    for ax in axes(runs):
+        ax.figure.draw_without_rendering()
+        colors = {line.get_color() for line in ax.lines}
+        assert {text.get_color() for text in ax.texts} == colors
+        assert len(colors) == 4
+        boxes = sorted((text.get_window_extent() for text in ax.texts), key=lambda box: box.y0)
+        assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
+        width, height = ax.figure.canvas.get_width_height()
+        assert all(box.x0 > ax.bbox.x1 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height for box in boxes)
+    (one, _) = axes([make("a", lr=1e-3, validation=0.7), make("b", lr=1e-4, validation=0.3)])
+    ends = {text.get_text(): text.xy[1] for text in one.texts}
+    assert ends == {"a": pytest.approx(65), "b": pytest.approx(25)}, "names that are far apart are not moved"
+
+
+def test_the_default_suite_is_first_with_its_own_curves(tmp_path):
+    """However good the others are, and wherever it is in the catalog."""
+    others = [make(f"x{i}", dropout=0.01 * i, validation=0.6 + i / 100) for i in range(3)]
+    write(tmp_path, [*map(answered, [*THREE, *others]), BASELINE])
+    catalog = SUITES._replace(suites={"x": {run.name: {} for run in others}, **SUITES.suites}, default="learning-rate")
+    rebuild.rebuild(tmp_path, catalog)
+    text = (tmp_path / "results.md").read_text()
+    headings = re.findall("^## (.*)", text, re.M)
+    assert headings == [
+        *("Suite learning-rate", "Suite x", "Suite baseline", "Gain over the baseline"),
+        *("The best experiment of the suite learning-rate by validation: lr-5e-4", "Details"),
+    ]
+    suite = section(text, "Suite learning-rate")
+    places = [suite.index(part) for part in ("| lr-1e-4 ", choice(text), "suite-learning-rate.svg", plots.CURVES)]
+    assert places == sorted(places)
+    assert f"of lr-5e-4, lr-1e-3, lr-1e-4]({plots.CURVES})" in suite
+    rebuild.rebuild(tmp_path, SUITES._replace(suites={"x": catalog.suites["x"]}, default="none of these was trained"))
+    assert f"of x2, x1, x0]({plots.CURVES})" in section((tmp_path / "results.md").read_text(), "Suite x")
+
+
+def test_a_report_answers_in_order():
+    """Choices, time, comparisons, ablations; what one looks up comes last, folded."""
+    ablation = [*seeds_of("plus", [0.6, 0.6], norm="batch", widths=[512]), make("gone", validation=0.3)]
+    catalog = Catalog(
+        {"ablation": {"plus": {}, "baseline": {}}, **SUITES.suites},
+        {"ablation": {"plain": "baseline"}},
+        "learning-rate",
+    )
+    text = markdown.markdown([*THREE, BASELINE, *ablation, on_all("minute", 0.7), elsewhere(make("old"), "")], catalog)
+    assert re.findall("^## (.*)", text, re.M) == [
+        *("Suite learning-rate", "Suite baseline", "Gain over the baseline", "Best by time", "Suite ablation"),
+        *("Other experiments", "Details"),
+    ]
+    assert re.findall("<summary>(.*)</summary>", section(text, "Details")) == [
+        *("How to read the tables", markdown.OTHER, "Reproduce", "Made on"),
+    ]
 
 
 def test_the_table_has_the_curves_of_every_experiment():
@@ -957,8 +1051,8 @@ def test_the_table_has_the_best_thirty_rows_and_counts_the_others():
     text = markdown.markdown(records, SUITES)
     assert [row[0] for row in rows(text)] == [f"x{i}" for i in range(32, 2, -1)]
     assert "\n3 more rows are left out.\n" in text
-    assert "x24 and 24 others differ in the learning rate alone" in text
-    assert "\n2 more rows are left out.\n" in section(text, "Choice of the learning rate")
+    assert "x24 and 24 others, which differ in the learning rate alone" in text
+    assert "\n2 more rows are left out.\n" in choice(text)
 
 
 def test_long_lists_end_with_a_count():
@@ -973,7 +1067,7 @@ def test_long_lists_end_with_a_count():
     assert "\n31 more runs were resumed in this way.\n" in text
     assert text.count("differ in the learning rate alone") == 5
     assert "more sets of learning rates" in text
-    machines = table(text.split("Made from the data")[1])
+    machines = table(folded(text, "Made on"))
     assert [(len(cells), cells[-1].count(", "), cells[-1][-9:]) for cells in machines] == [(8, 8, "32 others")]
     block = re.search(r"```sh\n(.*?)```", text, re.S)
     assert block
@@ -1014,19 +1108,52 @@ def test_the_commands_name_the_runs():
     first, last = commands([*THREE, BASELINE])
     assert first == "uv run main.py run lr-5e-4 lr-1e-3 lr-1e-4 baseline"
     assert last == "uv run main.py evaluate"
-    made = section(markdown.markdown(THREE, SUITES), "Reproduce").split("Made from the data ")[1]
-    assert made.startswith("15fc275e5cae on:\n")
-    machine = ["A processor", "x86_64 AVX2", "compiled on cpu", "2", "2.15.0", "3.11.7", "3", "0123456789ab"]
+    made = folded(markdown.markdown(THREE, SUITES), "Made on")
+    assert "The data are 15fc275e5cae." in made
+    machine = ["A processor", "x86_64 AVX2", "2", "3", "compiled on cpu", "2.15.0", "3.11.7", "0123456789ab"]
     assert table(made) == [machine]
 
 
-def test_a_machine_has_one_row_for_all_precisions():
-    """The record of a run in bfloat16 has the threads in its hardware, too."""
+def test_a_machine_has_one_row():
+    """Whatever ran on it. The record of a run in bfloat16 has the threads in its hardware, too."""
     record, other = THREE[:2]
-    where = replace(record.environment, hardware="x86_64 AVX2, 2 threads", git="fedcba987654")
+    where = replace(
+        record.environment, hardware="x86_64 AVX2, 2 threads", git="fedcba987654", torch="2.16.0", mode="eager"
+    )
     text = markdown.markdown([other, replace(record, environment=where)], SUITES)
-    (machine,) = table(text.split("Made from the data")[1])
-    assert machine[-2:] == ["2", "0123456789ab and fedcba987654"]
+    (machine,) = table(folded(text, "Made on"))
+    assert machine[3:6] == ["2", "compiled on cpu and eager on cpu", "2.15.0 and 2.16.0"]
+    assert machine[-1] == "0123456789ab and fedcba987654"
+    for changes in ({"threads": 4}, {"hardware": "x86_64 AVX512"}, {"device_name": "Another"}):
+        elsewhere = replace(record, environment=replace(record.environment, **changes))
+        text = markdown.markdown([other, elsewhere], SUITES)
+        assert [row[3] for row in table(folded(text, "Made on"))] == ["1", "1"]
+
+
+def timed(seed, seconds, speed, **changes):
+    """A run of one epoch that took so long, on a machine of its own if there are changes."""
+    run = edit_history(make("x", seed=seed, epochs=1), seconds=seconds, samples_per_second=speed)
+    return replace(run, environment=replace(run.environment, **changes))
+
+
+def test_times_are_medians_on_the_machine_that_made_most_runs():
+    other = {"device_name": "Another"}
+    slow = [timed(seed, 100 + seed, 10, **other) for seed in (0, 1)]
+    fast = [timed(2, 5.0, 900), timed(3, 50.0, 800), timed(4, 6.0, 700)]
+    (row,) = cells(markdown.markdown([*slow, *fast], SUITES))
+    assert (row["n"], row["time"], row["samples/s"]) == ("5", "6 s", "800")
+    (row,) = cells(markdown.markdown([*slow, *fast[:2]], SUITES))
+    assert (row["time"], row["samples/s"]) == ("100 s", "10"), "of equal counts, the machine with the first run"
+    by_epochs = table(section(markdown.markdown([*slow, *fast], SUITES, group_by="epochs"), "By epochs"))
+    assert by_epochs[0][-2:] == ["6 s", "800"]
+
+
+def test_a_table_with_times_of_several_machines_names_them():
+    here, there = make("lr-1e-3", lr=1e-3), make("lr-5e-4", lr=5e-4, validation=0.5)
+    assert "time on" not in section(markdown.markdown([here, there], SUITES), "Suite learning-rate")
+    there = replace(there, environment=replace(there.environment, device_name="Another", threads=8))
+    suite = section(markdown.markdown([here, there], SUITES), "Suite learning-rate")
+    assert [row[-1] for row in table(suite)] == ["A processor, 2 threads", "Another, 8 threads"]
 
 
 def test_the_commands_have_the_options_of_a_run():
@@ -1060,7 +1187,7 @@ def test_one_spec_under_two_names_is_one_run():
     """It is no second seed, and it is not compared with itself."""
     text = markdown.markdown([THREE[0], replace(THREE[0], name="again")], SUITES)
     assert [row[1] for row in rows(text)] == ["1", "1"]
-    assert "Choice of the learning rate" not in text
+    assert "learning rate alone" not in text
 
 
 # The pictures of the best experiment
@@ -1071,7 +1198,8 @@ def test_the_pictures_are_those_of_the_best_by_validation(tmp_path, cifar_folder
     write(tmp_path, records)
     weights(tmp_path, records)
     rebuild.rebuild(tmp_path, SUITES, cifar_folder)
-    best = section((tmp_path / "results.md").read_text(), "The best experiment by validation: lr-5e-4")
+    heading = "The best experiment of the suite learning-rate by validation: lr-5e-4"
+    best = section((tmp_path / "results.md").read_text(), heading)
     assert "| airplane | 57.5 | 42.5 | 0.0 |" in best
     first = records[1].answers.mistakes[0]
     label, predicted = dataset.CLASSES[first.label], dataset.CLASSES[first.predicted]
@@ -1113,6 +1241,38 @@ def test_without_weights_and_data_the_pictures_stay(tmp_path, cifar_folder, redr
     rebuild.rebuild(tmp_path, SUITES, None, redraw)
     assert all(files(tmp_path)[name].read_bytes() == before[name] for name in before if name.endswith(".png"))
     assert ".png" not in (tmp_path / "results.md").read_text()
+
+
+def test_the_first_layer_is_of_the_best_run_whose_weights_are_here(tmp_path):
+    """Without them, it stays that of the picture on disk. A local first layer is beside it."""
+    runs = [make("lr-1e-3", lr=1e-3, seed=seed, validation=0.5 + seed / 100) for seed in range(3)]
+    local = make("local", locality=[2.0], validation=0.4)
+
+    def shown():
+        rebuild.rebuild(tmp_path, SUITES)
+        text = (tmp_path / "results.md").read_text()
+        return [line for line in text.splitlines() if "first-layer.png" in line]
+
+    def drawn(run):
+        return (
+            plots.identifier(best_run.filters(best_run.FILTERS, run, tuple))
+            in files(tmp_path)[Path(best_run.FILTERS).name].read_bytes()
+        )
+
+    write(tmp_path, [*runs, local])
+    assert not shown()
+    weights(tmp_path, runs[:2])
+    assert len(shown()) == 1
+    assert drawn(runs[1])
+    for path in (tmp_path / "checkpoints").glob("*/*.safetensors"):
+        path.unlink()
+    assert len(shown()) == 1
+    assert drawn(runs[1])
+    weights(tmp_path, [runs[2], local])
+    (line,) = shown()
+    assert drawn(runs[2])
+    assert re.findall(r"\((.*?\.png)\)", line) == [best_run.FILTERS, best_run.LOCAL]
+    assert f"of local as small colour images, a unit each]({best_run.LOCAL})" in line
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 100, safetensors.numpy.save({"1.weight": np.full((3, 3072), np.nan)})])

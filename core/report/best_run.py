@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 CONFUSION = "checkpoints/best-confusion.svg"
 MISTAKES = "checkpoints/best-mistakes.png"
 FILTERS = "checkpoints/best-first-layer.png"
+LOCAL = "checkpoints/local-first-layer.png"
+FIRST_LAYERS = {FILTERS: "best experiment", LOCAL: "best experiment with `locality`"}
 MAX_MISTAKES, COLUMNS = 12, 4
 MAX_CLASSES = 20  # of a confusion matrix that can be read
 UNITS = 8  # rows and columns of the picture of the first layer
@@ -91,15 +93,16 @@ def _paint_mistakes(figure: "Figure", content: tuple[Sequence[str], list[Mistake
         ax.set_title(f"{classes[mistake.label]}\n{prediction}", fontsize=12)
 
 
-def filters(record: Finished, load_weights: Callable[[], Any]) -> Picture:
+def filters(path: str, record: Finished, load_weights: Callable[[], Any]) -> Picture:
     """The weights of the first layer of a run as images: of the units with the largest norms.
 
     Args:
+        path: FILTERS or LOCAL.
         load_weights: the weights of the first layer, float [units, 3072]; None if they are not available.
     """
     title = f"{plots.short(record.name)}, seed {record.seed}: what units of the first layer\nrespond to (grey: nothing)"
     alt = f"The weights of the first layer of {record.name} as small colour images, a unit each"
-    return Picture(FILTERS, title, record.digest, _paint_filters, plots.WIDTH + 0.7, alt, load_weights)
+    return Picture(path, title, record.digest, _paint_filters, plots.WIDTH + 0.7, alt, load_weights)
 
 
 def _paint_filters(figure: "Figure", _: str, weights: Any) -> None:

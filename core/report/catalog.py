@@ -14,7 +14,7 @@ class Catalog(NamedTuple):
         suites: for each suite the specs of its experiments by name; grids are expanded.
         ablations: for each suite that is an ablation, the names of its "plain" and its "full" experiment, or of one of
             them. The other experiments of the suite are compared with these.
-        default: the suite whose learning curves are drawn.
+        default: the suite that comes first in a report.
         former: old names, with the new names.
     """
 

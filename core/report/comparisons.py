@@ -82,7 +82,7 @@ def _against(best: Group, others: list[Group]) -> str:
 
 
 def choice(groups: list[Group]) -> str:
-    """Which learning rate is best? For each set of experiments that differ in it alone, the best set first."""
+    """Which learning rate is best? For each set of these experiments that differ in it alone, the best set first."""
     sets: dict[str, dict[float, Group]] = defaultdict(dict)
     for group in groups:
         spec = group[0].spec
@@ -95,7 +95,7 @@ def choice(groups: list[Group]) -> str:
     choices = [_choice(ranking) for ranking in rankings[:MAX_CHOICES]]
     if len(rankings) > MAX_CHOICES:
         choices.append(f"{len(rankings) - MAX_CHOICES:,} more sets of learning rates are left out.\n")
-    return "## Choice of the learning rate\n\n" + "\n".join(choices)
+    return "\n" + "\n".join(choices)
 
 
 def _choice(ranking: list[Group]) -> str:
@@ -104,11 +104,11 @@ def _choice(ranking: list[Group]) -> str:
     differences = {other.label: stats.compare(best, other, "validation") for other in others}
     close = [label for label, d in differences.items() if not (d.significant and d.mean > 0)]
     lead = f"not significantly better than {text.listed(close)}" if close else "significantly better than the others"
+    validation, test = (stats.percent(stats.accuracy(best, split)) for split in ("validation", "test"))
     return (
-        f"The experiments {text.listed(names)} differ in the learning rate alone. Validation chooses **{best.label}** "
-        f"({stats.shown(best[0].spec['lr'])}): {stats.percent(stats.accuracy(best, 'validation'))} "
-        f"(n = {len(best)}). It is {lead}. On test, which has no part in the choice, it reaches "
-        f"{stats.percent(stats.accuracy(best, 'test'))}.\n\n{_against(best, others)}"
+        f"Of {text.listed(names)}, which differ in the learning rate alone, validation chooses **{best.label}**. "
+        f"Its {validation} (n = {len(best)}) is {lead}; on test, which has no part in the choice, it reaches {test}.\n"
+        f"{text.folded(f'The comparisons with {best.label}', _against(best, others))}"
     )
 
 

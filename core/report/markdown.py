@@ -2,8 +2,8 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean, median_high
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median_high
 from typing import Any
 
 from core.code_hash import same_numbers
@@ -19,13 +19,14 @@ from core.spec import SpecError, resolve
 
 HEADER = "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit."
 OTHER = "Runs of other code or other data"
-LEGEND = f"""## How to read the tables
-
-- A row of a suite is an experiment, the best by validation first. Its n runs differ in the seed alone.
+LEGEND = f"""- A row of a suite is an experiment, the best by validation first. Its n runs differ in the seed alone.
 - 57.12 ± 0.31% (56.74–57.50): the mean over the seeds, the standard deviation of one seed, and the 95% confidence
   interval of the mean (Student's t). Where n is 1, it is the interval of one accuracy measured on so many images
   (Wilson); it says nothing about other seeds.
-- The gap is train minus test accuracy, in points. The time is that of all steps of a run, without compilation.
+- The gap is train minus test accuracy, in points.
+- The time is that of all steps of a run, without compilation. Time and samples/s are medians over the runs of one
+  machine: the one that made most runs of the row. If the rows of a table are of several machines, the column "time on"
+  names them.
 - A comparison is a difference of accuracies, in points, with its 95% interval. It is paired over the seeds that both
   experiments have.
 - The verdict is by validation. A difference is significant if its interval does not contain 0. Unpaired: the two have
@@ -38,6 +39,8 @@ LEGEND = f"""## How to read the tables
 - Each interval holds for itself: by chance alone, about one in twenty is wrong. Only those of "What helped" and
   "Compared until decided" hold together, and however often one looks.
 - Every run, with its whole spec, is a row of [results.csv]({tables.RESULTS_CSV}).
+- The learning curves of every experiment are in [learning-curves.csv]({tables.CURVES_CSV}): at most {plots.MAX_POINTS}
+  epochs of each, evenly spaced, with the first and the last. Its column `epochs` is the number of epochs of the run.
 """
 
 Columns = dict[str, Callable[[Group], str]]
@@ -55,8 +58,8 @@ def _interval(group: Group, split: str) -> str:
 VALIDATION, TEST, TRAIN = map(_spread, ("validation", "test", "train"))
 NUMBERS: Columns = {
     "gap": lambda g: f"{stats.gap(g):.1f}",
-    "time": lambda g: f"{fmean(map(stats.seconds, g)):.0f} s",
-    "samples/s": lambda g: f"{median_high(map(stats.speed, g)):,}",
+    "time": lambda g: f"{stats.training(g):.0f} s",
+    "samples/s": lambda g: f"{median_high(map(stats.speed, stats.timed(g))):,}",
 }
 SIMPLE: Columns = {
     "experiment": lambda g: g.label,
@@ -104,31 +107,40 @@ def markdown(
         searched: the searches of `search`.
     """
     records = searches.other(records, searched)
-    shown = {path: _shown(path, pictures) for path in pictures}
+    shown = {path: f"\n{_image(path, pictures)}\n{picture.table}" for path, picture in pictures.items()}
     results = stats.results(records)
     groups = stats.ranked(results.compared)
     trained_on_all = sorted(results.trained_on_all, key=lambda group: published.work(group[0]))
-    first_suite, *other_suites = suites(groups, catalog, pictures) or [""]
+    members = by_suite(groups, catalog)
+    suites = {name: suite(name, those, shown) for name, those in members.items()}
+    if suites:
+        suites[next(iter(suites))] += shown.get(plots.CURVES, "")
     sections = [
         introduction(results),
         problems(records, results),
-        first_suite,
+        *(section for name, section in suites.items() if name and name not in catalog.ablations),
+        comparisons.gain(groups),
+        best_by_time(trained_on_all, shown) if results.dataset == "cifar10" else on_all_images(trained_on_all),
         questions.section(asked, shown),
         searches.section(searched, shown),
-        comparisons.choice(groups),
-        comparisons.gain(groups),
-        *other_suites,
+        *(suites[name] for name in catalog.ablations if name in suites),
         comparisons.what_helped(groups, catalog),
+        suites.get("", ""),
         by_key(groups, group_by),
-        LEGEND if groups else "",
-        best_by_time(trained_on_all, pictures) if results.dataset == "cifar10" else on_all_images(trained_on_all),
-        best_experiment(groups, pictures),
-        learning_curves(groups + trained_on_all, pictures),
-        other_runs(results, catalog),
+        best_experiment(members, pictures, shown),
         other_data_sets(results),
-        reproduce(groups, trained_on_all, catalog),
+        details(groups + trained_on_all, results, catalog),
     ]
     return "\n".join(filter(None, sections))
+
+
+def by_suite(groups: list[Group], catalog: Catalog) -> dict[str, list[Group]]:
+    """The suites that have experiments, the default suite first. Under "", at the end, experiments of no suite."""
+    names = sorted(catalog.suites, key=lambda name: name != catalog.default)
+    known = {name for suite in catalog.suites.values() for name in suite}
+    found = {name: [group for group in groups if group[0].name in catalog.suites[name]] for name in names}
+    found[""] = [group for group in groups if group[0].name not in known]
+    return {name: members for name, members in found.items() if members}
 
 
 def introduction(results: Results) -> str:
@@ -162,22 +174,21 @@ def problems(records: list[Record], results: Results) -> str:
     lines += text.limited(inexact, "{} more runs were resumed in this way.\n")
     if count := sum(map(len, results.other)):
         runs = "1 finished run is" if count == 1 else f"{count:,} finished runs are"
-        anchor = OTHER.lower().replace(" ", "-")
-        lines.append(f"{runs} of other code or on other data, and not compared: see [{OTHER}](#{anchor}).\n")
+        lines.append(f"{runs} of other code or on other data, and not compared: see [{OTHER}](#details).\n")
     return "\n".join(lines)
 
 
-def suites(groups: list[Group], catalog: Catalog, pictures: Mapping[str, Picture]) -> list[str]:
-    """How good are the experiments of each suite? Then the experiments that are in no suite."""
-    sections = []
-    for suite, names in catalog.suites.items():
-        if members := [group for group in groups if group[0].name in names]:
-            picture = _shown(plots.suite_path(suite), pictures)
-            sections.append(f"## Suite {suite}\n\n{text.table(COLUMNS, members)}{picture}")
-    known = {name for names in catalog.suites.values() for name in names}
-    if others := [group for group in groups if group[0].name not in known]:
-        sections.append(f"## Other experiments\n\n{text.table(COLUMNS, others)}")
-    return sections
+def suite(name: str, members: list[Group], shown: Mapping[str, str]) -> str:
+    """How good are the experiments of a suite, and which learning rate is best?"""
+    heading = f"Suite {name}" if name else "Other experiments"
+    intervals = shown.get(plots.suite_path(name), "")
+    return f"## {heading}\n\n{_table(COLUMNS, members)}{comparisons.choice(members)}{intervals}"
+
+
+def _table(columns: Columns, rows: list[Group]) -> str:
+    """A table with times. If these are of several machines, a column names the machine of each row."""
+    several = len({stats.machine(stats.timed(group)[0]) for group in rows[: text.ROWS]}) > 1
+    return text.table({**columns, "time on": stats.where} if several else columns, rows)
 
 
 def by_key(groups: list[Group], key: str | None) -> str:
@@ -194,47 +205,51 @@ def by_key(groups: list[Group], key: str | None) -> str:
     values = stats.grouped_by((record for group in groups for record in group), key)
     return (
         f"## By {key}\n\nMeans ± standard deviations over all runs with this value. The runs may differ in other keys, "
-        f"too.\n\n{text.table(columns, values)}"
+        f"too.\n\n{_table(columns, values)}"
     )
 
 
-def best_by_time(groups: list[Group], pictures: Mapping[str, Picture]) -> str:
+def best_by_time(groups: list[Group], shown: Mapping[str, str]) -> str:
     """How good are the runs that were trained on all images, beside what is published?"""
     if not groups:
         return ""
     return (
         "## Best by time\n\nThese runs were trained on all 50,000 images, as the published networks were. They have no "
-        "validation accuracy and take part in no choice. The numbers are means over n seeds ± the standard deviation "
-        "of one. Training is the time of all steps. With compilation, the longest time to a first step is added; it "
-        "includes whitening and, unless the step was compiled before, compilation. PetaFLOP are 6 operations for each "
-        f"parameter and image, and the whitening of each image.\n\n{text.table(published.columns(groups), groups)}"
+        "validation accuracy and take part in no choice. Accuracies are means over n seeds ± the standard deviation of "
+        "one. Training is the time of all steps: the median over the runs on the machine that made most of them. With "
+        "compilation, the longest time to a first step is added; it includes whitening and, unless the step was "
+        "compiled before, compilation. PetaFLOP are 6 operations for each parameter and image, and the whitening of "
+        f"each image.\n\n{text.table(published.columns(groups), groups)}{shown.get(published.TIME, '')}"
         "\nPublished results without convolution. No paper gives the time of training:\n\n"
-        f"{text.table(published.PAPERS, published.PUBLISHED)}{_shown(published.PICTURE, pictures)}"
+        f"{text.table(published.PAPERS, published.PUBLISHED)}{shown.get(published.PICTURE, '')}"
     )
 
 
-def best_experiment(groups: list[Group], pictures: Mapping[str, Picture]) -> str:
-    """What does the best experiment get wrong, and what has it learnt?"""
-    shown = [_shown(path, pictures) for path in (best_run.CONFUSION, best_run.MISTAKES, best_run.FILTERS)]
-    return f"## The best experiment by validation: {groups[0].label}\n{''.join(shown)}" if any(shown) else ""
-
-
-def learning_curves(groups: list[Group], pictures: Mapping[str, Picture]) -> str:
-    """How does training go?"""
-    if not groups:
+def best_experiment(members: dict[str, list[Group]], pictures: Mapping[str, Picture], shown: Mapping[str, str]) -> str:
+    """What does the best experiment of the first suite get wrong, and what has it learnt?"""
+    parts = [shown.get(path, "") for path in (best_run.CONFUSION, best_run.MISTAKES)]
+    layers = {title: _image(path, pictures) for path, title in best_run.FIRST_LAYERS.items() if path in pictures}
+    parts += [f"\n{text.grid(layers, [layers.values()])}"] if layers else []
+    if not any(parts):
         return ""
-    points = tables.curve_points(len(groups))
-    return (
-        f"## Learning curves\n{_shown(plots.CURVES, pictures)}\nThe curves of every experiment are in "
-        f"[learning-curves.csv]({tables.CURVES_CSV}): at most {points} epochs of each, evenly spaced, with the first "
-        "and the last. Its column `epochs` is the number of epochs of the run.\n"
-    )
+    name, (best, *_) = next(iter(members.items()))
+    of_suite = f" of the suite {name}" if name else ""
+    return f"## The best experiment{of_suite} by validation: {best.label}\n{''.join(parts)}"
+
+
+def details(groups: list[Group], results: Results, catalog: Catalog) -> str:
+    """What a reader looks up: folded."""
+    parts = [
+        text.folded("How to read the tables", LEGEND) if groups else "",
+        text.folded(OTHER, other_runs(results, catalog)) if results.other else "",
+        text.folded("Reproduce", reproduce(groups, catalog)) if groups else "",
+        text.folded("Made on", made_on(groups)) if groups else "",
+    ]
+    return f"## Details\n{''.join(parts)}" if any(parts) else ""
 
 
 def other_runs(results: Results, catalog: Catalog) -> str:
     """Which runs are not compared, and how are they trained again?"""
-    if not results.other:
-        return ""
 
     def code(group: Group) -> str:
         hash_of_code = group[0].environment.code
@@ -246,8 +261,8 @@ def other_runs(results: Results, catalog: Catalog) -> str:
         "data": lambda g: "this" if g[0].data == results.data else g[0].data[:12],
     }
     return (
-        f"## {OTHER}\n\nOther code or other data can give other numbers. These runs are therefore in no other table, "
-        "mean, choice, comparison or picture of this report. A row is an experiment, with one code and one data set. "
+        "Other code or other data can give other numbers. These runs are therefore in no other table, mean, choice, "
+        "comparison or picture of this report. A row is an experiment, with one code and one data set. "
         f"In [results.csv]({tables.RESULTS_CSV}), the column `current` of these runs is False.\n\n"
         f"{text.table(columns, results.other)}\nThese commands train them again, with this code and on "
         f"{_title(results.dataset)}:\n\n"
@@ -287,32 +302,38 @@ def _note(dataset: str) -> str:
     return f" {note}" if note else ""
 
 
-def reproduce(groups: list[Group], trained_on_all: list[Group], catalog: Catalog) -> str:
-    """Which commands train these runs again, and which machines trained them?"""
-    if not groups and not trained_on_all:
-        return ""
-    commands = _commands(groups[: text.ROWS] + trained_on_all[: text.ROWS], catalog)
-    runs: dict[tuple[str, ...], list[Finished]] = defaultdict(list)
-    for record in (record for group in groups + trained_on_all for record in group):
-        where = record.environment
-        hardware = where.hardware.removesuffix(f", {where.threads} threads")  # a part of it in bfloat16 alone
-        device = f"{where.mode} on {where.device}"
-        runs[where.device_name, hardware, device, str(where.threads), where.torch, where.python].append(record)
-    rows = [
-        [*machine, f"{len(made):,}", text.listed(sorted({record.environment.git for record in made}))]
-        for machine, made in sorted(runs.items())
-    ]
-    headings = ("machine", "hardware", "device", "threads", "torch", "Python", "runs", "commits")
-    data = (groups + trained_on_all)[0][0].data[:12]
-    return (
-        f"## Reproduce\n\n{_shell([*commands, 'uv run main.py evaluate'])}\n"
-        f"Made from the data {data} on:\n\n{text.grid(headings, rows[: text.ROWS])}"
-    )
+def reproduce(groups: list[Group], catalog: Catalog) -> str:
+    """Which commands train these runs again?"""
+    return _shell([*_commands(groups, catalog), "uv run main.py evaluate"])
 
 
-def _shown(path: str, pictures: Mapping[str, Picture]) -> str:
-    """A picture with its numbers, if it is on disk."""
-    return f"\n![{pictures[path].alt}]({path})\n{pictures[path].table}" if path in pictures else ""
+MACHINES: dict[str, Callable[[list[Finished]], str]] = {
+    "machine": lambda made: stats.machine(made[0])[0],
+    "hardware": lambda made: stats.machine(made[0])[1],
+    "threads": lambda made: f"{stats.machine(made[0])[2]}",
+    "runs": lambda made: f"{len(made):,}",
+    "mode": lambda made: _listed(f"{r.environment.mode} on {r.environment.device}" for r in made),
+    "torch": lambda made: _listed(r.environment.torch for r in made),
+    "Python": lambda made: _listed(r.environment.python for r in made),
+    "commits": lambda made: _listed(r.environment.git for r in made),
+}
+
+
+def made_on(groups: list[Group]) -> str:
+    """Which machines trained these runs?"""
+    runs: dict[tuple[str, str, int], list[Finished]] = defaultdict(list)
+    for record in (record for group in groups for record in group):
+        runs[stats.machine(record)].append(record)
+    table = text.table(MACHINES, [made for _, made in sorted(runs.items())])
+    return f"A row is a machine. The data are {groups[0][0].data[:12]}.\n\n{table}"
+
+
+def _listed(values: Iterable[str]) -> str:
+    return text.listed(sorted(set(values)))
+
+
+def _image(path: str, pictures: Mapping[str, Picture]) -> str:
+    return f"![{pictures[path].alt}]({path})"
 
 
 def _shell(commands: list[str]) -> str:

@@ -3,12 +3,13 @@ one column, few elements, large letters."""
 
 import hashlib
 import io
+import itertools
 import logging
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from functools import cache
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CURVES = "checkpoints/learning-curves.svg"
-MAX_CURVES = 6  # more would hide one another
+MAX_CURVES = 4  # more would hide one another
 MAX_POINTS = 100  # of a curve: more cannot be seen, and make a large file
 MAX_BARS = 20  # of a picture of intervals
 MAX_LABEL = 26  # letters
@@ -34,6 +35,8 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "cifar10-mlp",
     "axes.spines.top": False,
     "axes.spines.right": False,
+    # Colours that colour-blind readers can tell apart (Okabe and Ito 2008), those with the most contrast first.
+    "axes.prop_cycle": "cycler('color', ['0072B2', 'D55E00', '009E73', 'CC79A7', 'E69F00', '56B4E9'])",
     "figure.titlesize": 13,
     "font.size": 13,
     "legend.fontsize": 12,
@@ -124,9 +127,26 @@ def short(label: str) -> str:
     return label if len(label) <= MAX_LABEL else f"{label[:half]}…{label[1 - half :]}"
 
 
-def legend(figure: "Figure", ax: Any) -> None:
+def legend(figure: "Figure", ax: Any, columns: int = 2) -> None:
     """The legend of `ax`, below the whole picture."""
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
+
+
+def label_ends(ax: Any, ends: Iterable[tuple[float, str, str]], inches: float) -> None:
+    """Write the names of lines at their right ends, one below the other where they would overlap.
+
+    Args:
+        ends: for each line the height of its end, its name and its colour; all names have as many lines of text.
+        inches: the height of the axes, about.
+    """
+    ends = sorted(ends, reverse=True)
+    low, high = ax.get_ylim()
+    text = 0.25 * (high - low) / inches * max((1 + name.count("\n") for _, name, _ in ends), default=0)
+    places = list(itertools.accumulate((y for y, *_ in ends), lambda above, y: min(y, above - text)))
+    shift = fmean(y - place for (y, *_), place in zip(ends, places, strict=True)) if ends else 0.0
+    for (_, name, color), place in zip(ends, places, strict=True):
+        corner, units = (1, place + shift), ax.get_yaxis_transform()
+        ax.annotate(name, corner, (5, 0), units, "offset points", color=color, va="center", annotation_clip=False)
 
 
 # Learning curves
@@ -154,9 +174,8 @@ class Curve(NamedTuple):
 EXPLAINED = "solid: validation, dotted: train while training"  # the lines of the curves
 
 
-def curves(groups: list[Group], default: Collection[str] = ()) -> Picture:
-    """The curves of the experiments with the names `default`, or of all if there is none; the best of too many."""
-    groups = [group for group in groups if group[0].name in default] or groups
+def curves(groups: list[Group]) -> Picture:
+    """The curves of experiments; the best of too many."""
     shown = stats.ranked(groups)[:MAX_CURVES]
     title = EXPLAINED
     if any(len(group) > 1 for group in shown):
@@ -186,19 +205,20 @@ def paint_curves(figure: "Figure", curves: list[Curve], _: Any) -> None:
     axes = figure.subplots(2, 1)
     labels = {"accuracy": "accuracy (%)", "loss": "cross-entropy"}
     for ax, (quantity, label) in zip(axes, labels.items(), strict=True):
-        factor = 100 if quantity == "accuracy" else 1
+        factor, ends = 100 if quantity == "accuracy" else 1, list[tuple[float, str, str]]()
         for i, curve in enumerate(curves):
             names = ("validation", "low", "high", "train")
             validation, low, high, train = (factor * np.array(curve.lines[f"{quantity}_{name}"]) for name in names)
             color, marker = f"C{i}", "." if len(curve.epochs) == 1 else None
-            ax.plot(curve.epochs, validation, color=color, label=short(curve.label), marker=marker, linewidth=2)
+            ax.plot(curve.epochs, validation, color=color, marker=marker, linewidth=2)
             ax.plot(curve.epochs, train, color=color, linestyle=":", marker=marker, alpha=0.8)
             ax.fill_between(curve.epochs, low, high, color=color, alpha=0.15, linewidth=0)
+            end = train[-1] if np.isnan(validation[-1]) else validation[-1]
+            ends.append((end, short(curve.label), color))
+        label_ends(ax, ends, figure.get_figheight() / 2 - 1)
         ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
         ax.grid(alpha=0.3)
-    if curves:
-        legend(figure, axes[0])
 
 
 # Intervals

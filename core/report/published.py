@@ -1,6 +1,7 @@
 """The runs that train on all images, beside published fully connected networks: accuracy, time and arithmetic."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURE = "checkpoints/best-by-time.svg"
+TIME = "checkpoints/accuracy-against-time.svg"
+TICKS = {1: "1 s", 10: "10 s", 60: "1 min", 600: "10 min", 3600: "1 h", 36_000: "10 h"}
 
 
 class Published(NamedTuple):
@@ -64,15 +67,6 @@ def shifted(group: Group) -> list[float]:
 # Tables
 
 
-def _training(group: Group) -> float:
-    return fmean(map(stats.seconds, group))
-
-
-def _machine(group: Group) -> str:
-    where = group[0].environment
-    return f"{where.device_name}, {where.threads} threads" if where.device == "cpu" else where.device_name
-
-
 SHIFTED = "test, with shifts and mirror images"
 RUNS: dict[str, Callable[[Group], str]] = {
     "recipe": lambda g: g.label,
@@ -82,11 +76,11 @@ RUNS: dict[str, Callable[[Group], str]] = {
     SHIFTED: lambda g: stats.spread(shifted(g)) if shifted(g) else "not evaluated",
     "parameters": lambda g: f"{g[0].parameters:,}",
     "epochs": lambda g: str(g[0].spec["epochs"]),
-    "training": lambda g: f"{_training(g):.0f} s",
+    "training": lambda g: f"{stats.training(g):.0f} s",
     # The longest time to a first step is that of the run that compiled, if one did.
-    "with compilation": lambda g: f"{_training(g) + max(r.first_step_seconds for r in g):.0f} s",
+    "with compilation": lambda g: f"{stats.training(g) + max(r.first_step_seconds for r in stats.timed(g)):.0f} s",
     "petaFLOP": lambda g: f"{work(g[0]):.3g}",
-    "on": _machine,
+    "on": stats.where,
 }
 PAPERS: dict[str, Callable[[Published], str]] = {
     "network": lambda p: p.network,
@@ -103,46 +97,79 @@ def columns(groups: list[Group]) -> dict[str, Callable[[Group], str]]:
     return {head: cell for head, cell in RUNS.items() if head != SHIFTED or any(map(shifted, groups))}
 
 
-# The picture
+# The pictures
 
 
 class Point(NamedTuple):
     label: str
-    petaflop: float  # 0 if it is unknown
+    cost: float  # in petaFLOP, 0 if it is unknown; or in seconds
     accuracy: float  # in percent
+
+
+def against_time(groups: Iterable[Group]) -> plots.Picture:
+    """Accuracy on test against time, with a colour for each machine; of very many groups, the most accurate."""
+    best = sorted(groups, key=lambda group: -stats.accuracy(group, "test"))[: plots.MAX_BARS]
+    by_machine: dict[str, list[Point]] = defaultdict(list)
+    for group in sorted(best, key=stats.training):
+        seconds, accuracy = stats.training(group), 100 * stats.accuracy(group, "test")
+        point = Point(f"{plots.short(group.label)} {accuracy:.1f}%", round(seconds, 3), round(accuracy, 3))
+        by_machine[stats.where(group)].append(point)
+    numbers = (
+        f"{name}: {', '.join(f'{p.label} after {p.cost:.0f} s' for p in points)}" for name, points in by_machine.items()
+    )
+    alt = f"Test accuracy against seconds of training. {'; '.join(numbers)}"
+    title = "test accuracy against training time,\nwithout compilation and without mirror images"
+    return plots.Picture(TIME, title, by_machine, _paint_times, 5.4, alt)
+
+
+def _paint_times(figure: "Figure", content: dict[str, list[Point]], _: Any) -> None:
+    ax = figure.subplots()
+    ax.set_xscale("log")
+    for i, (name, points) in enumerate(content.items()):
+        _scatter(ax, points, "osD^v"[i % 5], f"C{i}", name, -17, "center")
+    ax.margins(0.18, 0.12)
+    low, high = ax.get_xlim()
+    ticks = {seconds: label for seconds, label in TICKS.items() if low <= seconds <= high}
+    ax.set_xticks([*ticks], [*ticks.values()])
+    ax.xaxis.set_minor_formatter("")
+    ax.set(xlabel="training time", ylabel="test accuracy (%)")
+    ax.grid(alpha=0.3)
+    plots.legend(figure, ax, columns=1)
+
+
+def _scatter(ax: Any, points: list[Point], marker: str, color: str, label: str, second: int, side: str) -> None:
+    """Points with their names. The name of every second one is at another height, so neighbours do not overlap."""
+    ax.plot([p.cost for p in points], [p.accuracy for p in points], marker, color=color, label=label)
+    for i, p in enumerate(points):
+        offset = 0, second if i % 2 else 7
+        ax.annotate(p.label, (p.cost, p.accuracy), offset, textcoords="offset points", ha=side)
 
 
 def picture(groups: list[Group]) -> plots.Picture:
     """Accuracy against arithmetic, with published results; of very many groups, the most accurate."""
     points = [
-        Point(group.label, round(work(group[0]), 6), round(100 * fmean(accuracies), 3))
+        Point(plots.short(group.label), round(work(group[0]), 6), round(100 * fmean(accuracies), 3))
         for group in groups
         if (accuracies := flipped(group))
     ]
     best = sorted(points, key=lambda p: -p.accuracy)[: plots.MAX_BARS]
-    ours = sorted(best, key=lambda p: p.petaflop)
+    ours = sorted(best, key=lambda p: p.cost)
     papers = [Point(p.network, p.petaflop, p.accuracy) for p in PUBLISHED]
-    numbers = ", ".join(f"{p.label} {p.accuracy:.1f}% for {p.petaflop:.3g} petaFLOP" for p in ours)
+    numbers = ", ".join(f"{p.label} {p.accuracy:.1f}% for {p.cost:.3g} petaFLOP" for p in ours)
     alt = f"Test accuracy against petaFLOP of training, with published fully connected networks: {numbers}"
-    title = "accuracy against arithmetic; dotted: without FLOP"
+    title = "test accuracy against arithmetic; dotted: papers\nthat do not say the arithmetic of all their training"
     return plots.Picture(PICTURE, title, (ours, papers), _paint, 6, alt)
 
 
 def _paint(figure: "Figure", content: tuple[list[Point], list[Point]], _: Any) -> None:
     ours, papers = content
     ax = figure.subplots()
-    for points, marker, color, label, side, step in (
-        (ours, "o", "C0", "here, with mirror images", "center", 15),  # neighbours' labels at two heights
-        ([p for p in papers if p.petaflop], "D", "C1", "published", "right", 0),
-    ):
-        ax.plot([p.petaflop for p in points], [p.accuracy for p in points], marker, color=color, label=label)
-        for i, p in enumerate(points):
-            offset = 0, 7 + step * (i % 2)
-            ax.annotate(plots.short(p.label), (p.petaflop, p.accuracy), offset, textcoords="offset points", ha=side)
-    for label, _petaflop, accuracy in (p for p in papers if not p.petaflop):
+    _scatter(ax, ours, "o", "C0", "here, with mirror images", 22, "center")
+    _scatter(ax, [p for p in papers if p.cost], "D", "C1", "published", 7, "right")
+    for label, _cost, accuracy in (p for p in papers if not p.cost):
         ax.axhline(accuracy, color="C1", linestyle=":")
         corner, units = (0.99, accuracy), ax.get_yaxis_transform()
-        ax.annotate(plots.short(label), corner, (0, -14), units, "offset points", ha="right")
+        ax.annotate(label, corner, (0, -13), units, "offset points", ha="right", fontsize=11)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
     ax.margins(0.1)

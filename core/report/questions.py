@@ -163,7 +163,7 @@ def _line(question: Question, known: Known, pair: Pair) -> Line:
     counts = range(compare.first_look(question.alpha), pair.difference.n + 1)
     looks = [compare.pair(question, known, pair.better, pair.worse, n) for n in counts]
     means = [each.difference.mean * (1 if each.better == pair.better else -1) for each in looks]
-    label = f"{plots.short(pair.better)} minus {plots.short(pair.worse)}"
+    label = f"{plots.short(pair.better)}\nminus {plots.short(pair.worse)}"
     return label, list(counts), means, [each.difference.half for each in looks]
 
 
@@ -172,17 +172,20 @@ def _paint(figure: "Figure", content: tuple[float, list[Line]], _: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     within, lines = content
-    ax = figure.subplots()
+    ax, ends = figure.subplots(), list[tuple[float, str, str]]()
     for i, (label, seeds, *numbers) in enumerate(lines):
         mean, half = map(np.array, numbers)
-        marker = "o" if len(seeds) == 1 else None
-        ax.plot(seeds, mean, color=f"C{i}", label=label, linewidth=2, marker=marker)
+        ends.append((mean[-1], label, f"C{i}"))
+        if len(seeds) == 1:
+            ax.errorbar([seeds[0] + 0.1 * i], mean, half, color=f"C{i}", marker="o", linewidth=2)  # side by side
+        ax.plot(seeds, mean, color=f"C{i}", linewidth=2)
         ax.fill_between(seeds, mean - half, mean + half, color=f"C{i}", alpha=0.2, linewidth=0)
     for height, style in ((0, "-"), (within, "--"), (-within, "--")):
         ax.axhline(height, color="black", linestyle=style, linewidth=1)
     last = [abs(mean[-1]) + half[-1] for _, _, mean, half in lines]
     limit = 1.5 * max(within, *last)  # the first intervals are very wide
-    ax.set(xlabel="seeds", ylabel="points", ylim=(-limit, limit))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    first, end = min(line[1][0] for line in lines), max(line[1][-1] for line in lines)
+    ax.set(xlabel="seeds", ylabel="points", ylim=(-limit, limit), xlim=(first - 0.5, end + 0.5))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(alpha=0.3)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", frameon=False)
+    plots.label_ends(ax, ends, figure.get_figheight() - 1.2)

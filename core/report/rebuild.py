@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ BEGINNINGS = {
     tables.CURVES_CSV: "experiment,epoch,",
     tables.METRICS_JSON: '{\n "test": {',
 }
-PICTURES = (plots.CURVES, published.PICTURE, best_run.CONFUSION, best_run.MISTAKES, best_run.FILTERS)
+PICTURES = (
+    *(plots.CURVES, published.PICTURE, published.TIME),
+    *(best_run.CONFUSION, best_run.MISTAKES, best_run.FILTERS, best_run.LOCAL),
+)
 
 
 def prepare(out: Path, catalog: Catalog) -> None:
@@ -116,25 +120,43 @@ def _draw(picture: Picture, path: Path, redraw: bool) -> bool:
 
 def _pictures(out: Path, results: stats.Results, catalog: Catalog, data: Path | None) -> Iterator[Picture]:
     """The pictures of a report."""
+    groups = stats.ranked(results.compared)
+    suites = markdown.by_suite(groups, catalog)
+    for first in itertools.islice(suites.values(), 1):
+        best = first[0]
+        run = _by_validation(best)[0]
+        # Early, as it takes the most memory: it is given back before matplotlib is loaded.
+        if mistakes := best_run.mistakes(run, run.data_info.classes, partial(_test_images, data, run)):
+            yield mistakes
+        yield _filters(best_run.FILTERS, best, out, catalog)
+        if confusion := best_run.confusion(best, run.data_info.classes):
+            yield confusion
+        yield plots.curves(first)
+    if local := [group for group in groups + results.trained_on_all if group[0].spec["locality"]]:
+        yield _filters(best_run.LOCAL, local[0], out, catalog)
+    for suite, members in suites.items():
+        if suite and len({group[0].name for group in members}) > 1:
+            yield plots.intervals(suite, members)
     if results.trained_on_all and results.dataset == "cifar10":
         yield published.picture(results.trained_on_all)
-    if not (groups := stats.ranked(results.compared)):
-        return
-    best = groups[0]
-    run = max(best, key=lambda record: stats.accuracies([record], "validation"))
-    # Early, as it takes the most memory: it is given back before matplotlib is loaded.
-    if mistakes := best_run.mistakes(run, run.data_info.classes, lambda indices: _test_images(data, run, indices)):
-        yield mistakes
-    yield best_run.filters(
-        run, lambda: _first_layer(Run(run.name, run.spec, out, former_names(run.name, catalog.former)).weights)
-    )
-    if confusion := best_run.confusion(best, run.data_info.classes):
-        yield confusion
-    for suite, names in catalog.suites.items():
-        members = [group for group in groups if group[0].name in names]
-        if len({group[0].name for group in members}) > 1:
-            yield plots.intervals(suite, members)
-    yield plots.curves(groups, catalog.suites.get(catalog.default, ()))
+        shown = (members[0] for suite, members in suites.items() if suite and suite not in catalog.ablations)
+        yield published.against_time([*shown, *results.trained_on_all])
+
+
+def _by_validation(group: stats.Group) -> list[Finished]:
+    """The runs, the best first; those that were trained on all images stay in order."""
+    return sorted(group, key=lambda run: -run.metrics.validation.accuracy if run.metrics.validation else 0.0)
+
+
+def _filters(path: str, group: stats.Group, out: Path, catalog: Catalog) -> Picture:
+    """The first layer of the best run by validation whose weights, or whose picture, are here."""
+    drawn, pictures = _on_disk(out / path), list[Picture]()
+    for run in _by_validation(group):
+        weights = Run(run.name, run.spec, out, former_names(run.name, catalog.former)).weights
+        pictures.append(best_run.filters(path, run, partial(_first_layer, weights)))
+        if weights.is_file() or plots.identifier(pictures[-1]) in drawn:
+            return pictures[-1]
+    return pictures[0]
 
 
 def _test_images(data: Path | None, run: Finished, indices: list[int]) -> Any:

@@ -4,7 +4,7 @@ import math
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from statistics import fmean, median_high, stdev
+from statistics import fmean, median, median_high, stdev
 from typing import Any, NamedTuple
 
 from core import code_hash
@@ -132,7 +132,35 @@ def speed(record: Finished) -> int:
     return median_high(speeds) if speeds else 0
 
 
+# Times
+
+
+def machine(record: Finished) -> tuple[str, str, int]:
+    """The name of the device, its hardware and the threads. Times of different machines cannot be compared."""
+    where = record.environment
+    # The hardware of a run in bfloat16 names the threads, too.
+    return where.device_name, where.hardware.removesuffix(f", {where.threads} threads"), where.threads
+
+
+def timed(group: Sequence[Finished]) -> list[Finished]:
+    """The runs of the machine that made most of them; of machines with as many, the one with the first run."""
+    [(most, _)] = Counter(map(machine, group)).most_common(1)
+    return [record for record in group if machine(record) == most]
+
+
+def training(group: Sequence[Finished]) -> float:
+    """The median time of training on one machine, in seconds."""
+    return median(map(seconds, timed(group)))
+
+
 # As text
+
+
+def where(group: Sequence[Finished]) -> str:
+    """The machine of the times: 'A processor, 2 threads'."""
+    environment = timed(group)[0].environment
+    threads = f", {environment.threads} threads" if environment.device == "cpu" else ""
+    return f"{environment.device_name}{threads}"
 
 
 def shown(value: Any) -> str:

@@ -22,9 +22,9 @@ def table(columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> s
     return grid(columns, cells) + rest
 
 
-def folded(summary: str, table: str) -> str:
-    """A table that opens with a click on its summary."""
-    return f"\n<details><summary>{summary}</summary>\n\n{table}\n</details>\n"
+def folded(summary: str, content: str) -> str:
+    """What opens with a click on its summary."""
+    return f"\n<details><summary>{summary}</summary>\n\n{content}\n</details>\n"
 
 
 def limited(lines: list[str], rest: str, most: int = LINES) -> list[str]:

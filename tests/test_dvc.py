@@ -146,8 +146,12 @@ def test_dvc_compares_two_commits(project):
     assert (before[f"test.{GRID}"], last[f"test.{GRID}"], last[f"test.{PLUS}"]) == ("0.5", "0.55", "0.4")
 
     dvc(project, "plots", "show")
-    accuracy, loss = drawn(project)
-    assert (accuracy["title"], loss["title"]) == ("validation accuracy", "validation loss")
+    accuracy, loss, train_loss = drawn(project)
+    assert [each["title"] for each in (accuracy, loss, train_loss)] == [
+        *("validation accuracy", "validation loss", "train loss")
+    ]
+    values = train_loss["data"]["values"]
+    assert {row["experiment"] for row in values if row[train_loss["encoding"]["y"]["field"]]} == {GRID, PLUS, "record"}
     x, y, color = (accuracy["encoding"][channel]["field"] for channel in ("x", "y", "color"))
     assert [(row[x], row[y]) for row in accuracy["data"]["values"] if row[color] == "record"] == [("1", ""), ("2", "")]
     assert accuracy["transform"] == [{"filter": f"datum['{y}'] !== ''"}]
@@ -155,7 +159,7 @@ def test_dvc_compares_two_commits(project):
     assert [row[x] for row in lines[PLUS]] == [str(epoch) for epoch in range(1, 13)]
     assert [float(row[y]) for row in lines[GRID]] == pytest.approx([0.45, 0.5])
     dvc(project, "plots", "diff", "HEAD~1")
-    accuracy, _ = drawn(project)
+    accuracy, *_ = drawn(project)
     ends = {row["rev"]: float(row[y]) for row in accuracy["data"]["values"] if row[color] == GRID}
     assert ends == pytest.approx({"HEAD~1": 0.45, "workspace": 0.5})
     assert accuracy["encoding"]["strokeDash"]["field"] == "rev"
@@ -180,7 +184,7 @@ def test_data_comes_beside_finished_runs(with_data, in_git, small_spec, invented
     if not in_git:
         assert columns(dvc(project, "metrics", "show"))["test.x"]
         dvc(project, "plots", "show")
-        assert len(drawn(project)) == 2
+        assert len(drawn(project)) == 3
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ def _line(question: Question, known: Known, pair: Pair) -> Line:
     counts = range(compare.first_look(question.alpha), pair.difference.n + 1)
     looks = [compare.pair(question, known, pair.better, pair.worse, n) for n in counts]
     means = [each.difference.mean * (1 if each.better == pair.better else -1) for each in looks]
-    label = f"{plots.short(pair.better)}\nminus {plots.short(pair.worse)}"
+    label = f"{plots.short(pair.better)} minus {plots.short(pair.worse)}"
     return label, list(counts), means, [each.difference.half for each in looks]
 
 
@@ -175,7 +175,7 @@ def _paint(figure: "Figure", content: tuple[float, list[Line]], _: Any) -> None:
     ax, ends = figure.subplots(), list[tuple[float, str, str]]()
     for i, (label, seeds, *numbers) in enumerate(lines):
         mean, half = map(np.array, numbers)
-        ends.append((mean[-1], label, f"C{i}"))
+        ends.append((mean[-1], label.replace(" minus ", "\nminus "), f"C{i}"))
         if len(seeds) == 1:
             ax.errorbar([seeds[0] + 0.1 * i], mean, half, color=f"C{i}", marker="o", linewidth=2)  # side by side
         ax.plot(seeds, mean, color=f"C{i}", linewidth=2)

@@ -10,7 +10,7 @@ from msgspec import Struct
 from core.errors import UserError
 from core.runs import layout
 from core.runs.record import Finished, Id, Name, Partial, Text
-from core.spec import FIELDS, Integer, Number, Spec, SpecError, nearest, plain, resolve
+from core.spec import FIELDS, Integer, Number, Spec, SpecError, as_floats, nearest, plain, resolve
 
 DIGITS = 3  # significant digits of a number in a range
 PREFIX = "checkpoints/search-"  # of the files of a search
@@ -179,7 +179,7 @@ def _axis(key: str, given: Mapping[str, Any]) -> Range | list[Any]:
         for value in values:
             if not kind.accepts(value):
                 raise SpecError(f"{key} has the choice {value!r}, expected {kind}")
-        return [float(value) for value in values] if isinstance(kind, Number) else values
+        return [as_floats(value, kind) for value in values]
     if not {"low", "high"} <= given.keys() <= {"low", "high", "log"} or not isinstance(kind, Integer | Number):
         numbers = ' or {"low": ..., "high": ..., "log": True}' if isinstance(kind, Integer | Number) else ""
         raise SpecError(f'{key} = {dict(given)}, expected {{"choices": [...]}}{numbers}')

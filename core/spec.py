@@ -331,11 +331,7 @@ def resolve(spec: Mapping[str, Any]) -> Spec:
         value = plain(spec.get(key, field.default))
         if not field.values.accepts(value):
             raise SpecError(f"{key} = {value!r}, expected {field.values}")
-        if isinstance(field.values, Number):
-            value = float(value) + 0.0  # -0.0 becomes 0.0, so both have one id
-        elif isinstance(field.values, List) and isinstance(field.values.each, Number):
-            value = [float(each) for each in value]
-        resolved[key] = value
+        resolved[key] = as_floats(value, field.values)
     if resolved["warmup_epochs"] > resolved["epochs"]:
         raise SpecError(
             f"warmup_epochs = {resolved['warmup_epochs']:g}, expected at most epochs = {resolved['epochs']}"
@@ -352,6 +348,13 @@ def resolve(spec: Mapping[str, Any]) -> Spec:
         if local and resolved[key]:
             raise SpecError(f"locality = {local} with {key} = {resolved[key]}, expected {key} = 0: {reason}")
     return resolved
+
+
+def as_floats(value: Any, kind: Any) -> Any:
+    """A valid value, or list of values, as a resolved spec has it: as floats if they may have a fraction."""
+    if isinstance(kind, List):
+        return [as_floats(each, kind.each) for each in value]
+    return float(value) + 0.0 if isinstance(kind, Number) else value  # -0.0 becomes 0.0, so both have one id
 
 
 def reads_bfloat16(resolved: Spec) -> bool:

@@ -5,8 +5,11 @@ import re
 
 import pytest
 
+from core import space
+from core.functional import model
+from core.report import published
 from core.spec import resolve, spec_id
-from experiments import ABLATIONS, DEFAULT, FORMER_NAMES, SUITES
+from experiments import ABLATIONS, DEFAULT, FORMER_NAMES, SEARCHES, SUITES
 from tests.conftest import EXPERIMENTS
 
 # Experiments with records in the repository.
@@ -86,6 +89,17 @@ def test_the_ablation_of_the_minute_takes_one_ingredient_away_at_a_time():
         assert specs[name] == {**full, key: resolve({})[key]}
         without = full if name.startswith("minute+") else specs[name]
         assert without[key] in (0, "none") or name == f"minute-{full[key]}"
+
+
+def test_the_local_networks_of_the_search_cost_as_much_as_the_minute():
+    def petaflop(spec):
+        return published.petaflop(model.parameter_count(spec), 50_000 * spec["epochs"], spec["whiten"])
+
+    minute = petaflop(resolve(EXPERIMENTS["minute"]))
+    assert minute == pytest.approx(0.0274, rel=0.01)  # as in results.md
+    parsed = space.parse("search-local-minute", SEARCHES, EXPERIMENTS)
+    for widths in parsed.axes["widths"]:
+        assert petaflop({**parsed.spec, "widths": widths}) == pytest.approx(minute, rel=0.03), widths
 
 
 def test_a_former_name_has_one_new_name_and_is_no_longer_used():

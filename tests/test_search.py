@@ -97,6 +97,20 @@ def test_what_lies_in_a_space():
     assert all(map(found.has, found.sample(20)))
 
 
+def test_combinations_that_a_spec_refuses_are_not_drawn():
+    """More sigmas than hidden layers; local layers with a whitening."""
+    locality = {"choices": [[2, 5], [3], []]}  # integers become floats, as in a record
+    found = parse(widths={"choices": [[8], [8, 8]]}, locality=locality, whiten={"choices": [0, 20]})
+    assert found.axes["locality"] == [[2.0, 5.0], [3.0], []]
+    assert all(type(each) is float for sigmas in found.axes["locality"] for each in sigmas)
+    specs = found.sample(200)
+    assert len(specs) == 200
+    assert all(len(spec["locality"]) <= len(spec["widths"]) for spec in specs)
+    assert not any(spec["locality"] and spec["whiten"] for spec in specs)
+    drawn = {(len(spec["widths"]), len(spec["locality"]), spec["whiten"]) for spec in specs}
+    assert drawn == {(1, 1, 0), (2, 2, 0), (2, 1, 0), *((n, 0, k) for n in (1, 2) for k in (0, 20))}
+
+
 def test_the_spaces_of_the_project_are_valid_and_their_names_are_experiments():
     from main import PROJECT
 

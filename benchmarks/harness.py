@@ -5,6 +5,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,7 +122,10 @@ def timed(play: Callable[[], Any]) -> Callable[[], float]:
     return run
 
 
-def serve(pipe: Any, entry: Entry, device: str, folder: Path) -> None:
+Build = Callable[[Entry, cifar10.Data, int, Path], peers.Contestant]
+
+
+def serve(pipe: Any, entry: Entry, device: str, folder: Path, build: Build) -> None:
     """The body of a worker: builds a contestant for the batch size that it is told, and runs it round by round."""
     data = cifar10.load(folder).to(pick_device(device))
     contestant = None
@@ -140,10 +144,14 @@ def serve(pipe: Any, entry: Entry, device: str, folder: Path) -> None:
 class Worker:
     """A contestant in a process of its own, so that none inherits another's threads, heap or settings."""
 
-    def __init__(self, entry: Entry, device: str, folder: Path = DATA) -> None:
+    def __init__(self, entry: Entry, device: str, folder: Path = DATA, build: Build = build) -> None:
+        """
+        Args:
+            build: makes the contestant from the entry, the data, a batch size or another number, and the folder.
+        """
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, entry, device, folder), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, entry, device, folder, build), daemon=True)
         self.process.start()
         theirs.close()
         self.name = " ".join(entry)
@@ -168,6 +176,29 @@ class Worker:
         if self.process.is_alive():
             self.pipe.send(None)
         self.process.join()
+
+
+def prepare(workers: Mapping[str, Worker], values: Mapping[str, int], seconds: float) -> dict[str, str]:
+    """Build contestants at the same time, and let each take two steps, which compile it.
+
+    Args:
+        values: name -> the batch size, or what else the worker's `build` takes.
+
+    Returns:
+        Name -> why a contestant cannot take part: it failed, or took longer than so many seconds and was ended.
+    """
+
+    def first(name: str) -> None:
+        workers[name].build(values[name])
+        workers[name].run(2)
+
+    with ThreadPoolExecutor(max(len(workers), 1)) as pool:
+        futures = {name: pool.submit(first, name) for name in workers}
+        late = {name for name, future in futures.items() if future in wait(futures.values(), seconds).not_done}
+        for name in late:
+            workers[name].process.kill()  # its thread then ends, with an error
+    errors = {name: future.exception() for name, future in futures.items()}
+    return {name: f"not ready after {seconds:g} s" if name in late else str(e) for name, e in errors.items() if e}
 
 
 class Replay:

@@ -26,9 +26,13 @@ def caches(tmp_path_factory, choose):
     return [tmp_path_factory.mktemp("cache") for _ in range(choose(3, 1))]
 
 
-def start(cache, out):
-    """Train one epoch at batch 128; the seconds to the first step, and the peak gigabytes of the largest process."""
-    command = [sys.executable, "main.py", "run", "lr-1e-3", "--epochs", "1", "--batch-size", "128", "--out", str(out)]
+RUN = ("lr-1e-3", "--epochs", "1", "--batch-size", "128")
+
+
+def start(cache, out, words=RUN):
+    """Train one epoch at batch 128, or another run; the seconds to the first step, and the peak gigabytes of the
+    largest process."""
+    command = [sys.executable, "main.py", "run", *words, "--out", str(out)]
     result = subprocess.run(
         [sys.executable, "-c", LAUNCHER, *command],
         cwd=ROOT,

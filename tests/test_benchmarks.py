@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import conftest
-from benchmarks import harness
+from benchmarks import gpu, harness, test_cohort
 from tests.conftest import ROOT, lacking
 
 # What is compiled is left out, as that takes half a minute: our step has tests of its own, and what torch.compile
@@ -105,6 +106,40 @@ def test_contestants_take_turns_after_a_round_that_does_not_count():
     plays = {name: lambda name=name: turns.append(name) or next(clock) for name in "ab"}
     assert harness.interleave(plays, 2) == {"a": [2, 4], "b": [3, 5]}
     assert turns == list("ababab")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_runs_learn_together(cifar10, size):
+    """Each member has the loss of guessing at first, and a lower one later."""
+    runs = test_cohort.build(harness.Entry("narrow", "float32"), cifar10, size, compiled=False)
+    losses = runs.state["metrics"]["loss"]
+    runs.run(2)
+    first = losses.clone() / (2 * 256)
+    assert ((first > 2) & (first < 3)).all()
+    losses.zero_()
+    runs.run(20)
+    assert (losses / (20 * 256) < first - 0.1).all()
+    assert runs.state["step"].tolist() == ([22, 22] if size == 2 else 22)
+
+
+@pytest.mark.slow
+def test_what_a_gpu_says_is_kept_section_by_section(data_dir, tmp_path, monkeypatch):
+    """In small, on the CPU: sections that finish, one that fails, one that is cut off, and one that is not started."""
+    limits = {"start": 0.5, "epoch-512": 50, "recipe": 50, "epoch-none": 50, "verify": 10_000}
+    monkeypatch.setattr(gpu, "LIMITS", limits)
+    monkeypatch.setattr(gpu, "SMALL_LIMIT", 10_000)
+    assert gpu.main(["--small", "--out", str(tmp_path), "--data", str(data_dir)]) == 1
+    found = {section: json.loads((tmp_path / f"{section}.json").read_text()) for section in limits}
+    assert found["start"]["status"] == "cut off after 0.5 s"
+    assert found["verify"]["status"].startswith("not started: it may take 10000 s")
+    assert found["epoch-none"]["status"] == "failed, exit status 2: see the log"
+    assert "invalid choice" in found["epoch-none"]["log"][-1]
+    assert found["epoch-512"]["status"] == found["recipe"]["status"] == "finished"
+    assert found["epoch-512"]["machine"]["device"] == "cpu"
+    speeds = {each.get("contestant"): each.get("samples_per_second") for each in found["epoch-512"]["results"][:3]}
+    assert speeds.keys() == {None, *gpu.SMALL.contestants}
+    assert speeds["eager float32"] < speeds["products float32"]
+    assert len(list(tmp_path.glob("recipe/checkpoints/demo/*.json"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,229 @@
+"""What a GPU can say, in one call that ends within eight minutes:
+
+    uv run --group peers python -m benchmarks.gpu [SECTION...] [--out DIR] [--data DIR] [--small]
+
+Each section is a process with a time limit. Whatever ends it, DIR/SECTION.json has what was measured until then and how
+the section ended (`status`), DIR/SECTION.log has its output, and the next section begins. A section that no longer fits
+into the eight minutes is not started. Another call, with the names of such sections, repairs what is missing.
+
+DIR is $OUT by default, or else gpu/. With --small, everything runs on the CPU in two minutes: it shows that the script
+works, and its numbers mean nothing.
+"""
+
+import argparse
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from benchmarks import harness, test_cohort, test_start
+from core.compile.device import pick_device
+from core.data.archive import ROOT
+from core.mode import COMPILED
+from core.runs.provenance import environment
+
+SECONDS = 480  # of a call
+LIMITS = {  # seconds of each section, in the order in which they run
+    "epoch-512": 125,
+    "cohorts": 75,
+    "verify": 80,
+    "start": 60,
+    "epoch-128": 125,
+    "epoch-4096": 125,
+    "recipe": 420,  # a call of its own
+}
+SMALL_LIMIT = 60
+WAITS = (50, 50)  # seconds to get ready: for all but torch.compile, then for torch.compile, which times kernels
+
+
+class Size(NamedTuple):
+    """How much is done.
+
+    Attributes:
+        contestants: names of harness.contestants; empty for all.
+        steps: of a round of the epoch; 0 for an epoch.
+        cohorts: network of test_cohort -> sizes.
+        verified, started, recipe: what follows `main.py run` in the last three kinds of section.
+    """
+
+    device: str
+    contestants: tuple[str, ...]
+    steps: int
+    rounds: int
+    cohorts: dict[str, tuple[int, ...]]
+    verified: tuple[str, ...]
+    started: tuple[str, ...]
+    recipe: tuple[str, ...]
+
+
+FULL = Size(
+    device="cuda",
+    contestants=(),
+    steps=0,
+    rounds=3,
+    cohorts=dict.fromkeys(test_cohort.NETWORKS, (1, 4, 16, 64)),
+    verified=("lr-1e-3",),
+    started=test_start.RUN,
+    recipe=("gpu", "--checkpoint-every", "1000"),  # a resume point has a gigabyte
+)
+DEMO = ("demo", "--no-compile")
+SMALL = Size("cpu", ("eager float32", "products float32"), 2, 1, {"narrow": (1, 2)}, DEMO, DEMO, DEMO)
+
+Results = Iterator[dict[str, Any]]
+
+
+def epoch(batch: int, size: Size, data: Path) -> Results:
+    """The epoch of every contestant in every precision, in turn."""
+    entries = harness.contestants(size.device)
+    absent = {name: harness.missing(entry.kind, size.device) for name, entry in entries.items()}
+    taking_part = [name for name in size.contestants or entries if not absent[name]]
+    workers = {name: harness.Worker(entries[name], size.device, data) for name in taking_part}
+    failed: dict[str, str] = {}
+    for seconds, late in zip(WAITS, (False, True), strict=True):
+        wave = {name: worker for name, worker in workers.items() if (entries[name].kind == "compiled") == late}
+        failed |= harness.prepare(wave, dict.fromkeys(wave, batch), seconds)
+    names = [name for name in workers if name not in failed]
+    yield {"left_out": failed | {name: reason for name, reason in absent.items() if reason}}
+    steps = size.steps or 45_000 // batch
+    seconds = harness.interleave({n: functools.partial(workers[n].run, steps) for n in names}, size.rounds)
+    found = {name: harness.Result(seconds[name], steps * batch, workers[name].loss) for name in names}
+    for name, result in found.items():
+        speed = round(result.samples_per_second)
+        yield {"contestant": name, "samples_per_second": speed, "seconds": result.seconds, "loss": result.loss}
+    for name in found:
+        yield {"contestant": name, "times_as_fast": harness.ratios(found, name)}
+
+
+def cohorts(size: Size, data: Path) -> Results:
+    """Cohorts against the same runs one by one. Each compiles in a process of its own, all at the same time."""
+    build = functools.partial(test_cohort.build, compiled=size.device == "cuda")
+    members = {f"{network} {n}": n for network, sizes in size.cohorts.items() for n in sizes}
+    entries = {name: harness.Entry(name.split()[0], "float32") for name in members}
+    workers = {name: harness.Worker(entry, size.device, data, build) for name, entry in entries.items()}
+    failed = harness.prepare(workers, members, WAITS[0])
+    yield {"left_out": failed}
+    for network in size.cohorts:
+        names = [name for name in workers if entries[name].kind == network and name not in failed]
+        steps, images = 8, test_cohort.NETWORKS[network]["batch_size"]
+        seconds = harness.interleave({n: functools.partial(workers[n].run, steps) for n in names}, 3 * size.rounds)
+        found = {members[n]: harness.Result(seconds[n], steps * images * members[n], None) for n in names}
+        for n, ratio in test_cohort.against_one_by_one(found).items():
+            speed = round(found[n].samples_per_second)
+            yield {"network": network, "cohort": n, "model_samples_per_second": speed, "times_one_by_one": ratio}
+
+
+def command(words: tuple[str, ...], where: list[str]) -> dict[str, Any]:
+    """What a command of main.py says. Raises RuntimeError if it fails."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "main.py", *words, *where], cwd=ROOT, capture_output=True, text=True)
+    said = (done.stdout + done.stderr).splitlines()[-20:]
+    if done.returncode:
+        raise RuntimeError("\n".join([f"{' '.join(words)}: exit status {done.returncode}", *said]))
+    return {"command": " ".join(words), "seconds": time.perf_counter() - start, "said": said}
+
+
+def verify(size: Size, where: list[str]) -> Results:
+    """The same run twice, in two processes: the same bits?"""
+    yield command(("run", *size.verified), where)
+    yield command(("verify", *size.verified), where)
+
+
+def start(size: Size, where: list[str], out: Path) -> Results:
+    """The seconds to the first step of main.py, with an empty compile cache and with a filled one."""
+    with tempfile.TemporaryDirectory() as cache:
+        for state in ("cold", "warm"):
+            seconds, gigabytes = test_start.start(cache, out / state, (*size.started, *where))
+            yield {"caches": state, "first_step_seconds": seconds, "peak_gigabytes": gigabytes}
+
+
+def measure(section: str, size: Size, out: Path, data: Path) -> Results:
+    """The results of a section."""
+    where = ["--device", size.device, *(["--data", str(data)] if data != harness.DATA else [])]
+    folder = out / section  # of its runs
+    kind, _, batch = section.partition("-")
+    match kind:
+        case "epoch":
+            yield from epoch(int(batch), size, data)
+        case "cohorts":
+            yield from cohorts(size, data)
+        case "verify":
+            yield from verify(size, [*where, "--out", str(folder)])
+        case "start":
+            yield from start(size, where, folder)
+        case "recipe":
+            yield command(("run", *size.recipe), [*where, "--out", str(folder)])
+
+
+def write(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def run_here(section: str, size: Size, out: Path, data: Path) -> None:
+    """Run a section in this process, and write each result as soon as it is there."""
+    machine = msgspec.to_builtins(environment(pick_device(size.device), COMPILED))
+    content = {"section": section, "machine": machine, "results": []}
+    for result in measure(section, size, out, data):
+        content["results"].append(result)
+        write(out / f"{section}.json", content)
+
+
+def run_apart(section: str, limit: float, out: Path, options: list[str]) -> str:
+    """Run a section in another process, and write how it ended into its file; returns that."""
+    file, log = out / f"{section}.json", out / f"{section}.log"
+    file.unlink(missing_ok=True)
+    begin = time.perf_counter()
+    with log.open("w", encoding="utf-8") as said:
+        words = [sys.executable, "-m", "benchmarks.gpu", section, "--out", str(out), "--here", *options]
+        process = subprocess.Popen(words, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = f"failed, exit status {code}: see the log" if (code := process.wait(limit)) else "finished"
+        except subprocess.TimeoutExpired:
+            status = f"cut off after {limit:g} s"
+            os.killpg(process.pid, signal.SIGKILL)  # its workers, too
+            process.wait()
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"section": section, "results": []}
+    end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
+    seconds = round(time.perf_counter() - begin, 1)
+    write(file, content | {"status": status, "seconds": seconds} | ({} if status == "finished" else {"log": end}))
+    return status
+
+
+def main(words: list[str] | None = None) -> int:
+    """Returns 1 if a section has not finished."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="what a GPU can say")
+    parser.add_argument("sections", nargs="*", choices=[[], *LIMITS], metavar="SECTION", help=", ".join(LIMITS))
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu")), help="default: $OUT, or gpu")
+    parser.add_argument("--data", type=Path, default=harness.DATA, help="the folder of CIFAR-10")
+    parser.add_argument("--small", action="store_true", help="everything in small, on the CPU")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # a section, in this process
+    args = parser.parse_args(words)
+    out, data = args.out.resolve(), args.data.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if args.here:
+        run_here(args.sections[0], SMALL if args.small else FULL, out, data)
+        return 0
+    end, statuses = time.monotonic() + SECONDS, {}
+    options = ["--data", str(data), *(["--small"] if args.small else [])]
+    for section in args.sections or LIMITS:
+        limit = min(LIMITS[section], SMALL_LIMIT) if args.small else LIMITS[section]
+        left = end - time.monotonic()
+        if limit <= left:
+            statuses[section] = run_apart(section, limit, out, options)
+        else:
+            statuses[section] = f"not started: it may take {limit:g} s, and {left:.0f} s are left"
+            write(out / f"{section}.json", {"section": section, "results": [], "status": statuses[section]})
+        print(f"{section}: {statuses[section]}", flush=True)
+    return int(any(status != "finished" for status in statuses.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,7 @@ uv run main.py run gpu                              six minutes on an NVIDIA H20
 uv run main.py run minute-ablation --seeds 3        what each ingredient of `minute` is worth: about half an hour
 
 The recipes train on all images, and so have no validation accuracy. The suite `minute-ablation` trains `minute` and its
-variants with the validation split held out; benchmarks/README.md has the search. Widths, dropout and epochs of `hour`,
+variants with the validation split held out; docs/accuracy.md has the search. Widths, dropout and epochs of `hour`,
 `two-hours` and `gpu` are guesses, but for the fourth layer of `gpu`; so are its mixup and the average of its weights.
 """
 

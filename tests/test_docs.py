@@ -112,11 +112,12 @@ def readme(page: str) -> str:
     said = answers().get(frozenset(SUITES[DEFAULT]))
     if not said:
         differences = [(other.label, stats.compare(best, other, "validation")) for other in others]
-        said = f"Validation chooses **{best.label}**: " + ", ".join(
-            f"{100 * found.mean:.2f} ± {100 * found.half:.2f} points above {label} "
+        said = f"Validation chooses **{best.label}**, by " + " and ".join(
+            f"{100 * found.mean:.2f} ± {100 * found.half:.2f} points over {label} "
             f"({'significant' if found.significant else 'not significant'})"
             for label, found in differences
         )
+        said += ": 95% intervals, paired by seed"
     page = re.sub("(?m)(?<=^How sure is that\\? ).*$", f"{said}.", page)
     rows = [
         (
@@ -173,6 +174,21 @@ def test_the_readme_says_what_comparisons_ended_with():
     assert said == found[frozenset(words.split())]
     open_question = frozenset(["lr-1e-3", "lr-1e-3 dropout=0.1"])
     assert ("It has no answer yet" in page) is (open_question not in found)
+
+
+def test_the_readme_says_of_the_speed_what_the_page_of_speed_shows():
+    rows = re.findall(r"^\| ([^|]+) \| (.*) \|$", (ROOT / "docs" / "speed.md").read_text(encoding="utf-8"), re.M)
+    cells = {name: [cell.split(" · ")[0].replace(",", "") for cell in row.split(" | ")] for name, row in rows}
+    speed = {name: [int(cell or 0) for cell in row] for name, row in cells.items() if row[0].isdecimal()}
+    ours, [jax] = speed.pop("this project"), [row for name, row in speed.items() if name.startswith("JAX")]
+    peers = [row for name, row in speed.items() if not name.startswith("for comparison")]
+    assert len(peers) == 5
+    page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    factor = re.search(
+        r"it trains (\S+) times as fast as JAX in float32, and more than twice as fast as the fastest", page
+    )
+    assert [f"{x / y:.1f}" for x, y in zip(ours[:2], jax[:2], strict=True)] == 2 * [factor[1]]
+    assert all(ours[i] > 2 * max(row[i] for row in peers) for i in (2, 3))
 
 
 # What the pages refer to

@@ -15,7 +15,9 @@ from tests.conftest import ROOT, lacking
 
 def source_of(page, begins):
     """The Python of a page that begins with these words."""
-    [found] = re.findall(rf"^```python\n({re.escape(begins)}.*?)```", (ROOT / page).read_text(), re.M | re.S)
+    [found] = re.findall(
+        rf"^```python\n({re.escape(begins)}.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S
+    )
     return found
 
 
@@ -75,7 +77,7 @@ def test_the_python_of_a_page(page, begins, packages, invented, tmp_path, monkey
 
 def test_the_first_line_of_a_notebook_in_a_folder_of_its_own(tmp_path):
     """With it, the core and the data are found from there."""
-    line = re.search(r"its first line is\s+`([^`]+)`", (ROOT / "docs" / "python.md").read_text())[1]
+    line = re.search(r"its first line is\s+`([^`]+)`", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"))[1]
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "core").symlink_to(ROOT / "core")
     program = f"{line}\nimport core.spec, pathlib\nprint(pathlib.Path('data').absolute())"
@@ -87,7 +89,7 @@ def test_the_first_line_of_a_notebook_in_a_folder_of_its_own(tmp_path):
 
 def test_the_map_names_every_file_of_core():
     """In the block of docs/design.md: a file as core/x.py, or below the line of its folder, such as core/data/."""
-    block = (ROOT / "docs" / "design.md").read_text().split("## The house\n")[1].split("```")[1]
+    block = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("## The house\n")[1].split("```")[1]
     found, folder = [], ""
     for line in block.splitlines():
         places = re.match(r" *([\w./]+(?:, [\w./]+)*)", line)
@@ -112,6 +114,6 @@ def test_the_commands_work_in_every_shell():
 
 
 def test_the_core_has_about_as_many_lines_as_the_readme_says():
-    said = re.search(r"numbers\s+take about ([\d,]+) lines", (ROOT / "README.md").read_text())
+    said = re.search(r"numbers\s+take about ([\d,]+) lines", (ROOT / "README.md").read_text(encoding="utf-8"))
     files = [*(ROOT / "core" / "functional").glob("*.py"), ROOT / "core" / "data" / "loader.py"]
     assert abs(sum(len(path.read_text().splitlines()) for path in files) - int(said[1].replace(",", ""))) <= 50

@@ -11,7 +11,6 @@ import sys
 import textwrap
 import tomllib
 from pathlib import Path
-from statistics import fmean
 
 import pytest
 import torchvision
@@ -103,7 +102,7 @@ def readme(page: str) -> str:
             str(len(group)),
             stats.spread(stats.accuracies(group, "validation")),
             f"**{stats.spread(stats.accuracies(group, 'test'))}**",
-            f"{fmean(map(stats.seconds, group)):.0f} s",
+            f"{stats.training(group):.0f} s",
         )
         for group in rates
     ]
@@ -125,8 +124,8 @@ def readme(page: str) -> str:
             group.label,
             str(len(group)),
             f"**{stats.spread(published.flipped(group))}**",
-            f"{fmean(map(stats.seconds, group)):,.0f} s",
-            group[0].environment.device_name,
+            f"{stats.training(group):,.0f} s",
+            stats.timed(group)[0].environment.device_name,
             f"`uv run main.py run {group.label}{f' --seeds {len(group)}' if len(group) > 1 else ''}`",
         )
         for group in sorted(results.trained_on_all, key=lambda group: published.work(group[0]))
@@ -300,8 +299,8 @@ NOT_RUN = {
 
 
 def words_of(command: str) -> list[str]:
-    """What main.py gets of a command; of a longer training, only what it would train."""
-    words = shlex.split(re.split(" [|>] ", MAIN.fullmatch(command)[1])[0])
+    """What main.py gets of a command, with the demo as CHECKPOINT; of a longer training, only what it would train."""
+    words = shlex.split(re.split(" [|>] ", MAIN.fullmatch(command)[1])[0].replace("CHECKPOINT", "demo"))
     kind = words[0] if words and words[0] in parsers() else "run"
     trains = kind in ("run", "compare", "search") and "demo" not in words
     return [*words, "--dry-run"] if trains and not {"--dry-run", "--help"} & {*words} else words

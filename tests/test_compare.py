@@ -194,6 +194,20 @@ def test_the_picture_has_the_interval_after_each_seed():
     assert plots.is_picture(plots.draw(picture))
 
 
+def test_the_picture_of_one_look_has_its_interval():
+    """A line through one point shows nothing."""
+    question = Question(candidates=[A, B])
+    known = compare.assign(question, records_of("a", [1, 2, 0, 1, 2]))
+    (picture,) = questions.pictures([questions.Asked(question, known, compare.look(question, known))])
+    _, [(_, [seeds], [mean], [half])] = picture.content
+    [ax] = plots.paint(picture).axes
+    [bar] = ax.containers
+    assert bar[2][0].get_segments()[0][:, 1] == pytest.approx([mean - half, mean + half])
+    low, high = ax.get_xlim()
+    assert [tick for tick in ax.get_xticks() if low <= tick <= high] == [seeds] == [5]
+    assert [text.get_text() for text in ax.texts] == ["a\nminus b"]
+
+
 def test_rounds_grow_and_a_beaten_candidate_gets_no_more_seeds():
     asked = []
 

@@ -122,7 +122,8 @@ def _pictures(out: Path, results: stats.Results, catalog: Catalog, data: Path | 
     """The pictures of a report."""
     groups = stats.ranked(results.compared)
     suites = markdown.by_suite(groups, catalog)
-    for first in itertools.islice(suites.values(), 1):
+    if suites:
+        first = next(iter(suites.values()))
         best = first[0]
         run = _by_validation(best)[0]
         # Early, as it takes the most memory: it is given back before matplotlib is loaded.

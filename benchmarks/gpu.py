@@ -1,19 +1,21 @@
 """What a GPU can say, in one call that ends within eight minutes:
 
-    uv run --group peers python -m benchmarks.gpu [SECTION...] [--out DIR] [--data DIR] [--small]
+    uv run --group peers python -m benchmarks.gpu [SECTION...] [--out DIR] [--work DIR] [--data DIR] [--small]
 
-Each section is a process with a time limit. Whatever ends it, DIR/SECTION.json has what was measured until then and how
-the section ended (`status`), DIR/SECTION.log has its output, and the next section begins. A section that no longer fits
-into the eight minutes is not started. Another call, with the names of such sections, repairs what is missing.
+Each section is a process with a time limit. Whatever ends it, OUT/SECTION.json has what was measured until then and how
+the section ended (`status`), and the next section begins. A section that no longer fits into the eight minutes is not
+started. Another call, with the names of such sections, repairs what is missing.
 
-DIR is $OUT by default, or else gpu/. With --small, everything runs on the CPU in two minutes: it shows that the script
-works, and its numbers mean nothing.
+OUT is $OUT by default, or else gpu/. It gets these files alone; the records of the runs are in them. Logs and weights are
+in WORK, by default .cache/gpu, where a recipe that was cut off goes on. With --small, everything runs on the CPU in two
+minutes: it shows that the script works, and its numbers mean nothing.
 """
 
 import argparse
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,13 +124,18 @@ def cohorts(size: Size, data: Path) -> Results:
 
 
 def command(words: tuple[str, ...], where: list[str]) -> dict[str, Any]:
-    """What a command of main.py says. Raises RuntimeError if it fails."""
+    """What a command of main.py says, and the records that there are then; the last of `where` is their folder.
+
+    Raises:
+        RuntimeError: it fails.
+    """
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "main.py", *words, *where], cwd=ROOT, capture_output=True, text=True)
     said = (done.stdout + done.stderr).splitlines()[-20:]
     if done.returncode:
         raise RuntimeError("\n".join([f"{' '.join(words)}: exit status {done.returncode}", *said]))
-    return {"command": " ".join(words), "seconds": time.perf_counter() - start, "said": said}
+    records = [json.loads(file.read_bytes()) for file in Path(where[-1]).glob("checkpoints/*/*.json")]
+    return {"command": " ".join(words), "seconds": time.perf_counter() - start, "said": said, "records": records}
 
 
 def verify(size: Size, where: list[str]) -> Results:
@@ -145,10 +152,9 @@ def start(size: Size, where: list[str], out: Path) -> Results:
             yield {"caches": state, "first_step_seconds": seconds, "peak_gigabytes": gigabytes}
 
 
-def measure(section: str, size: Size, out: Path, data: Path) -> Results:
-    """The results of a section."""
+def measure(section: str, size: Size, folder: Path, data: Path) -> Results:
+    """The results of a section. Its runs are in a folder."""
     where = ["--device", size.device, *(["--data", str(data)] if data != harness.DATA else [])]
-    folder = out / section  # of its runs
     kind, _, batch = section.partition("-")
     match kind:
         case "epoch":
@@ -167,22 +173,21 @@ def write(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def run_here(section: str, size: Size, out: Path, data: Path) -> None:
+def run_here(section: str, size: Size, file: Path, folder: Path, data: Path) -> None:
     """Run a section in this process, and write each result as soon as it is there."""
     machine = msgspec.to_builtins(environment(pick_device(size.device), COMPILED))
     content = {"section": section, "machine": machine, "results": []}
-    for result in measure(section, size, out, data):
+    for result in measure(section, size, folder, data):
         content["results"].append(result)
-        write(out / f"{section}.json", content)
+        write(file, content)
 
 
-def run_apart(section: str, limit: float, out: Path, options: list[str]) -> str:
+def run_apart(section: str, limit: float, file: Path, log: Path, options: list[str]) -> str:
     """Run a section in another process, and write how it ended into its file; returns that."""
-    file, log = out / f"{section}.json", out / f"{section}.log"
     file.unlink(missing_ok=True)
     begin = time.perf_counter()
     with log.open("w", encoding="utf-8") as said:
-        words = [sys.executable, "-m", "benchmarks.gpu", section, "--out", str(out), "--here", *options]
+        words = [sys.executable, "-m", "benchmarks.gpu", section, "--here", *options]
         process = subprocess.Popen(words, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             status = f"failed, exit status {code}: see the log" if (code := process.wait(limit)) else "finished"
@@ -202,25 +207,31 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="what a GPU can say")
     parser.add_argument("sections", nargs="*", choices=[[], *LIMITS], metavar="SECTION", help=", ".join(LIMITS))
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu")), help="default: $OUT, or gpu")
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "gpu", help="default: .cache/gpu")
     parser.add_argument("--data", type=Path, default=harness.DATA, help="the folder of CIFAR-10")
     parser.add_argument("--small", action="store_true", help="everything in small, on the CPU")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # a section, in this process
     args = parser.parse_args(words)
-    out, data = args.out.resolve(), args.data.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    out, work, data = args.out.resolve(), args.work.resolve(), args.data.resolve()
     if args.here:
-        run_here(args.sections[0], SMALL if args.small else FULL, out, data)
+        [section] = args.sections
+        run_here(section, SMALL if args.small else FULL, out / f"{section}.json", work / section, data)
         return 0
+    for folder in (out, work):
+        folder.mkdir(parents=True, exist_ok=True)
     end, statuses = time.monotonic() + SECONDS, {}
-    options = ["--data", str(data), *(["--small"] if args.small else [])]
+    options = ["--out", str(out), "--work", str(work), "--data", str(data), *(["--small"] if args.small else [])]
     for section in args.sections or LIMITS:
+        file = out / f"{section}.json"
         limit = min(LIMITS[section], SMALL_LIMIT) if args.small else LIMITS[section]
         left = end - time.monotonic()
         if limit <= left:
-            statuses[section] = run_apart(section, limit, out, options)
+            if section != "recipe":  # which goes on
+                shutil.rmtree(work / section, ignore_errors=True)
+            statuses[section] = run_apart(section, limit, file, work / f"{section}.log", options)
         else:
             statuses[section] = f"not started: it may take {limit:g} s, and {left:.0f} s are left"
-            write(out / f"{section}.json", {"section": section, "results": [], "status": statuses[section]})
+            write(file, {"section": section, "results": [], "status": statuses[section]})
         print(f"{section}: {statuses[section]}", flush=True)
     return int(any(status != "finished" for status in statuses.values()))
 

@@ -128,8 +128,10 @@ def test_what_a_gpu_says_is_kept_section_by_section(data_dir, tmp_path, monkeypa
     limits = {"start": 0.5, "epoch-512": 50, "recipe": 50, "epoch-none": 50, "verify": 10_000}
     monkeypatch.setattr(gpu, "LIMITS", limits)
     monkeypatch.setattr(gpu, "SMALL_LIMIT", 10_000)
-    assert gpu.main(["--small", "--out", str(tmp_path), "--data", str(data_dir)]) == 1
-    found = {section: json.loads((tmp_path / f"{section}.json").read_text()) for section in limits}
+    out = tmp_path / "out"
+    assert gpu.main(["--small", "--out", str(out), "--work", str(tmp_path / "work"), "--data", str(data_dir)]) == 1
+    assert {file.name for file in out.iterdir()} == {f"{section}.json" for section in limits}
+    found = {section: json.loads((out / f"{section}.json").read_text()) for section in limits}
     assert found["start"]["status"] == "cut off after 0.5 s"
     assert found["verify"]["status"].startswith("not started: it may take 10000 s")
     assert found["epoch-none"]["status"] == "failed, exit status 2: see the log"
@@ -139,7 +141,8 @@ def test_what_a_gpu_says_is_kept_section_by_section(data_dir, tmp_path, monkeypa
     speeds = {each.get("contestant"): each.get("samples_per_second") for each in found["epoch-512"]["results"][:3]}
     assert speeds.keys() == {None, *gpu.SMALL.contestants}
     assert speeds["eager float32"] < speeds["products float32"]
-    assert len(list(tmp_path.glob("recipe/checkpoints/demo/*.json"))) == 1
+    [trained] = found["recipe"]["results"]
+    assert [record["name"] for record in trained["records"]] == ["demo"]
 
 
 @pytest.mark.parametrize(

@@ -274,8 +274,9 @@ def test_a_grid_with_seeds_and_the_plan_of_it(start, data_dir, tmp_path):
     assert re.fullmatch(r"8 runs, 8 to train: time not measured here yet, .* MB, and .* MB while one is trained", total)
     assert not list(tmp_path.iterdir()), "a dry run has written something"
 
-    first_step, *lines = answer()
+    announced, first_step, *lines = answer()
     runs, (heading, *table) = lines[:8], lines[8:]
+    assert announced.startswith(f"{labels[0]}: starts")
     assert first_step.startswith(f"{labels[0]}: first step")
     assert [line.split(":")[0] for line in runs] == labels
     for n, line in enumerate(runs, 1):

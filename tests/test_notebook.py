@@ -62,7 +62,8 @@ def test_a_script_shows_nothing_and_a_session_shows_each_epoch(train, capsys, mo
     train(out="off", progress=False)
     assert capsys.readouterr() == ("", "")
     train(out="session")
-    first, *epochs = capsys.readouterr().out.splitlines()
+    start, first, *epochs = capsys.readouterr().out.splitlines()
+    assert start.endswith(": starts; a step that is new here has to be compiled")
     assert "s after the start of this experiment" in first
     assert [line.split(":")[1] for line in epochs] == [" epoch 1", " epoch 2"]
 
@@ -281,7 +282,7 @@ def test_the_notebook_in_a_kernel(tmp_path):
         return result
 
     assert text("train").count("quick seed 0: epoch ") == 2
-    assert text("train").startswith("quick seed 0: prepares the first step")
+    assert text("train").startswith("quick seed 0: starts")
     assert "\x1b" not in text("train")
     assert "<table>" in data("train")["text/html"]
     assert "image/png" in data("curves")

@@ -345,7 +345,7 @@ def test_off_a_terminal_a_line_every_half_minute_says_how_far_a_run_is(capsys, m
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
     display = progress.Display(Tally([run, other]), verbose=False)
     display(run, Started(1))
-    assert capsys.readouterr().out == "a seed 0: prepares the first step, which may have to be compiled\n"
+    assert capsys.readouterr().out == "a seed 0: starts; a step that is new here has to be compiled\n"
     display(run, FirstStep(1, 201))
     capsys.readouterr()
     for step in range(2, 102):  # a second each

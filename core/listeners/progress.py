@@ -140,7 +140,7 @@ class Display:
         self._show(self.description, *columns, total=None, note="compiling")
         self.note = ""
         if not console.is_terminal and (self.epochs or self.what == "the process"):
-            self._say(f"{self.description}: prepares the first step, which may have to be compiled")
+            self._say(f"{self.description}: starts; a step that is new here has to be compiled")
 
     def _first_step(self, run: Run, event: FirstStep) -> None:
         self._update(total=event.total, completed=event.step, note="")

@@ -25,8 +25,8 @@ LEGEND = f"""- A row of a suite is an experiment, the best by validation first. 
   (Wilson); it says nothing about other seeds.
 - The gap is train minus test accuracy, in points.
 - The time is that of all steps of a run, without compilation. Time and samples/s are medians over the runs of one
-  machine: the one that made most runs of the row. If the rows of a table are of several machines, the column "time on"
-  names them.
+  machine: the one that trained the first seed of the row. If the rows of a table are of several machines, the column
+  "time on" names them.
 - A comparison is a difference of accuracies, in points, with its 95% interval. It is paired over the seeds that both
   experiments have.
 - The verdict is by validation. A difference is significant if its interval does not contain 0. Unpaired: the two have
@@ -216,8 +216,8 @@ def best_by_time(groups: list[Group], shown: Mapping[str, str]) -> str:
     return (
         "## Best by time\n\nThese runs were trained on all 50,000 images, as the published networks were. They have no "
         "validation accuracy and take part in no choice. Accuracies are means over n seeds ± the standard deviation of "
-        "one. Training is the time of all steps: the median over the runs on the machine that made most of them. With "
-        "compilation, the longest time to a first step is added; it includes whitening and, unless the step was "
+        "one. Training is the time of all steps: the median over the runs on the machine that trained the first seed. "
+        "With compilation, the longest time to a first step is added; it includes whitening and, unless the step was "
         "compiled before, compilation. PetaFLOP are 6 operations for each parameter and image, and the whitening of "
         f"each image.\n\n{text.table(published.columns(groups), groups)}{shown.get(published.TIME, '')}"
         "\nPublished results without convolution. No paper gives the time of training:\n\n"

@@ -143,9 +143,9 @@ def machine(record: Finished) -> tuple[str, str, int]:
 
 
 def timed(group: Sequence[Finished]) -> list[Finished]:
-    """The runs of the machine that made most of them; of machines with as many, the one with the first run."""
-    [(most, _)] = Counter(map(machine, group)).most_common(1)
-    return [record for record in group if machine(record) == most]
+    """The runs of the machine that trained the first seed. Seeds that another machine adds do not change the time."""
+    first = machine(min(group, key=lambda record: record.seed))
+    return [record for record in group if machine(record) == first]
 
 
 def training(group: Sequence[Finished]) -> float:

@@ -6,9 +6,9 @@ Each section is a process with a time limit. Whatever ends it, OUT/SECTION.json 
 the section ended (`status`), and the next section begins. A section that no longer fits into the eight minutes is not
 started. Another call, with the names of such sections, repairs what is missing.
 
-OUT is $OUT by default, or else gpu/. It gets these files alone; the records of the runs are in them. Logs and weights are
-in WORK, by default .cache/gpu, where a recipe that was cut off goes on. With --small, everything runs on the CPU in two
-minutes: it shows that the script works, and its numbers mean nothing.
+OUT is $OUT by default, or else gpu/. It gets these files alone; the records of the runs are in them. Logs and weights
+are in WORK, by default .cache/gpu, where a recipe that was cut off goes on. With --small, everything runs on the CPU in
+two minutes: it shows that the script works, and its numbers mean nothing.
 """
 
 import argparse
@@ -77,7 +77,7 @@ FULL = Size(
     started=test_start.RUN,
     recipe=("gpu", "--checkpoint-every", "1000"),  # a resume point has a gigabyte
 )
-DEMO = ("demo", "--no-compile")
+DEMO = ("demo",)
 SMALL = Size("cpu", ("eager float32", "products float32"), 2, 1, {"narrow": (1, 2)}, DEMO, DEMO, DEMO)
 
 Results = Iterator[dict[str, Any]]

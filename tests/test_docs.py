@@ -125,6 +125,7 @@ def readme(page: str) -> str:
         (
             group.label,
             str(len(group)),
+            stats.spread(stats.accuracies(group, "test")),
             f"**{stats.spread(published.flipped(group))}**",
             f"{stats.training(group):,.0f} s",
             stats.timed(group)[0].environment.device_name,
@@ -133,7 +134,7 @@ def readme(page: str) -> str:
         for group in sorted(results.trained_on_all, key=lambda group: published.work(group[0]))
         if group.label in SUITES["best-by-time"]
     ]
-    page = with_table(page, ("recipe", "seeds", "test, with mirror images", "training", "on", "command"), rows)
+    page = with_table(page, ("recipe", "seeds", "test", "with mirror images", "training", "on", "command"), rows)
     code = (ROOT / "core" / "functional" / "step.py").read_text(encoding="utf-8")
     step = textwrap.dedent(re.search(r"( *def loss_function.*?= optimizer\.update\(.*?\n)", code, re.S)[1])
     return re.sub(r"(?s)```python\ndef loss_function.*?```", lambda _: f"```python\n{step}```", page)

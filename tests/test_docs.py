@@ -134,7 +134,8 @@ def readme(page: str) -> str:
         for group in sorted(results.trained_on_all, key=lambda group: published.work(group[0]))
         if group.label in SUITES["best-by-time"]
     ]
-    page = with_table(page, ("recipe", "seeds", "test", "with mirror images", "training", "on", "command"), rows)
+    headings = ("recipe", "seeds", "test", "with mirror images", "training", "on", "command")
+    page = with_table(page, headings, rows)
     code = (ROOT / "core" / "functional" / "step.py").read_text(encoding="utf-8")
     step = textwrap.dedent(re.search(r"( *def loss_function.*?= optimizer\.update\(.*?\n)", code, re.S)[1])
     return re.sub(r"(?s)```python\ndef loss_function.*?```", lambda _: f"```python\n{step}```", page)
@@ -383,7 +384,8 @@ def test_an_archive_on_this_disk_and_a_folder_of_torchvision_will_do(tmp_path, m
     Path("a b.tar.gz").touch()
     source = options.source(cli.parse(["--data-url", "a b.tar.gz"], main.PROJECT))
     assert source.url == (tmp_path / "a b.tar.gz").resolve().as_uri()
-    assert options.source(cli.parse(["--data-url", "http://x/y"], main.PROJECT)).url == "http://x/y"
+    url = f"http://x/{'y' * 1000}"
+    assert options.source(cli.parse(["--data-url", url], main.PROJECT)).url == url
     assert torchvision.datasets.CIFAR10.base_folder == cifar10.ARCHIVE.folder
 
 

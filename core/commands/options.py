@@ -1,6 +1,7 @@
 """Options that several commands share, and their meaning."""
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -75,7 +76,7 @@ def machine(project: Project) -> Parser:
 def address(text: str) -> str:
     """The address of an archive; that of a file, if there is one with this name."""
     path = local(text)
-    return path.resolve().as_uri() if path.is_file() else text
+    return path.resolve().as_uri() if os.path.isfile(path) else text  # of any length
 
 
 def parse_address(text: str) -> str:

@@ -76,7 +76,7 @@ def machine(project: Project) -> Parser:
 def address(text: str) -> str:
     """The address of an archive; that of a file, if there is one with this name."""
     path = local(text)
-    return path.resolve().as_uri() if os.path.isfile(path) else text  # of any length
+    return path.resolve().as_uri() if os.path.isfile(path) else text  # is_file() fails for a very long one
 
 
 def parse_address(text: str) -> str:

@@ -17,7 +17,7 @@ import safetensors.numpy
 from msgspec.structs import replace
 from scipy.stats import t
 
-from core import code_hash
+from core import code_hash, compare
 from core.code_hash import CODE
 from core.compare import half_width
 from core.data import cifar10 as dataset
@@ -230,6 +230,19 @@ def test_experiments_of_one_name_have_different_labels():
     assert [row["experiment"] for row in cells(text)] == ["x (dropout 0.2)", "x (dropout 0.5)", "y"]
 
 
+def test_a_variant_of_an_experiment_is_in_no_suite():
+    """A run whose options changed a key, beside a run of the spec of experiments/."""
+    official, variant = make("full", 0.5), make("full", 0.6, precision="bfloat16")
+    plain = make("plain", 0.4, dropout=0.0)
+    catalog = Catalog({"x": {"full": official.spec, "plain": plain.spec}}, {"x": {"full": "full"}})
+    text = markdown.markdown([official, variant, plain], catalog)
+    assert [row[0] for row in table(section(text, "Suite x"))] == ["full", "plain"]
+    assert [row[0] for row in table(section(text, "Other experiments"))] == ["full (precision bfloat16)"]
+    assert "`precision`" not in section(text, "What helped")
+    only = markdown.markdown([variant], catalog)
+    assert [row[0] for row in table(section(only, "Suite x"))] == ["full"], "nothing else has its name"
+
+
 def test_the_choice_is_by_validation_alone():
     text = markdown.markdown(THREE, SUITES)
     said = choice(section(text, "Suite learning-rate"))
@@ -239,22 +252,33 @@ def test_the_choice_is_by_validation_alone():
     )
     assert "; on test, which has no part in the choice, it reaches 57.50%." in said
     first, _ = table(said)
-    assert first[:5] == ["lr-5e-4 minus lr-1e-3", "+2.00 ± 1.95", "-1.50 ± 1.37", "1", "better (unpaired)"]
+    assert first[:5] == ["lr-5e-4 minus lr-1e-3", "+2.00", "-1.50", "1", "too few seeds"]
     assert [row[0] for row in rows(text)] == ["lr-5e-4", "lr-1e-3", "lr-1e-4"]
 
 
 @pytest.mark.parametrize(
     ("second", "verdict", "sure"),
     [
-        (0.569, "not significant", " is not significantly better than lr-1e-3;"),
-        (0.5, "better (unpaired)", " is significantly better than the others;"),
+        ([0.569], "too few seeds", " is not significantly better than lr-1e-3;"),
+        ([0.569, 0.581, 0.558], "not significant", " is not significantly better than lr-1e-3;"),
+        ([0.5, 0.52, 0.49], "better (one look)", " is significantly better than the others;"),
+        (2 * [0.5, 0.52, 0.49], "better", " is significantly better than the others;"),
     ],
 )
 def test_the_choice_says_whether_the_lead_is_significant(second, verdict, sure):
-    text = markdown.markdown([THREE[1], make("lr-1e-3", lr=1e-3, validation=second)], SUITES)
+    best = seeds_of("lr-5e-4", (2 * [0.57, 0.58, 0.56])[: len(second)], lr=5e-4)
+    text = markdown.markdown([*best, *seeds_of("lr-1e-3", second, lr=1e-3)], SUITES)
     assert table(choice(text))[0][4] == verdict
     assert sure in choice(text)
-    assert "`--seeds 5` tells more" in folded(text, "How to read the tables")
+
+
+def test_the_intervals_of_a_choice_hold_together_and_at_every_look():
+    accuracies = {"lr-5e-4": [0.57, 0.58, 0.56], "lr-1e-3": [0.55, 0.57, 0.53], "lr-1e-4": [0.5, 0.52, 0.49]}
+    rates = {"lr-5e-4": 5e-4, "lr-1e-3": 1e-3, "lr-1e-4": 1e-4}
+    records = [run for name, values in accuracies.items() for run in seeds_of(name, 3 * values, lr=rates[name])]
+    first, _ = table(choice(markdown.markdown(records, SUITES)))
+    differences = 3 * [2.0, 1.0, 3.0]
+    assert first[1] == f"+2.00 ± {half_width(np.std(differences, ddof=1), 9, 0.05 / 3):.2f}"
 
 
 def seeds_of(name, validations, **changes):
@@ -270,14 +294,14 @@ def test_seeds_are_compared_paired():
     worse = seeds_of("b", [0.53, 0.568, 0.551], lr=5e-4)
     said = choice(markdown.markdown([*better, *worse], SUITES))
     # 1.0, 1.2 and 0.9 have the mean 1.033 and the deviation 0.1528; 4.3027 * 0.1528 / sqrt(3) is 0.3795
-    assert "| a minus b | +1.03 ± 0.38 | +1.03 ± 0.38 | 3 | better | " in said
+    assert "| a minus b | +1.03 ± 0.38 | +1.03 ± 0.38 | 3 | better (one look) | " in said
     assert " is significantly better than the others;" in said
 
 
 def test_a_comparison_says_how_many_seeds_it_needs():
     a, b = (seeds_of(name, v, lr=lr) for name, v, lr in (("a", [0.56, 0.57], 1e-3), ("b", [0.558, 0.571], 5e-4)))
     said = choice(markdown.markdown([*a, *b], SUITES))
-    needed = stats.needed(np.std([0.002, -0.001], ddof=1))
+    needed = compare.needed(compare.interval([0.2, -0.1], 0.05), 0.5, 0.05)
     assert f"| a minus b | +0.05 ± 1.91 | +0.05 ± 1.91 | 2 | not significant | {needed} |" in said
 
 
@@ -301,7 +325,7 @@ def test_the_baseline_is_compared_with_the_best_by_validation():
     assert "baseline has the hidden widths 512, the activation relu, the norm none and dropout 0. " in gain
     assert "test accuracy goes from 53.00% to 57.50%, and the gap" in gain
     assert "from 27.0 to 12.5 points" in gain
-    assert "| lr-5e-4 minus baseline | +4.00 ± 1.95 | +4.50 ± 1.38 | 1 | better (unpaired) |" in gain
+    assert "| lr-5e-4 minus baseline | +4.00 | +4.50 | 1 | too few seeds |" in gain
     assert "## Gain" not in markdown.markdown(THREE, SUITES)
     assert "## Gain" not in markdown.markdown([BASELINE], SUITES)
 

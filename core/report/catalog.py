@@ -1,10 +1,11 @@
 """What a report knows of experiments/."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from core.errors import UserError
-from core.spec import Spec
+from core.spec import Spec, SpecError, canonical, resolve
 
 
 class Catalog(NamedTuple):
@@ -22,6 +23,16 @@ class Catalog(NamedTuple):
     ablations: Mapping[str, Mapping[str, str]] = {}
     default: str = ""
     former: Mapping[str, str] = {}
+
+    @property
+    def official(self) -> dict[str, str]:
+        """By name, the spec of each experiment as text, without its seed."""
+        found = {}
+        for specs in self.suites.values():
+            for name, spec in specs.items():
+                with contextlib.suppress(SpecError):  # its runs are older than what is wrong in it
+                    found[name] = canonical({**resolve(spec), "seed": 0})
+        return found
 
     def check(self) -> None:
         """Raise UserError if an ablation names a suite or an experiment that does not exist."""

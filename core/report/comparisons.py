@@ -24,7 +24,7 @@ class Comparison(NamedTuple):
     b: Group
     better: str = "better"  # the verdict, if `a` is significantly better
     worse: str = "worse"
-    rows: int = 0  # as stats.compare takes it
+    rows: int = 1  # of its table; see stats.compare
 
     def difference(self, split: str) -> Difference:
         return stats.compare(self.a, self.b, split, self.rows)
@@ -35,16 +35,13 @@ class Comparison(NamedTuple):
         if not difference.significant:
             return "not significant" if difference.half < math.inf else "too few seeds"
         verdict = self.better if difference.mean > 0 else self.worse
-        if self.rows and difference.seeds < compare.first_look(stats.ALPHA / self.rows):
-            return f"{verdict} (one look)"
-        return verdict if difference.paired else f"{verdict} (unpaired)"
+        one_look = difference.seeds < compare.first_look(stats.ALPHA / self.rows)
+        return f"{verdict} (one look)" if one_look else verdict
 
     def needed(self) -> str:
         difference = self.difference("validation")
-        if not difference.paired:
+        if difference.half == math.inf:
             return ""
-        if not self.rows:
-            return f"{stats.needed(difference.deviation):,}"
         mean, half, deviation = (100 * value for value in difference[:3])
         points = Interval(mean, half, deviation, difference.seeds)
         return f"{compare.needed(points, compare.DIFFERENCE, stats.ALPHA / self.rows):,}"
@@ -76,8 +73,9 @@ COLUMNS: dict[str, Callable[[Comparison], str]] = {
 
 
 def _against(best: Group, others: list[Group]) -> str:
-    """A table of the best experiment against each other one."""
-    rows = [Comparison(f"{best.label} minus {other.label}", best, other) for other in others]
+    """A table of the best experiment against each other one. The intervals of all their pairs hold together."""
+    pairs = math.comb(len(others) + 1, 2)
+    rows = [Comparison(f"{best.label} minus {other.label}", best, other, rows=pairs) for other in others]
     return text.table(COLUMNS, rows)
 
 
@@ -101,7 +99,8 @@ def choice(groups: list[Group]) -> str:
 def _choice(ranking: list[Group]) -> str:
     best, *others = ranking
     names = [group.label for group in sorted(ranking, key=lambda group: stats.order(group[0]))]
-    differences = {other.label: stats.compare(best, other, "validation") for other in others}
+    pairs = math.comb(len(ranking), 2)
+    differences = {other.label: stats.compare(best, other, "validation", pairs) for other in others}
     close = [label for label, d in differences.items() if not (d.significant and d.mean > 0)]
     lead = f"not significantly better than {text.listed(close)}" if close else "significantly better than the others"
     validation, test = (stats.percent(stats.accuracy(best, split)) for split in ("validation", "test"))
@@ -115,6 +114,7 @@ def _choice(ranking: list[Group]) -> str:
 def _changes(groups: list[Group], catalog: Catalog) -> list[Comparison]:
     """The changes of one key in all ablations, in the order of the keys: those of the plain, then of the full one."""
     changes = []
+    groups = [group for group in groups if not group.variant]
     for suite, ends in catalog.ablations.items():
         members = [g for g in groups if g[0].name in catalog.suites[suite] and g[0].name not in ends.values()]
         for reference in (group for group in groups if group[0].name in ends.values()):
@@ -148,18 +148,15 @@ def what_helped(groups: list[Group], catalog: Catalog) -> str:
         "lr-1e-3 is the accuracy with dropout 0.2 minus the accuracy with dropout 0, where all other values are those "
         "of lr-1e-3. The name of a variant has a minus before what is left out and a plus before what is added: "
         "`full-dropout` has no dropout, `minute+dropout` has dropout.\n\n"
-        f"All intervals hold together and at every look (docs/compare.md): with 95%, no verdict of the {rows} rows is "
-        f"wrong, however often seeds were added. That takes at least {least} seeds. Fewer seeds have the interval of "
-        "one look: it also holds for all rows together, but only if the number of seeds was chosen in advance. With "
-        f"the seeds needed, the interval excludes 0 or all of {compare.DIFFERENCE:g} points, if mean and deviation "
-        "stay the same.\n\n"
+        f"With 95%, no verdict of the {rows} rows is wrong, however often seeds were added. That takes at least "
+        f"{least} seeds. docs/compare.md has the method.\n\n"
         f"{summary}\n{text.table(COLUMNS, changes)}"
     )
 
 
 def gain(groups: list[Group]) -> str:
     """How much better than the baseline is the best network with batch norm and as many epochs?"""
-    base = next((group for group in groups if group[0].name == BASELINE), None)
+    base = next((group for group in groups if group[0].name == BASELINE and not group.variant), None)
     if base is None:
         return ""
     spec = base[0].spec

@@ -7,6 +7,7 @@ from statistics import median_high
 from typing import Any
 
 from core.code_hash import same_numbers
+from core.compare import DIFFERENCE
 from core.data import cifar10, datasets
 from core.report import best_run, comparisons, plots, published, questions, searches, stats, tables, text
 from core.report.catalog import Catalog
@@ -28,16 +29,15 @@ LEGEND = f"""- A row of a suite is an experiment, the best by validation first. 
   machine: the one that trained the first seed of the row. If the rows of a table are of several machines, the column
   "time on" names them.
 - A comparison is a difference of accuracies, in points, with its 95% interval. It is paired over the seeds that both
-  experiments have.
-- The verdict is by validation. A difference is significant if its interval does not contain 0. Unpaired: the two have
-  fewer than two seeds in common. Then the interval is the sampling error of two accuracies on different images, and it
-  ignores the seeds. `--seeds 5` tells more.
-- Seeds needed: with so many seeds, a paired t-test finds a difference of {100 * stats.DIFFERENCE:g} points in
-  {100 * stats.POWER:g}% of all cases.
+  experiments have. With one seed there is no interval.
+- The intervals of all comparisons of a section hold together, and at every look: with 95%, none of them is wrong,
+  however often seeds were added (docs/compare.md). Few seeds have the interval of one look: it also holds for all
+  comparisons of the section together, but only if the number of seeds was chosen in advance.
+- The verdict is by validation. A difference is significant if its interval does not contain 0.
+- Seeds needed: with so many seeds, the interval excludes 0 or all of {DIFFERENCE:g} points, if mean and deviation
+  stay the same.
 - Images: how many test images only the first network gets right, and how many only the second, with the p value of the
   exact McNemar test. The networks are those of the first seed that both experiments have.
-- Each interval holds for itself: by chance alone, about one in twenty is wrong. Only those of "What helped" and
-  "Compared until decided" hold together, and however often one looks.
 - Every run, with its whole spec, is a row of [results.csv]({tables.RESULTS_CSV}).
 - The learning curves of every experiment are in [learning-curves.csv]({tables.CURVES_CSV}): at most {plots.MAX_POINTS}
   epochs of each, evenly spaced, with the first and the last. Its column `epochs` is the number of epochs of the run.
@@ -108,7 +108,7 @@ def markdown(
     """
     records = searches.other(records, searched)
     shown = {path: f"\n{_image(path, pictures)}\n{picture.table}" for path, picture in pictures.items()}
-    results = stats.results(records)
+    results = stats.results(records, catalog.official)
     groups = stats.ranked(results.compared)
     trained_on_all = sorted(results.trained_on_all, key=lambda group: published.work(group[0]))
     members = by_suite(groups, catalog)
@@ -135,11 +135,13 @@ def markdown(
 
 
 def by_suite(groups: list[Group], catalog: Catalog) -> dict[str, list[Group]]:
-    """The suites that have experiments, the default suite first. Under "", at the end, experiments of no suite."""
+    """The suites that have experiments, the default suite first. Under "", at the end, experiments of no suite, and
+    variants: runs whose options changed the spec of an experiment."""
     names = sorted(catalog.suites, key=lambda name: name != catalog.default)
     known = {name for suite in catalog.suites.values() for name in suite}
-    found = {name: [group for group in groups if group[0].name in catalog.suites[name]] for name in names}
-    found[""] = [group for group in groups if group[0].name not in known]
+    own = [group for group in groups if not group.variant]
+    found = {name: [group for group in own if group[0].name in catalog.suites[name]] for name in names}
+    found[""] = [group for group in groups if group.variant or group[0].name not in known]
     return {name: members for name, members in found.items() if members}
 
 

@@ -1,15 +1,13 @@
 """The numbers of a report: runs grouped into experiments, means over seeds with intervals, paired comparisons."""
 
 import math
-from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median, median_high, stdev
 from typing import Any, NamedTuple
 
 from core import code_hash
 from core.code_hash import same_numbers
-from core.compare import DIFFERENCE as POINTS
 from core.compare import half_width as at_every_look
 from core.data import cifar10
 from core.runs.record import UNSET, Finished, Partial, Record
@@ -19,22 +17,27 @@ from core.spec import canonical
 
 ALPHA = 0.05  # of the intervals
 Z = 1.959964  # 97.5% quantile of the normal distribution
-DIFFERENCE = POINTS / 100  # the smallest difference of interest
-POWER = 0.8  # how often a test with `needed` seeds finds it
-MAX_SEEDS = 100_000
 
 
 class Group(list[Finished]):
-    """An experiment: runs with one name whose specs differ in the seed alone, of the same code and data. The label is
-    the name, with the keys that differ from other groups with this name."""
+    """An experiment: runs with one name whose specs differ in the seed alone, of the same code and data.
 
-    def __init__(self, runs: Iterable[Finished], label: str) -> None:
+    Attributes:
+        label: the name, with the keys that differ from other groups with this name.
+        variant: another group with this name has the spec of experiments/.
+    """
+
+    def __init__(self, runs: Iterable[Finished], label: str, variant: bool = False) -> None:
         super().__init__(runs)
-        self.label = label
+        self.label, self.variant = label, variant
 
 
-def groups(finished: Iterable[Finished]) -> list[Group]:
-    """The runs, grouped by name, spec without seed, code and data, in the order of the first run of each group."""
+def groups(finished: Iterable[Finished], official: Mapping[str, str] = {}) -> list[Group]:
+    """The runs, grouped by name, spec without seed, code and data, in the order of the first run of each group.
+
+    Args:
+        official: by name, the specs of experiments/ as text; see core.report.catalog.Catalog.official.
+    """
     by_name: dict[str, dict[tuple, list[Finished]]] = defaultdict(lambda: defaultdict(list))
     for record in finished:
         code = record.environment.code
@@ -43,11 +46,13 @@ def groups(finished: Iterable[Finished]) -> list[Group]:
         by_name[record.name][canonical({**record.spec, "seed": 0}), code_class, record.data].append(record)
     made = []
     for name, members in by_name.items():
-        specs = [runs[0].spec for runs in members.values()]
-        different = [key for key in specs[0] if key != "seed" and any(s[key] != specs[0][key] for s in specs)]
-        for runs in members.values():
-            keys = ", ".join(f"{key} {shown(runs[0].spec[key])}" for key in different)
-            made.append(Group(runs, f"{name} ({keys})" if keys else name))
+        specs = {spec: runs[0].spec for (spec, *_), runs in members.items()}
+        base = official.get(name, "")
+        for (spec, *_), runs in members.items():
+            others = [specs[base]] if base in specs else list(specs.values())
+            keys = [key for key in specs[spec] if key != "seed" and any(o[key] != specs[spec][key] for o in others)]
+            values = ", ".join(f"{key} {shown(specs[spec][key])}" for key in keys)
+            made.append(Group(runs, f"{name} ({values})" if keys else name, base in specs and spec != base))
     return made
 
 
@@ -66,8 +71,12 @@ class Results(NamedTuple):
         return same_numbers(record.environment.code) and record.data == self.data
 
 
-def results(records: Iterable[Record]) -> Results:
-    """The experiments. The data are CIFAR-10, or the most frequent data if no run has CIFAR-10."""
+def results(records: Iterable[Record], official: Mapping[str, str] = {}) -> Results:
+    """The experiments. The data are CIFAR-10, or the most frequent data if no run has CIFAR-10.
+
+    Args:
+        official: as `groups` takes it.
+    """
     by_dataset: dict[str, list[Finished]] = defaultdict(list)
     for record in records:
         if isinstance(record, Finished):
@@ -79,8 +88,8 @@ def results(records: Iterable[Record]) -> Results:
     data = max(counts, key=lambda name: (name == cifar, counts[name], name), default=cifar)
     empty = Results([], [], [], data, dataset, {})
     current = [record for record in finished if empty.has(record)]
-    compared = groups(record for record in current if record.metrics.validation)
-    trained_on_all = groups(record for record in current if not record.metrics.validation)
+    compared = groups((record for record in current if record.metrics.validation), official)
+    trained_on_all = groups((record for record in current if not record.metrics.validation), official)
     other = groups(record for record in finished if not empty.has(record))
     elsewhere = {name: groups(by_dataset[name]) for name in sorted(by_dataset)}
     return Results(compared, trained_on_all, other, data, dataset, elsewhere)
@@ -159,8 +168,10 @@ def training(group: Sequence[Finished]) -> float:
 def where(group: Sequence[Finished]) -> str:
     """The machine of the times: 'A processor, 2 threads'."""
     environment = timed(group)[0].environment
-    threads = f", {environment.threads} threads" if environment.device == "cpu" else ""
-    return f"{environment.device_name}{threads}"
+    if environment.device != "cpu":
+        return environment.device_name
+    threads = "1 thread" if environment.threads == 1 else f"{environment.threads} threads"
+    return f"{environment.device_name}, {threads}"
 
 
 def shown(value: Any) -> str:
@@ -212,19 +223,15 @@ def mean_interval(group: Group, split: str) -> tuple[float, float]:
 
 
 class Difference(NamedTuple):
-    """The accuracy of one group minus that of another: paired over the seeds that both have, if these are two or more.
+    """The accuracy of one group minus that of another, paired over the seeds that both have.
 
-    If not, the interval is the sampling error of two accuracies on different images; it ignores the seeds.
+    With fewer than two such seeds, the mean is that over all seeds of each group.
     """
 
     mean: float
-    half: float  # of the 95% interval
-    deviation: float  # of the differences of single seeds; 0 if not paired
+    half: float  # of the interval; infinite with fewer than two seeds
+    deviation: float  # of the differences of single seeds
     seeds: int  # that both have
-
-    @property
-    def paired(self) -> bool:
-        return self.seeds > 1
 
     @property
     def significant(self) -> bool:
@@ -238,44 +245,23 @@ def _pairs(a: Group, b: Group) -> list[tuple[Finished, Finished]]:
     return [(record, by_seed[record.seed]) for record in sorted(a, key=lambda r: r.seed) if record.seed in by_seed]
 
 
-def compare(a: Group, b: Group, split: str, rows: int = 0) -> Difference:
+def compare(a: Group, b: Group, split: str, rows: int = 1) -> Difference:
     """The accuracy of `a` minus that of `b`.
 
     Args:
-        rows: if not 0, the intervals of so many comparisons are valid together, and at every look (core.compare) from
-            `first_look` seeds on.
+        rows: the 95% intervals of so many comparisons are valid together, and at every look (core.compare) from
+            `first_look` seeds on. With fewer seeds, each is that of one look.
     """
     pairs = _pairs(a, b)
-    if len(pairs) > 1:
-        of_a, of_b = (accuracies(runs, split) for runs in zip(*pairs, strict=True))
-        differences = [one - other for one, other in zip(of_a, of_b, strict=True)]
-        # Few seeds can have equal differences by chance: less than one image is never significant.
-        deviation, least = stdev(differences), 1 / getattr(a[0].metrics, split).n
-        alpha = ALPHA / max(rows, 1)
-        half = at_every_look(deviation, len(pairs), alpha) if rows else math.inf
-        half = half_width(differences, alpha) if half == math.inf else half
-        return Difference(fmean(differences), max(half, least), deviation, len(pairs))
-    means = accuracy(a, split), accuracy(b, split)
-    counts = [getattr(group[0].metrics, split).n for group in (a, b)]
-    variance = sum(p * (1 - p) / n for p, n in zip(means, counts, strict=True))
-    half = math.inf if rows else Z * math.sqrt(variance)
-    return Difference(means[0] - means[1], half, 0.0, len(pairs))
-
-
-def needed(deviation: float, difference: float = DIFFERENCE) -> int:
-    """How many seeds, up to MAX_SEEDS, a paired t-test (5%, two-sided) needs to find a true difference with probability
-    POWER. `deviation` is that of the differences of single seeds."""
-    from scipy import special
-
-    if deviation == 0:
-        return 2
-
-    def enough(n: int) -> bool:
-        critical = special.fdtri(1, n - 1, 0.95)  # of t squared, which scipy computes for large n, too
-        shift = min(n * (difference / deviation) ** 2, 500)  # a larger shift makes no difference
-        return special.ncfdtr(1, n - 1, shift, critical) <= 1 - POWER
-
-    return 2 + bisect_left(range(2, MAX_SEEDS), True, key=enough)
+    if len(pairs) < 2:
+        return Difference(accuracy(a, split) - accuracy(b, split), math.inf, 0.0, len(pairs))
+    of_a, of_b = (accuracies(runs, split) for runs in zip(*pairs, strict=True))
+    differences = [one - other for one, other in zip(of_a, of_b, strict=True)]
+    # Few seeds can have equal differences by chance: less than one image is never significant.
+    deviation, least = stdev(differences), 1 / getattr(a[0].metrics, split).n
+    half = at_every_look(deviation, len(pairs), ALPHA / rows)
+    half = half_width(differences, ALPHA / rows) if half == math.inf else half
+    return Difference(fmean(differences), max(half, least), deviation, len(pairs))
 
 
 def image_by_image(a: Group, b: Group) -> tuple[int, int, float] | None:

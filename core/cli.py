@@ -15,13 +15,16 @@ def parse(argv: list[str], project: Project) -> argparse.Namespace:
         core.errors.UserError: an option is unknown or has an invalid value.
     """
     top = Parser(prog="main.py", description="CIFAR-10 with fully connected networks.")
-    about = tomllib.loads((project.root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    top.add_argument("--version", action="version", version=about["version"], help="print the version, and exit")
+    top.add_argument("--version", action="store_true", help="print the version, and exit")
     parsers = top.add_subparsers(dest="command")
     for command in commands.ALL:
         command.add_parser(parsers, project).set_defaults(execute=command.execute)
     has_command = argv[:1] and argv[0] in (*parsers.choices, "-h", "--help", "--version")
     args, more = top.parse_known_args(argv if has_command else ["run", *argv])
+    if args.version:
+        about = tomllib.loads((project.root / "pyproject.toml").read_text(encoding="utf-8"))
+        print(about["project"]["version"])
+        top.exit()
     default = parsers.choices[args.command].get_default
     args.given = {name for name, value in vars(args).items() if value != default(name)}  # for options.no_effect
     if more:  # argparse takes no names after options, as in: run baseline --epochs 3 lr=0.1

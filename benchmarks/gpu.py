@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from benchmarks import harness, test_cohort, test_start
+from core import store
 from core.compile.device import pick_device
 from core.data.archive import ROOT
 from core.mode import COMPILED
@@ -170,7 +171,7 @@ def measure(section: str, size: Size, folder: Path, data: Path) -> Results:
 
 
 def write(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    store.atomic_write(file, json.dumps(content, indent=1).encode())  # a section may be cut off at any time
 
 
 def run_here(section: str, size: Size, file: Path, folder: Path, data: Path) -> None:

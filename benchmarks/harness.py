@@ -194,7 +194,8 @@ def prepare(workers: Mapping[str, Worker], values: Mapping[str, int], seconds: f
 
     with ThreadPoolExecutor(max(len(workers), 1)) as pool:
         futures = {name: pool.submit(first, name) for name in workers}
-        late = {name for name, future in futures.items() if future in wait(futures.values(), seconds).not_done}
+        not_done = wait(futures.values(), seconds).not_done
+        late = {name for name, future in futures.items() if future in not_done}
         for name in late:
             workers[name].process.kill()  # its thread then ends, with an error
     errors = {name: future.exception() for name, future in futures.items()}

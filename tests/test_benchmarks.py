@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +108,30 @@ def test_contestants_take_turns_after_a_round_that_does_not_count():
     plays = {name: lambda name=name: turns.append(name) or next(clock) for name in "ab"}
     assert harness.interleave(plays, 2) == {"a": [2, 4], "b": [3, 5]}
     assert turns == list("ababab")
+
+
+def test_contestants_that_are_not_ready_are_left_out_after_one_wait():
+    """However many there are."""
+
+    class Stuck:
+        def __init__(self):
+            self.killed = threading.Event()
+            self.process = SimpleNamespace(kill=self.killed.set)
+
+        def build(self, value):
+            assert self.killed.wait(60)
+            raise EOFError
+
+    def fail(value):
+        raise RuntimeError(f"no batch of {value}")
+
+    ready = SimpleNamespace(build=lambda value: None, run=lambda steps: None)
+    workers = {"ready": ready, "broken": SimpleNamespace(build=fail), **{f"stuck {i}": Stuck() for i in range(20)}}
+    start = time.perf_counter()
+    found = harness.prepare(workers, dict.fromkeys(workers, 128), 0.5)
+    assert time.perf_counter() - start < 5
+    assert found.pop("broken") == "no batch of 128"
+    assert found == {name: "not ready after 0.5 s" for name in workers if "stuck" in name}
 
 
 @pytest.mark.parametrize("size", [1, 2])

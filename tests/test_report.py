@@ -541,6 +541,21 @@ def test_best_by_time_has_a_column_for_shifts_where_a_run_has_them():
     assert published.SHIFTED not in markdown.markdown([*THREE, old], SUITES)
 
 
+def test_a_cell_of_fewer_runs_than_its_row_says_so():
+    runs = [on_all("x", 0.70, 0.71), on_all("x", 0.70, 0.73, seed=1), on_all("x", 0.70, seed=2)]
+    (row,) = table(section(markdown.markdown(runs, SUITES), "Best by time"))
+    assert row[1:4] == ["3", "70.00 ± 0.00%", "**72.00 ± 1.41%** (n = 2)"]
+
+
+@pytest.mark.parametrize(("times", "ticks"), [((7, 18), [1, 10, 60]), ((14, 40), [10, 60]), ((30, 800), [60, 600])])
+def test_accuracy_against_time_has_two_ticks_or_more(times, ticks):
+    runs = [edit_history(on_all(f"x{n}", 0.7, epochs=1), seconds=float(n)) for n in times]
+    [ax] = plots.paint(published.against_time(stats.groups(runs))).axes
+    low, high = ax.get_xlim()
+    assert low < times[0] < times[1] < high
+    assert [tick for tick in ax.get_xticks() if low <= tick <= high] == ticks
+
+
 def test_whitening_is_part_of_the_arithmetic():
     plain, whitened = on_all("x", 0.7), on_all("x", 0.7, whiten=400)
     assert published.work(whitened) - published.work(plain) == pytest.approx(2 * 3072 * 400 * 100_000 / 1e15)
@@ -1294,6 +1309,20 @@ def test_the_first_layer_is_of_the_best_run_whose_weights_are_here(tmp_path):
     assert drawn(runs[2])
     assert re.findall(r"\((.*?\.png)\)", line) == [best_run.FILTERS, best_run.LOCAL]
     assert f"of local as small colour images, a unit each]({best_run.LOCAL})" in line
+
+
+@pytest.mark.parametrize(
+    ("record", "shown"),
+    [
+        (on_all("local", 0.7, locality=[2.0]), []),  # no experiment has a validation accuracy
+        (make("lr-1e-3", lr=1e-3, locality=[2.0]), [best_run.FILTERS]),  # and not the same picture twice
+    ],
+)
+def test_a_local_first_layer_alone(tmp_path, record, shown):
+    write(tmp_path, [record])
+    weights(tmp_path, [record])
+    rebuild.rebuild(tmp_path, SUITES)
+    assert re.findall(r"\((\S*first-layer\.png)\)", (tmp_path / "results.md").read_text()) == shown
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 100, safetensors.numpy.save({"1.weight": np.full((3, 3072), np.nan)})])

@@ -66,7 +66,10 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
 def show(verification: "Verification") -> None:
     label, again, recorded = verification.run.label, verification.again, verification.recorded
     if isinstance(again, Finished):
-        verdict = "the same bits" if verification.same else "DIFFERENT bits"
-        say(f"{label}: {verdict}: {again.digest}, recorded {recorded.digest}")
-        if not verification.same and verification.reason:
-            say(f"{label}: this was to be expected: the recorded run had {verification.reason}")
+        digests = f"{again.digest}, recorded {recorded.digest}"
+        if verification.same:
+            say(f"{label}: the same bits: {digests}")
+            return
+        warn(f"{label}: DIFFERENT bits: {digests}")
+        if verification.reason:
+            warn(f"{label}: this was to be expected: the recorded run had {verification.reason}")

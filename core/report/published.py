@@ -67,13 +67,21 @@ def shifted(group: Group) -> list[float]:
 # Tables
 
 
+def _evaluated(group: Group, accuracies: list[float], bold: str = "") -> str:
+    """Mean and deviation, with the number of runs if not all of them have such an accuracy."""
+    if not accuracies:
+        return "not evaluated"
+    n = f" (n = {len(accuracies)})" if len(accuracies) < len(group) else ""
+    return f"{bold}{stats.spread(accuracies)}{bold}{n}"
+
+
 SHIFTED = "test, with shifts and mirror images"
 RUNS: dict[str, Callable[[Group], str]] = {
     "recipe": lambda g: g.label,
     "n": lambda g: str(len(g)),
     "test": lambda g: stats.spread(stats.accuracies(g, "test")),
-    "test, with mirror images": lambda g: f"**{stats.spread(flipped(g))}**" if flipped(g) else "not evaluated",
-    SHIFTED: lambda g: stats.spread(shifted(g)) if shifted(g) else "not evaluated",
+    "test, with mirror images": lambda g: _evaluated(g, flipped(g), "**"),
+    SHIFTED: lambda g: _evaluated(g, shifted(g)),
     "parameters": lambda g: f"{g[0].parameters:,}",
     "epochs": lambda g: str(g[0].spec["epochs"]),
     "training": lambda g: f"{stats.training(g):.0f} s",
@@ -129,6 +137,10 @@ def _paint_times(figure: "Figure", content: dict[str, list[Point]], _: Any) -> N
         _scatter(ax, points, "osD^v"[i % 5], f"C{i}", name, -17, "center")
     ax.margins(0.18, 0.12)
     low, high = ax.get_xlim()
+    if sum(low <= seconds <= high for seconds in TICKS) < 2:
+        low = max((seconds for seconds in TICKS if seconds < low), default=low)
+        high = min((seconds for seconds in TICKS if seconds > high), default=high)
+        ax.set_xlim(low, high)
     ticks = {seconds: label for seconds, label in TICKS.items() if low <= seconds <= high}
     ax.set_xticks([*ticks], [*ticks.values()])
     ax.xaxis.set_minor_formatter("")

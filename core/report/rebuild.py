@@ -133,8 +133,9 @@ def _pictures(out: Path, results: stats.Results, catalog: Catalog, data: Path | 
         if confusion := best_run.confusion(best, run.data_info.classes):
             yield confusion
         yield plots.curves(first)
-    if local := [group for group in groups + results.trained_on_all if group[0].spec["locality"]]:
-        yield _filters(best_run.LOCAL, local[0], out, catalog)
+        local = [group for group in groups + results.trained_on_all if group[0].spec["locality"]]
+        if local and local[0] is not best:
+            yield _filters(best_run.LOCAL, local[0], out, catalog)
     for suite, members in suites.items():
         if suite and len({group[0].name for group in members}) > 1:
             yield plots.intervals(suite, members)

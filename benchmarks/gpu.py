@@ -1,4 +1,4 @@
-"""What a GPU can say, in one call that ends within eight minutes:
+"""What a GPU can say, in one call that ends within eight minutes, on Linux:
 
     uv run --group peers python -m benchmarks.gpu [SECTION...] [--out DIR] [--work DIR] [--data DIR] [--small]
 

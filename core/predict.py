@@ -79,8 +79,10 @@ class Network(NamedTuple):
             images: as in a call. labels: int64 [n], a class each; a tensor on any device, or an array.
 
         Raises:
-            InputError: the images or labels are invalid, or there are none.
+            InputError: the images, labels or `tta` are invalid, or there are no images.
         """
+        if tta not in augment.TTA:
+            raise InputError(f"tta = {tta!r}, expected {', '.join(augment.TTA)}")
         with isolated(self.spec["precision"]):
             pixels = as_images(images, self.info).flatten(1).to(self.device)
             classes = as_labels(labels, len(images), self.info).to(self.device)

@@ -168,6 +168,11 @@ def test_invalid_labels_are_refused_in_a_sentence(saved, invented, change, messa
         predict.load(saved[0]).evaluate(invented.test_images[:0], invented.test_labels[:0])
 
 
+def test_an_unknown_test_time_augmentation_is_refused_in_a_sentence(saved, invented):
+    with pytest.raises(InputError, match="tta = 'shift', expected none, flip, shifts"):
+        predict.load(saved[0]).evaluate(invented.test_images, invented.test_labels, tta="shift")
+
+
 # Beside what the run recorded
 
 

@@ -26,7 +26,7 @@ SILENCE = 30  # seconds; off a terminal, where there is no bar, a line then says
 
 class Display:
     """A listener. It shows a bar, and a line for each epoch; if there are several runs, a line for each run. Off a
-    terminal there is no bar, but a line at least every half minute while a run is trained here.
+    terminal there is no bar, but about every half minute a step is followed by a line.
 
     Use it in a `with` statement, which removes the bar at the end.
     """
@@ -96,7 +96,7 @@ class Display:
     def _break_silence(self, step: int) -> None:
         """Off a terminal, say how far the run is if nothing was said for a while."""
         now = time.perf_counter()
-        if console.is_terminal or now - self.said < SILENCE:
+        if console.is_interactive or now - self.said < SILENCE:
             return
         first, then, total = self.first
         left = duration((now - then) / max(1, step - first) * (total - step))
@@ -105,7 +105,7 @@ class Display:
     def _show(self, description: str, *more: ProgressColumn, **task: Any) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *more
         # More than two refreshes a second would slow the training down.
-        shown = console.is_terminal
+        shown = console.is_interactive
         self.bars = Progress(
             *columns,
             console=console,
@@ -139,7 +139,7 @@ class Display:
         columns = TimeRemainingColumn(), TextColumn("{task.fields[note]}")
         self._show(self.description, *columns, total=None, note="compiling")
         self.note = ""
-        if not console.is_terminal and (self.epochs or self.what == "the process"):
+        if not console.is_interactive and (self.epochs or self.what == "the process"):
             self._say(f"{self.description}: starts; a step that is new here has to be compiled")
 
     def _first_step(self, run: Run, event: FirstStep) -> None:

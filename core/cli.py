@@ -3,7 +3,7 @@
 import argparse
 import tomllib
 
-from core import commands
+from core import commands, terminal
 from core.commands.options import Parser
 from core.plan import Project
 
@@ -23,7 +23,7 @@ def parse(argv: list[str], project: Project) -> argparse.Namespace:
     args, more = top.parse_known_args(argv if has_command else ["run", *argv])
     if args.version:
         about = tomllib.loads((project.root / "pyproject.toml").read_text(encoding="utf-8"))
-        print(about["project"]["version"])
+        terminal.say(about["project"]["version"])
         top.exit()
     default = parsers.choices[args.command].get_default
     args.given = {name for name, value in vars(args).items() if value != default(name)}  # for options.no_effect

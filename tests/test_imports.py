@@ -35,7 +35,7 @@ RULES = {
     "listeners": {"errors", "events", "report", "runs", "tally", "terminal"},
     "interactive": {"data", "events", "listeners", "report", "runs", "session", "signals", "spec", "tally"},
     "signals": {"events"},  # inside a function: to import the module takes no time
-    "cli": {"commands", "plan"},
+    "cli": {"commands", "plan", "terminal"},
     "spec": {"errors"},
     "code_hash": {"errors"},
     "store": {"errors"},

@@ -119,7 +119,7 @@ def readme(page: str) -> str:
         ]
         said = f"Validation chooses **{best.label}**, by " + " and ".join(
             f"{100 * found.mean:.2f} ± {100 * found.half:.2f} points over {label} "
-            f"({'significant' if found.significant else 'not significant'})"
+            f"({found.seeds} common seeds, {'significant' if found.significant else 'not significant'})"
             for label, found in differences
         )
         said += ": 95% intervals, which hold together and at every look"
@@ -303,6 +303,7 @@ ELSEWHERE = {
     "uv run python -m examples.minimal": ("tests/test_examples.py", "train(data, resolve("),
     "uv run python examples/use_a_network.py network.pt2 photo.png": ("tests/test_examples.py", "use_a_network.py"),
     "uv run --group onnx main.py export demo --format onnx": ("tests/test_export.py", "params=FORMATS"),
+    "uv run main.py export lr-1e-3 --format torch --output network.pt2": ("tests/test_export.py", "params=FORMATS"),
     "uv run main.py evaluate lr-1e-3 --data-folder photos": ("tests/test_datasets.py", "test_every_command"),
     "uv run main.py predict lr-1e-3 new.jpg": ("tests/test_datasets.py", "test_every_command"),
     "uv run --group notebook --with jupyterlab jupyter lab": ("tests/test_notebook.py", "quickstart.ipynb"),

@@ -383,7 +383,7 @@ def test_a_verdict_names_the_values_and_where_they_were_compared():
         f"- Hurt: `dropout` 0 → 0.2 in lr-1e-3 ({dropout}).\n"
         f"- Not significant: `widths` 512 → 1024-512-256 in baseline ({deep}).\n"
     ) in helped
-    assert "no verdict of the 4 rows is wrong, however often seeds were added. That takes at least 6 seeds." in helped
+    assert "no verdict of the 4 rows is wrong. With 6 seeds or more, that holds however often" in helped
     few = section(markdown.markdown([r for r in records if r.seed < 3], ABLATION), "What helped")
     differences = [100 * (a - b) for a, b in zip(values["lr-1e-3"], values["minus"], strict=True)]
     width = t.ppf(1 - 0.05 / 8, 2) * np.std(differences, ddof=1) / 3**0.5

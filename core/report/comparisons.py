@@ -148,8 +148,9 @@ def what_helped(groups: list[Group], catalog: Catalog) -> str:
         "lr-1e-3 is the accuracy with dropout 0.2 minus the accuracy with dropout 0, where all other values are those "
         "of lr-1e-3. The name of a variant has a minus before what is left out and a plus before what is added: "
         "`full-dropout` has no dropout, `minute+dropout` has dropout.\n\n"
-        f"With 95%, no verdict of the {rows} rows is wrong, however often seeds were added. That takes at least "
-        f"{least} seeds. docs/compare.md has the method.\n\n"
+        f"With 95%, no verdict of the {rows} rows is wrong. With {least} seeds or more, that holds however often seeds "
+        "were added. With fewer (one look), it holds only if their number was chosen in advance. docs/compare.md has "
+        "the method.\n\n"
         f"{summary}\n{text.table(COLUMNS, changes)}"
     )
 

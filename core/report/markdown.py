@@ -155,8 +155,8 @@ def introduction(results: Results) -> str:
     if results.dataset != "cifar10":
         other = f" The data set is {_title(results.dataset)}.{_note(results.dataset)}"
     return (
-        f"{HEADER} Accuracies are measured in evaluation mode{images}. The test split is read once, at "
-        f"the end of a run. Every choice below is made by validation.{other}\n"
+        f"{HEADER} Accuracies are measured in evaluation mode{images}. A run reads the test split once, "
+        f"at its end. Every choice below is made by validation.{other}\n"
     )
 
 

@@ -168,11 +168,6 @@ class Question(Struct, kw_only=True):
         layout.write(out / self.file, self, WHAT)
 
 
-def read(path: Path) -> Question:
-    """The question in a file. Raises StoreError if it holds none."""
-    return layout.read(path, Question, WHAT)
-
-
 def read_all(out: Path, former: Mapping[str, str] = {}) -> list[Question]:
     """The questions that were asked under `out`. Skips a file that is none, with a warning in the log.
 

@@ -1,7 +1,7 @@
 """Spaces to search: specs in which a value is a range or a list of choices.
 
-uv run main.py search search-default        about 20 minutes on two CPU cores, and then a comparison on fresh seeds
-uv run main.py search search-local-minute   local layers for about the arithmetic of `minute`: a minute a trial
+uv run main.py search search-default        60 trials, and then a comparison on fresh seeds; not timed yet
+uv run main.py search search-local-minute   the same for local layers, each trial with the arithmetic of `minute`
 
 `base` is the experiment that a space varies: a key that the space leaves out has the value of the base. A range is
 {"low": 1, "high": 8}, with "log": True where the order of magnitude counts; {"choices": [...]} lists the values.

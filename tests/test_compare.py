@@ -18,6 +18,7 @@ from core import compare
 from core.commands import run as run_command
 from core.compare import Candidate, Question
 from core.report import plots, questions, text
+from core.runs import layout
 from core.store import StoreError
 from experiments import SUITES
 from tests.conftest import ROOT
@@ -337,7 +338,7 @@ def test_a_file_of_somebody_else_is_left_as_it_is(ask, tmp_path):
     path = tmp_path / question.file
     path.parent.mkdir()
     question.write(tmp_path)
-    assert msgspec.to_builtins(compare.read(path)) == msgspec.to_builtins(question)
+    assert msgspec.to_builtins(layout.read(path, compare.Question, compare.WHAT)) == msgspec.to_builtins(question)
     path.write_text("{}")
     with pytest.raises(StoreError, match="is not a question that `compare` has written"):
         question.write(tmp_path)

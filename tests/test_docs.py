@@ -96,7 +96,7 @@ def answers() -> dict[frozenset[str], str]:
 
 def readme(page: str) -> str:
     """The tables of results, what is said of them, and the lines of the step."""
-    results = stats.results(read_records(ROOT), main.PROJECT.catalog().official)
+    results = stats.results(read_records(ROOT), main.PROJECT.catalog().spec)
     rates = stats.ranked(group for group in results.compared if group.label in SUITES[DEFAULT])
     rows = [
         (

@@ -53,7 +53,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
             candidates=candidates, within=args.within, max_seeds=args.max_seeds, confidence=args.confidence
         )
         options.print_notes(args, source, [as_run(args, project, each, 0) for each in candidates])
-        options.no_effect(args, **(options.ON_CLUSTER if args.ray else {}))
+        options.no_effect(args, **options.no_effect_on_cluster(args))
     if args.dry_run:
         return dry_run(args, question, project, source, stop)
     return decide(args, question, project, source, stop)[0]

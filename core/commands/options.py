@@ -21,11 +21,6 @@ from core.store import local
 if TYPE_CHECKING:
     import torch
 
-ON_CLUSTER = {  # options that have no effect with --ray, and why
-    "checkpoint_every": "a worker keeps no resume points",
-    "resume_anyway": "on a cluster, every run starts anew",
-    "verbose": "a worker reports no epochs",
-}
 KEYS = ("epochs", "batch_size", "lr", "precision", "seed")  # keys of a spec that are options, too
 
 
@@ -178,6 +173,16 @@ def no_effect(args: argparse.Namespace, **reasons: str | bool | None) -> None:
     for name, reason in reasons.items():
         if reason and name in args.given:
             terminal.note(f"--{name.replace('_', '-')} has no effect: {reason}")
+
+
+def no_effect_on_cluster(args: argparse.Namespace) -> dict[str, str]:
+    """The options that have no effect with --ray, and why; none without it."""
+    reasons = {
+        "checkpoint_every": "a worker keeps no resume points",
+        "resume_anyway": "on a cluster, every run starts anew",
+        "verbose": "a worker reports no epochs",
+    }
+    return reasons if args.ray else {}
 
 
 def no_effect_on_data(args: argparse.Namespace, names: Iterable[str]) -> None:

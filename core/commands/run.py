@@ -117,7 +117,7 @@ def say_no_effect(args: argparse.Namespace, todo: Sequence[Run], several: bool) 
         "force": not replaced and "there is no result to replace",
         "verbose": not several and "a single run shows its epochs without it",
     }
-    options.no_effect(args, **reasons | (options.ON_CLUSTER if args.ray else {}))
+    options.no_effect(args, **reasons | options.no_effect_on_cluster(args))
 
 
 def say_finished(tally: Tally) -> None:

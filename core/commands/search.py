@@ -53,7 +53,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     if source.own is not None:
         found = found._replace(spec={**found.spec, "dataset": source.own_name})
     options.print_notes(args, source, [Run(found.name, found.spec, args.out)])
-    options.no_effect(args, **(options.ON_CLUSTER if args.ray else {}))
+    options.no_effect(args, **options.no_effect_on_cluster(args))
     if args.dry_run:
         return dry_run(args, found, stop)
     catalog = project.catalog()

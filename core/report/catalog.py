@@ -1,11 +1,10 @@
 """What a report knows of experiments/."""
 
-import contextlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from core.errors import UserError
-from core.spec import Spec, SpecError, canonical, resolve
+from core.spec import Spec, SpecError, resolve
 
 
 class Catalog(NamedTuple):
@@ -24,15 +23,13 @@ class Catalog(NamedTuple):
     default: str = ""
     former: Mapping[str, str] = {}
 
-    @property
-    def official(self) -> dict[str, str]:
-        """By name, the spec of each experiment as text, without its seed."""
-        found = {}
-        for specs in self.suites.values():
-            for name, spec in specs.items():
-                with contextlib.suppress(SpecError):  # its runs are older than what is wrong in it
-                    found[name] = canonical({**resolve(spec), "seed": 0})
-        return found
+    def spec(self, name: str) -> Spec | None:
+        """The resolved spec of an experiment; None if there is no such experiment, or its spec is invalid."""
+        given = [specs[name] for specs in self.suites.values() if name in specs]
+        try:
+            return resolve(given[-1]) if given else None
+        except SpecError:  # its runs are older than what is wrong in it
+            return None
 
     def check(self) -> None:
         """Raise UserError if an ablation names a suite or an experiment that does not exist."""

@@ -72,11 +72,10 @@ COLUMNS: dict[str, Callable[[Comparison], str]] = {
 }
 
 
-def _against(best: Group, others: list[Group]) -> str:
-    """A table of the best experiment against each other one. The intervals of all their pairs hold together."""
+def _against(best: Group, others: list[Group]) -> list[Comparison]:
+    """The best experiment against each other one. The intervals of all their pairs hold together."""
     pairs = math.comb(len(others) + 1, 2)
-    rows = [Comparison(f"{best.label} minus {other.label}", best, other, rows=pairs) for other in others]
-    return text.table(COLUMNS, rows)
+    return [Comparison(f"{best.label} minus {other.label}", best, other, rows=pairs) for other in others]
 
 
 def choice(groups: list[Group]) -> str:
@@ -99,15 +98,15 @@ def choice(groups: list[Group]) -> str:
 def _choice(ranking: list[Group]) -> str:
     best, *others = ranking
     names = [group.label for group in sorted(ranking, key=lambda group: stats.order(group[0]))]
-    pairs = math.comb(len(ranking), 2)
-    differences = {other.label: stats.compare(best, other, "validation", pairs) for other in others}
+    rows = _against(best, others)
+    differences = {row.b.label: row.difference("validation") for row in rows}
     close = [label for label, d in differences.items() if not (d.significant and d.mean > 0)]
     lead = f"not significantly better than {text.listed(close)}" if close else "significantly better than the others"
     validation, test = (stats.percent(stats.accuracy(best, split)) for split in ("validation", "test"))
     return (
         f"Of {text.listed(names)}, which differ in the learning rate alone, validation chooses **{best.label}**. "
         f"Its {validation} (n = {len(best)}) is {lead}; on test, which has no part in the choice, it reaches {test}.\n"
-        f"{text.folded(f'The comparisons with {best.label}', _against(best, others))}"
+        f"{text.folded(f'The comparisons with {best.label}', text.table(COLUMNS, rows))}"
     )
 
 
@@ -172,5 +171,5 @@ def gain(groups: list[Group]) -> str:
         f"{stats.shown(spec['widths'])}, the activation {spec['activation']}, the norm {spec['norm']} and dropout "
         f"{stats.shown(spec['dropout'])}. Of the networks with batch norm and as many epochs, {best.label} is the best "
         f"by validation. From {base.label} to {best.label}, test accuracy goes from {before} to {after}, and the gap "
-        f"between train and test from {gaps} points.\n\n{_against(best, [base])}"
+        f"between train and test from {gaps} points.\n\n{text.table(COLUMNS, _against(best, [base]))}"
     )

@@ -16,7 +16,6 @@ from core.report.questions import Asked
 from core.report.searches import Searched
 from core.report.stats import Group, Results
 from core.runs.record import Failed, Finished, Record
-from core.spec import SpecError, resolve
 
 HEADER = "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit."
 OTHER = "Runs of other code or other data"
@@ -108,7 +107,7 @@ def markdown(
     """
     records = searches.other(records, searched)
     shown = {path: f"\n{_image(path, pictures)}\n{picture.table}" for path, picture in pictures.items()}
-    results = stats.results(records, catalog.official)
+    results = stats.results(records, catalog.spec)
     groups = stats.ranked(results.compared)
     trained_on_all = sorted(results.trained_on_all, key=lambda group: published.work(group[0]))
     members = by_suite(groups, catalog)
@@ -344,14 +343,11 @@ def _shell(commands: list[str]) -> str:
 
 def _commands(groups: list[Group], catalog: Catalog, end: str = "") -> list[str]:
     """The commands that train these runs again; experiments with the same options share a line."""
-    specs = {name: spec for suite in catalog.suites.values() for name, spec in suite.items()}
     names: dict[str, list[str]] = defaultdict(list)
     unknown = []
     for group in groups:
         name, spec = group[0].name, group[0].spec
-        try:
-            now = resolve(specs[name])
-        except (KeyError, SpecError):
+        if (now := catalog.spec(name)) is None:
             unknown.append(f"# {name} ({group[0].spec_id}): its spec is in its record, and in experiments/ no more")
             continue
         changed = [override(key, spec[key]) for key in spec if key != "seed" and spec[key] != now[key]]

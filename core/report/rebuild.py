@@ -95,7 +95,7 @@ def rebuild(
         records = sorted(read_records(out, catalog.former), key=stats.order)
         asked = questions.asked(out, records, catalog.former)
         searched = searches.searched(out, records, asked)
-        results = stats.results(searches.other(records, searched), catalog.official)
+        results = stats.results(searches.other(records, searched), catalog.spec)
         drawn = itertools.chain(
             _pictures(out, results, catalog, data), questions.pictures(asked), searches.pictures(searched)
         )

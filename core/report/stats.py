@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, median, median_high, stdev
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from core.code_hash import same_numbers
 from core.compare import half_width as at_every_look
 from core.data import cifar10
 from core.runs.record import UNSET, Finished, Partial, Record
-from core.spec import canonical
+from core.spec import Spec, canonical
 
 # Quantiles are from scipy.special: to import scipy.stats takes 0.7 s more.
 
@@ -32,11 +32,18 @@ class Group(list[Finished]):
         self.label, self.variant = label, variant
 
 
-def groups(finished: Iterable[Finished], official: Mapping[str, str] = {}) -> list[Group]:
+Official = Callable[[str], Spec | None]
+
+
+def unknown(name: str) -> None:
+    """As `Official`: nothing is known of experiments/."""
+
+
+def groups(finished: Iterable[Finished], official: Official = unknown) -> list[Group]:
     """The runs, grouped by name, spec without seed, code and data, in the order of the first run of each group.
 
     Args:
-        official: by name, the specs of experiments/ as text; see core.report.catalog.Catalog.official.
+        official: the spec of experiments/ by name; see core.report.catalog.Catalog.spec.
     """
     by_name: dict[str, dict[tuple, list[Finished]]] = defaultdict(lambda: defaultdict(list))
     for record in finished:
@@ -47,7 +54,8 @@ def groups(finished: Iterable[Finished], official: Mapping[str, str] = {}) -> li
     made = []
     for name, members in by_name.items():
         specs = {spec: runs[0].spec for (spec, *_), runs in members.items()}
-        base = official.get(name, "")
+        spec_now = official(name) if len(specs) > 1 else None
+        base = canonical({**spec_now, "seed": 0}) if spec_now else ""
         for (spec, *_), runs in members.items():
             others = [specs[base]] if base in specs else list(specs.values())
             keys = [key for key in specs[spec] if key != "seed" and any(o[key] != specs[spec][key] for o in others)]
@@ -71,7 +79,7 @@ class Results(NamedTuple):
         return same_numbers(record.environment.code) and record.data == self.data
 
 
-def results(records: Iterable[Record], official: Mapping[str, str] = {}) -> Results:
+def results(records: Iterable[Record], official: Official = unknown) -> Results:
     """The experiments. The data are CIFAR-10, or the most frequent data if no run has CIFAR-10.
 
     Args:

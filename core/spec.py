@@ -185,9 +185,6 @@ class Field(NamedTuple):
 
 
 INFINITY = float("inf")
-# Keys that local layers exclude.
-NOT_LOCAL = {"whiten": "principal components have no place in the image", "expansion": "local layers are plain layers"}
-
 FIELDS: dict[str, Field] = {
     # The network
     "widths": Field([1024, 512, 256], List(16, Integer(1, 65536)), "Number of units of each hidden layer."),
@@ -223,7 +220,10 @@ FIELDS: dict[str, Field] = {
         "train: some images (5,000 of CIFAR-10) are held out for validation. all: the run trains on them, too.",
     ),
     "whiten": Field(
-        0, Integer(0, 3072), "Number of principal components that the images are projected on. 0: no projection."
+        0,
+        Integer(0, 3072),
+        "Number of principal components that the images are projected on. With `locality`, their projection becomes an "
+        "image again (ZCA). 0: no projection.",
     ),
     "whiten_eps": Field(
         0.01, Number(0, INFINITY, open=True), "Added to the variance of each principal component before the division."
@@ -344,9 +344,11 @@ def resolve(spec: Mapping[str, Any]) -> Spec:
     local = resolved["locality"]
     if len(local) > len(resolved["widths"]):
         raise SpecError(f"locality = {local}, expected at most a value for each of {len(resolved['widths'])} widths")
-    for key, reason in NOT_LOCAL.items():
-        if local and resolved[key]:
-            raise SpecError(f"locality = {local} with {key} = {resolved[key]}, expected {key} = 0: {reason}")
+    if local and resolved["expansion"]:
+        raise SpecError(
+            f"locality = {local} with expansion = {resolved['expansion']}, expected expansion = 0: local layers are "
+            "plain layers"
+        )
     return resolved
 
 

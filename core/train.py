@@ -80,7 +80,9 @@ class Training:
             self.splits["validation"] = data.train_images, data.train_labels, validation.to(device)
         self.whitening: Whitening = {}
         if spec["whiten"]:
-            filters = whitening(data.train_images, self.examples, spec["whiten"], spec["whiten_eps"], data.info)
+            filters = whitening(
+                data.train_images, self.examples, spec["whiten"], spec["whiten_eps"], bool(spec["locality"]), data.info
+            )
             self.whitening = to_device(filters, device)
         self.state, self.data, self.hyper = step_inputs(
             spec, data.train_images, data.train_labels, self.whitening, self.steps_per_epoch, data.info
@@ -132,7 +134,8 @@ def step_inputs(
     state = to_device(steps.init_state(spec, info), device)
     data: dict[str, Any] = {"images": images, "labels": labels, "order": order}
     if whitening:
-        data["whitening"] = {**whitening, "weight": model.cast(whitening["weight"], spec["precision"])}
+        matrices = {name: model.cast(t, spec["precision"]) for name, t in whitening.items() if t.ndim == 2}
+        data["whitening"] = {**whitening, **matrices}
     return state, data, steps.hyper_tensors(spec, steps_per_epoch, device, info)
 
 

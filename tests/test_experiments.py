@@ -93,7 +93,7 @@ def test_the_ablation_of_the_minute_takes_one_ingredient_away_at_a_time():
 
 def test_the_local_networks_of_the_search_cost_as_much_as_the_minute():
     def petaflop(spec):
-        return published.petaflop(model.parameter_count(spec), 50_000 * spec["epochs"], spec["whiten"])
+        return published.petaflop(model.parameter_count(spec), 50_000 * spec["epochs"], published.whitened(spec))
 
     minute = petaflop(resolve(EXPERIMENTS["minute"]))
     assert minute == pytest.approx(0.0274, rel=0.01)  # as in results.md

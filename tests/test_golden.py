@@ -92,6 +92,7 @@ CASES = {
     },
     "local": {"locality": [2, 5], "optimizer": "adamw", "weight_decay": 0.1, "clip": 0.5, "ema": 0.9},
     "whitened": {"augment": "flip", "whiten": 4, "whiten_eps": 0.1},
+    "local, whitened": {"locality": [3], "whiten": 4},
     "muon": {"widths": [8, 12, 8], "optimizer": "muon", "precision": "bfloat16", "weight_decay": 0.1},
     "muon, no gradient": {"widths": [8, 12, 8], "optimizer": "muon", "clip": 1e-9},
 }
@@ -133,7 +134,7 @@ def numbers(data, spec):
     """(name, number) of each result of a run: its epochs, the evaluation, a norm of each tensor."""
     with Float64():
         training = Training(resolve({**BASE, **spec}), data, torch.device("cpu"), Mode("eager"))
-        if training.whitening:
+        if training.whitening and "back" not in training.whitening:
             # A principal component has no sign of its own. One for all machines: that of its product with a ramp.
             sign = (training.whitening["weight"] @ torch.arange(3072, dtype=torch.float64)).sign()
             for one in (training.whitening, training.data["whitening"]):

@@ -557,8 +557,9 @@ def test_accuracy_against_time_has_two_ticks_or_more(times, ticks):
 
 
 def test_whitening_is_part_of_the_arithmetic():
-    plain, whitened = on_all("x", 0.7), on_all("x", 0.7, whiten=400)
-    assert published.work(whitened) - published.work(plain) == pytest.approx(2 * 3072 * 400 * 100_000 / 1e15)
+    for more, products in (({}, 1), ({"locality": [3.0]}, 2)):  # with local layers, there and back
+        plain, whitened = (published.work(on_all("x", 0.7, whiten=k, **more)) for k in (0, 400))
+        assert whitened - plain == pytest.approx(products * 2 * 3072 * 400 * 100_000 / 1e15)
 
 
 def test_a_record_that_was_not_evaluated_with_mirror_images_says_so():

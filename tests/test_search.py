@@ -98,16 +98,16 @@ def test_what_lies_in_a_space():
 
 
 def test_combinations_that_a_spec_refuses_are_not_drawn():
-    """More sigmas than hidden layers; local layers with a whitening."""
+    """More sigmas than hidden layers; local layers in residual blocks."""
     locality = {"choices": [[2, 5], [3], []]}  # integers become floats, as in a record
-    found = parse(widths={"choices": [[8], [8, 8]]}, locality=locality, whiten={"choices": [0, 20]})
+    found = parse(widths={"choices": [[8], [8, 8]]}, locality=locality, expansion={"choices": [0, 2]})
     assert found.axes["locality"] == [[2.0, 5.0], [3.0], []]
     assert all(type(each) is float for sigmas in found.axes["locality"] for each in sigmas)
     specs = found.sample(200)
     assert len(specs) == 200
     assert all(len(spec["locality"]) <= len(spec["widths"]) for spec in specs)
-    assert not any(spec["locality"] and spec["whiten"] for spec in specs)
-    drawn = {(len(spec["widths"]), len(spec["locality"]), spec["whiten"]) for spec in specs}
+    assert not any(spec["locality"] and spec["expansion"] for spec in specs)
+    drawn = {(len(spec["widths"]), len(spec["locality"]), spec["expansion"]) for spec in specs}
     assert drawn == {(1, 1, 0), (2, 2, 0), (2, 1, 0), *((n, 0, k) for n in (1, 2) for k in (0, 20))}
 
 

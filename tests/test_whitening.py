@@ -1,8 +1,11 @@
 """The whitening of images: right against NumPy, the same bits always, and folded into the network that is saved."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import safetensors.torch
+import scipy.linalg
 import torch
 
 from core import predict, run_experiment
@@ -10,7 +13,7 @@ from core.data.whitening import _principal_components, whitening
 from core.functional import augment, model, step
 from core.mode import Mode
 from core.runs import checkpoint
-from core.spec import resolve
+from core.spec import CIFAR10, resolve
 from core.train import Training, fit
 
 MEAN, STD = (np.array(values)[:, None, None] for values in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
@@ -37,6 +40,24 @@ def test_whitening_is_the_principal_component_analysis_of_numpy(cifar10_slice):
     z = x @ weight.T + found["bias"].numpy()
     np.testing.assert_allclose(z.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(np.cov(z.T, bias=True), np.diag(variances / (variances + EPS)), atol=1e-4)
+
+
+def test_for_local_layers_the_components_become_an_image_again(cifar10_slice):
+    """With all components and a small eps, x less its mean times the inverse root of its covariance: ZCA."""
+    images, _ = cifar10_slice
+    info = dataclasses.replace(CIFAR10, shape=(3, 4, 4))
+    corners = images.view(-1, 3, 32, 32)[:, :, 10:14, 10:14].reshape(-1, 48).contiguous()
+    found = whitening(corners, torch.arange(500), 48, 1e-9, back=True, info=info)
+    x = ((corners[:500].view(-1, 3, 4, 4).numpy() / 255 - MEAN) / STD).reshape(-1, 48)
+    centered = np.concatenate([x, x.reshape(-1, 3, 4, 4)[..., ::-1].reshape(-1, 48)])
+    centered = centered - centered.mean(0)
+    root = scipy.linalg.sqrtm(np.linalg.inv(centered.T @ centered / len(centered)))
+    whitened = augment.whiten(torch.tensor(x).float(), found, "float32")
+    np.testing.assert_allclose(whitened, centered[:500] @ root, atol=1e-3)
+    few = whitening(corners, torch.arange(500), 12, EPS, back=True, info=info)
+    pixels = augment.whiten(torch.tensor(x).float(), few, "float32")
+    assert pixels.shape == (500, 48)
+    assert pixels.var() == pytest.approx(1, abs=0.2), "as of a normalised image, whatever the number of components"
 
 
 def test_the_bits_of_whitening_do_not_depend_on_threads_or_order(cifar10_slice):
@@ -80,7 +101,11 @@ def test_whitening_uses_the_precision_of_the_spec(invented):
     assert (z - exact).abs().max() > 1e-4, "it was not bfloat16"
 
 
-@pytest.mark.parametrize("changes", [{}, {"norm": "none", "widths": []}, {"ema": 0.9, "train_on": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"norm": "none", "widths": []}, {"ema": 0.9, "train_on": "all"}, {"locality": [3.0], "ema": 0.9}],
+    ids=str,
+)
 def test_whitening_is_folded_into_the_checkpoint(invented, tmp_path, small_spec, changes):
     """The saved network takes images, as any other, and is equal to the one that was trained."""
     spec = small_spec(whiten=25, epochs=1, **changes)
@@ -94,7 +119,8 @@ def test_whitening_is_folded_into_the_checkpoint(invented, tmp_path, small_spec,
     assert record.whitening == checkpoint.digest(training.whitening)
     x = augment.normalise(invented.test_images)
     unfolded = augment.whiten(x, training.whitening, "float32")
-    expected, _ = model.forward(*step.trained(training.state), unfolded, spec)
+    params, stats = step.trained(training.state)
+    expected, _ = model.forward(model.enveloped(params, training.hyper.get("envelope", {})), stats, unfolded, spec)
     torch.testing.assert_close(found(invented.test_images), expected, rtol=0, atol=1e-4)
     module = predict.as_module(found.spec)
     module.load_state_dict(safetensors.torch.load_file(path), strict=True)

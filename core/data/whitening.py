@@ -1,4 +1,5 @@
-"""Whitening: the fixed projection of an image on its principal components, each scaled to about unit variance."""
+"""Whitening: the fixed projection of an image on its principal components, each scaled to about unit variance, and back
+to pixels for local layers."""
 
 import functools
 
@@ -7,17 +8,25 @@ from torch import Tensor
 
 from core.spec import CIFAR10, DataInfo
 
-Whitening = dict[str, Tensor]  # {"weight": float32 [components, inputs], "bias": float32 [components]}
+# {"weight": float32 [components, inputs], "bias": float32 [components]}; for local layers also "back": float32 [inputs,
+# components]
+Whitening = dict[str, Tensor]
 
 CHUNK = 256  # images; float32 adds their products exactly
 
 
-def whitening(images: Tensor, examples: Tensor, components: int, eps: float, info: DataInfo = CIFAR10) -> Whitening:
+def whitening(
+    images: Tensor, examples: Tensor, components: int, eps: float, back: bool = False, info: DataInfo = CIFAR10
+) -> Whitening:
     """The projection `weight @ x + bias` of a normalised image x, a function of the images alone.
 
     The principal components are those of the examples and their mirror images. Each is divided by sqrt(variance + eps);
     see Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images", appendix A, and, for eps, Coates and
     Ng 2011. The bits depend on the machine, but not on the number of threads.
+
+    With `back`, the components become an image again: `back @ (weight @ x + bias)` is x less its mean, with the components
+    at about unit variance and without the others. This is ZCA (Bell and Sejnowski 1997; Krizhevsky 2009), times
+    sqrt(inputs / components), so that the pixels have about unit variance, too.
 
     Args:
         images: uint8 [n, inputs], on any device. examples: int64 indices into them.
@@ -28,7 +37,10 @@ def whitening(images: Tensor, examples: Tensor, components: int, eps: float, inf
     """
     mean, variances, vectors = _principal_components(images, _Same(examples), info)
     weight = vectors[:components] * torch.rsqrt(variances[:components, None] + eps)
-    return {"weight": weight.float(), "bias": (weight @ -mean).float()}
+    found = {"weight": weight.float(), "bias": (weight @ -mean).float()}
+    if back:
+        found["back"] = (vectors[:components].mT * (info.inputs / components) ** 0.5).float().contiguous()
+    return found
 
 
 class _Same:

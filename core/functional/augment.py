@@ -61,13 +61,16 @@ def views(x: Tensor, tta: str, spec: Spec, info: DataInfo = CIFAR10) -> Iterator
 
 
 def whiten(x: Tensor, whitening: dict[str, Tensor], precision: str) -> Tensor:
-    """Whitened images, float32 [batch, k], from normalised images [batch, inputs].
+    """Whitened images, float32 [batch, k], or [batch, inputs] with `back`, from normalised images [batch, inputs].
 
     Args:
-        whitening: `weight` [k, inputs], float32 or already in the precision of the product; `bias` float32 [k].
+        whitening: `weight` [k, inputs], float32 or already in the precision of the product; `bias` float32 [k]; for
+            local layers `back` [inputs, k], as `weight`.
     """
-    product = model.matmul(whitening["weight"], model.cast(x, precision).t(), precision)
-    return (product + whitening["bias"][:, None]).t()
+    product = model.matmul(whitening["weight"], model.cast(x, precision).t(), precision) + whitening["bias"][:, None]
+    if "back" in whitening:
+        product = model.matmul(whitening["back"], model.cast(product, precision), precision)
+    return product.t()
 
 
 def check(spec: Spec, info: DataInfo) -> None:

@@ -198,7 +198,9 @@ def layers(spec: Spec, info: DataInfo = CIFAR10) -> Stack:
     back. A linear layer stands before the first block and wherever the width changes. As in the paper there is no norm
     before the last layer. The paper has no dropout; here it follows the activation, as in the plain stack.
     """
-    inputs, expansion = spec["whiten"] or info.inputs, spec["expansion"]
+    inputs, expansion = info.inputs, spec["expansion"]
+    if spec["whiten"] and not spec["locality"]:  # local layers need pixels, so their whitening goes back to them
+        inputs = spec["whiten"]
     activation: Stack
     stack: list[Entry | Stack] = [Entry("flatten", inputs, inputs)]
     for i, width in enumerate(spec["widths"]):
@@ -267,6 +269,8 @@ def fold(params: Tensors, whitening: Tensors) -> Tensors:
     (core.functional.augment.whiten): two linear maps in a row are one linear map."""
     weight = params["1.weight"]
     projection, offset = (whitening[name].to(weight.dtype) for name in ("weight", "bias"))
+    if "back" in whitening:
+        weight = weight @ whitening["back"].to(weight.dtype)
     return {**params, "1.weight": weight @ projection, "1.bias": params["1.bias"] + weight @ offset}
 
 

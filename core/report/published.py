@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from core.report import plots, stats
 from core.report.stats import Group
 from core.runs.record import Finished
+from core.spec import Spec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,13 +46,18 @@ PUBLISHED = [
 
 def petaflop(parameters: int, examples: float, whitened: int = 0) -> float:
     """10**15 operations of training: for each example and parameter two forward and four backward (Kaplan et al. 2020),
-    and the projection of each image on `whitened` components."""
+    and the products of each image with `whitened` vectors."""
     return (6 * parameters + 2 * 3072 * whitened) * examples / 1e15
+
+
+def whitened(spec: Spec) -> int:
+    """The number of products with vectors that whiten an image: for local layers, there and back."""
+    return spec["whiten"] * (2 if spec["locality"] else 1)
 
 
 def work(record: Finished) -> float:
     """The petaFLOP of a run."""
-    return petaflop(record.parameters, record.spec["epochs"] * record.metrics.train.n, record.spec["whiten"])
+    return petaflop(record.parameters, record.spec["epochs"] * record.metrics.train.n, whitened(record.spec))
 
 
 def flipped(group: Group) -> list[float]:

@@ -2,6 +2,7 @@
 
 import re
 
+import msgspec
 import pytest
 
 from core.errors import UserError
@@ -11,6 +12,7 @@ from core.runs.files import find_file, in_progress
 from core.runs.record import former_names, new_name, read_records, write_record
 from core.runs.run import Run
 from core.session import run_cohort
+from core.spec import CIFAR10, spec_id
 from core.verify import check_finished
 from tests.test_report import failed, make
 
@@ -55,6 +57,26 @@ def test_the_spec_in_experiments_is_preferred(keep, tmp_path):
     path = keep(official)
     assert find_file(tmp_path, "x", spec={**official.spec, "seed": 0}) == path
     assert find_file(tmp_path, "x") != path
+
+
+def test_a_name_with_runs_on_several_data_sets_is_refused(keep, tmp_path):
+    """Even where one has the spec in experiments/: who trained it on images of their own may mean those."""
+
+    def on_synthetic(seed):
+        record = make("x", seed=seed)
+        spec = {**record.spec, "dataset": "synthetic"}
+        return msgspec.structs.replace(record, spec=spec, spec_id=spec_id(spec), info=CIFAR10)
+
+    official, own = keep(make("x")), keep(on_synthetic(0))
+    keep(on_synthetic(1))
+    for suffix in (".safetensors", ".json"):
+        with pytest.raises(UserError) as refused:
+            find_file(tmp_path, "x", spec=make("x").spec, suffix=suffix)
+        assert str(refused.value) == (
+            "there are runs of x on several data sets: say which by its id, such as "
+            f"{official.stem} (cifar10), {own.stem} (synthetic)"
+        )
+    assert find_file(tmp_path, "x", 1).parent == own.parent, "only one data set has this seed"
 
 
 def test_an_unknown_or_ambiguous_word_is_refused(keep, tmp_path):

@@ -24,9 +24,9 @@ def whitening(
     see Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images", appendix A, and, for eps, Coates and
     Ng 2011. The bits depend on the machine, but not on the number of threads.
 
-    With `back`, the components become an image again: `back @ (weight @ x + bias)` is x less its mean, with the components
-    at about unit variance and without the others. This is ZCA (Bell and Sejnowski 1997; Krizhevsky 2009), times
-    sqrt(inputs / components), so that the pixels have about unit variance, too.
+    With `back`, the components become an image again: `back @ (weight @ x + bias)` is x less its mean, with these
+    components at about unit variance and without the others. This is ZCA (Bell and Sejnowski 1997; Krizhevsky 2009),
+    times sqrt(inputs / components), so that the pixels have about unit variance, too.
 
     Args:
         images: uint8 [n, inputs], on any device. examples: int64 indices into them.

@@ -183,12 +183,13 @@ def suite(name: str, members: list[Group], shown: Mapping[str, str]) -> str:
     """How good are the experiments of a suite, and which learning rate is best?"""
     heading = f"Suite {name}" if name else "Other experiments"
     intervals = shown.get(plots.suite_path(name), "")
-    return f"## {heading}\n\n{_table(COLUMNS, members)}{comparisons.choice(members)}{intervals}"
+    return f"## {heading}\n\n{_table(COLUMNS, members, not name)}{comparisons.choice(members)}{intervals}"
 
 
-def _table(columns: Columns, rows: list[Group]) -> str:
-    """A table with times. If these are of several machines, a column names the machine of each row."""
-    several = len({stats.machine(stats.timed(group)[0]) for group in rows[: text.ROWS]}) > 1
+def _table(columns: Columns, rows: list[Group], mixed: bool = False) -> str:
+    """A table with times. If these are of several machines, or the rows are `mixed` ones, which a reader compares with
+    those of other tables, a column names the machine of each row."""
+    several = mixed or len({stats.machine(stats.timed(group)[0]) for group in rows[: text.ROWS]}) > 1
     return text.table({**columns, "time on": stats.where} if several else columns, rows)
 
 

@@ -63,9 +63,9 @@ def sentence(question: Question, found: Look) -> str:
         said.append(f"{_listed(others)} {'is' if len(others) == 1 else 'are'} beaten")
     if found.answer in ("undecided", ""):
         seeds = max(compare.needed(pair.difference, question.within, question.alpha) for pair in found.open)
-        said.append(
-            f"About {_seeds(seeds)} would decide it" if seeds < compare.NEEDED else "More seeds hardly decide it"
-        )
+        what = "it" if len(found.open) == 1 else f"all {len(found.open)} pairs"
+        decide = f"About {_seeds(seeds)} would" if seeds < compare.NEEDED else "More seeds hardly"
+        said.append(f"{decide} decide {what}")
     for label, count in found.diverged.items():
         runs = (
             f"1 run of {_quoted(label)} diverged and counts"

@@ -53,6 +53,12 @@ class StepDone(NamedTuple):
     step: int
 
 
+class OnCluster(NamedTuple):
+    """A Ray cluster trains this run and `runs` - 1 others, or will. Comes about once a second, for only one of them."""
+
+    runs: int
+
+
 class EpochDone(NamedTuple):
     """An epoch is done: its numbers, as in core.runs.record.Epoch, and the learning rate of its last step."""
 
@@ -92,7 +98,9 @@ class Ended(NamedTuple):
     record: Record
 
 
-Event = Started | Resumed | ModeChanged | FirstStep | StepDone | EpochDone | Notice | Diverged | Stopped | Ended
+Event = (
+    Started | Resumed | ModeChanged | FirstStep | StepDone | OnCluster | EpochDone | Notice | Diverged | Stopped | Ended
+)
 Listener = Callable[[Run, Event], None]
 
 

@@ -22,7 +22,7 @@ from core.code_hash import CODE, core_bytes_hash
 from core.data import loader
 from core.data.identity import data_identity
 from core.data.tensors import Data
-from core.events import Ended, Listener, Started
+from core.events import Ended, Listener, OnCluster, Started
 from core.mode import Mode
 from core.runs import checkpoint
 from core.runs import record as records
@@ -141,7 +141,8 @@ def train(
     Args:
         data: on the CPU. It is put into the object store once, and each node maps it from there.
         force: train finished runs again.
-        listener: called when a run is handed to the cluster, and with its record. No other event comes from a worker.
+        listener: called when a run is handed to the cluster, while the cluster has it, and with its record. No other
+            event comes from a worker.
         on_notice: called with a sentence when the runs wait for the cluster.
 
     Raises:
@@ -194,6 +195,8 @@ def train(
             if not at_once or not tasks:
                 time.sleep(cluster.LOOK)
                 continue
+            first, *others = (run for group, _ in tasks.values() for run in group)
+            listener(first, OnCluster(1 + len(others)))
             for ended in ray.wait(list(tasks), timeout=1)[0]:
                 group, locks = tasks.pop(ended)
                 with locks:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from core import estimate, plan, terminal
 from core.commands import options
 from core.errors import UserError
-from core.events import Ended, EpochDone, FirstStep, Started, StepDone
+from core.events import Ended, EpochDone, FirstStep, OnCluster, Started, StepDone
 from core.functional import model
 from core.listeners import progress
 from core.runs.record import check_name
@@ -379,6 +379,21 @@ def test_on_a_cluster_a_bar_of_all_runs_begins_with_the_first(capsys):
         display(runs[1], Ended(make("a", seed=1, epochs=3)))
         assert bar.tasks[0].completed == bar.tasks[0].total == 2
     assert capsys.readouterr().out.count("on the cluster") == 2
+
+
+def test_off_a_terminal_a_line_every_half_minute_says_how_many_runs_a_cluster_has(capsys, monkeypatch):
+    runs = plan.runs({"a": {}}, {"epochs": 3}, range(3))
+    now = 100.0
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
+    with progress.Display(Tally(runs), verbose=False, on_cluster=True) as display:
+        display(runs[0], Started(1))
+        for second in range(70):
+            now += 1
+            display(runs[0], OnCluster(3 if second < 40 else 1))
+        assert capsys.readouterr().out.splitlines() == [
+            "the cluster has 3 runs (0 of 3 done)",
+            "the cluster has 1 run (0 of 3 done)",
+        ]
 
 
 def test_of_many_runs_a_sentence_names_three():

@@ -14,7 +14,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from core.events import Ended, EpochDone, Event, FirstStep, ModeChanged, Notice, Resumed, Started, StepDone, Stopped
+from core.events import (
+    Ended,
+    EpochDone,
+    Event,
+    FirstStep,
+    ModeChanged,
+    Notice,
+    OnCluster,
+    Resumed,
+    Started,
+    StepDone,
+    Stopped,
+)
 from core.report import stats
 from core.runs.record import Failed, Finished, Record
 from core.runs.run import Run
@@ -72,6 +84,9 @@ class Display:
             case StepDone():
                 self._update(completed=event.step)
                 self._break_silence(event.step)
+            case OnCluster():
+                if self._is_silent():
+                    self._say(f"the cluster has {event.runs:,} run{'s' * (event.runs > 1)} ({progress(self.tally)})")
             case EpochDone():
                 self._epoch(run, event)
             case Notice() | ModeChanged():
@@ -93,12 +108,15 @@ class Display:
         self.said = time.perf_counter()
         say(text)
 
+    def _is_silent(self) -> bool:
+        """Whether, off a terminal, nothing was said for a while."""
+        return not console.is_interactive and time.perf_counter() - self.said >= SILENCE
+
     def _break_silence(self, step: int) -> None:
-        """Off a terminal, say how far the run is if nothing was said for a while."""
-        now = time.perf_counter()
-        if console.is_interactive or now - self.said < SILENCE:
+        """Say how far the run is."""
+        if not self._is_silent():
             return
-        first, then, total = self.first
+        now, (first, then, total) = time.perf_counter(), self.first
         left = duration((now - then) / max(1, step - first) * (total - step))
         self._say(f"{self.description}: step {step:,} of {total:,}{self.note}, about {left} left")
 
@@ -124,7 +142,7 @@ class Display:
     def _start(self, run: Run, cohort: int) -> None:
         if self.on_cluster:
             if not self.bars:  # the data is loaded: its own bar is gone
-                self.since = time.perf_counter()
+                self.said = self.since = time.perf_counter()
                 self._show("runs", total=self.tally.total, completed=self.tally.done)
             return
         if run in self.training:  # its cohort was too large, so it starts again alone
@@ -209,7 +227,7 @@ class Bars(Display):
         return self.verbose
 
     def _say_result(self, run: Run, record: Record, seconds: float) -> None:
-        pass
+        self.tally.done += 1
 
 
 def process_start() -> float:
@@ -223,6 +241,8 @@ def progress(tally: Tally) -> str:
     left = tally.seconds_left()
     if left and tally.done < tally.total:
         text += f", about {duration(left)} left"
+    if not tally.results:
+        return text
     best = tally.ranked()[0]
     accuracy, seeds = tally.validation(best), len(tally.results[best])
     if accuracy is not None:

@@ -14,30 +14,37 @@ variants with the validation split held out; docs/accuracy.md has the search. Wi
 
 from typing import Any
 
-MINUTE: dict[str, Any] = {
-    "widths": [1024, 1024, 512],
+SHARED: dict[str, Any] = {
     "activation": "gelu",
-    "dropout": 0.0,
     "augment": "flip+shift",
     "whiten": 400,
-    "batch_size": 512,
-    "epochs": 38,
     "optimizer": "adamw",
-    "lr": 2e-3,
     "warmup_epochs": 2.0,
     "weight_decay": 0.1,
     "label_smoothing": 0.1,
-    "ema": 0.998,
     "precision": "bfloat16",
 }
 
+MINUTE: dict[str, Any] = {
+    **SHARED,
+    "widths": [1024, 1024, 512],
+    "locality": [2.0, 5.0],
+    "dropout": 0.0,
+    "batch_size": 512,
+    "epochs": 16,
+    "lr": 5e-3,
+    "ema": 0.998,
+}
+
 TEN_MINUTES: dict[str, Any] = {
-    **MINUTE,
+    **SHARED,
     "widths": [2048, 1024, 1024],
     "dropout": 0.2,
     "shift": 4,
     "shift_fill": "reflect",
+    "batch_size": 512,
     "epochs": 280,
+    "lr": 2e-3,
     "schedule": "cosine",
     "ema": 0.9995,
 }
@@ -85,6 +92,7 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
         "minute-gelu": {**MINUTE, "activation": "leaky_relu"},
         "minute+dropout": {**MINUTE, "dropout": 0.2},
         "minute-augment": {**MINUTE, "augment": "none"},
+        "minute-locality": {**MINUTE, "locality": []},
         "minute-whiten": {**MINUTE, "whiten": 0},
         "minute-weight_decay": {**MINUTE, "weight_decay": 0.0},
         "minute-label_smoothing": {**MINUTE, "label_smoothing": 0.0},

@@ -22,11 +22,9 @@ SEARCHES: dict[str, dict[str, Any]] = {
         "batch_size": {"choices": [128, 256, 512]},
         "widths": {"choices": [[512, 256], [1024, 512, 256], [1024, 1024, 512], [2048, 1024, 512]]},
     },
-    # On all images, 19 epochs of each of these widths are 0.027 to 0.028 petaFLOP, as is `minute`.
+    # On all images, 16 epochs of each of these widths are 0.026 to 0.027 petaFLOP, as is `minute`.
     "search-local-minute": {
         "base": "minute-full",
-        "whiten": 0,
-        "epochs": 19,
         "widths": {"choices": [[1024, 1024, 512], [1280, 512, 512], [896, 896, 896, 512], [768, 1024, 1024, 512]]},
         "locality": {"choices": [[3.0], [2.0, 5.0], [2.0, 5.0, 10.0], [1.5, 3.0, 6.0], [2.0, 4.0, 8.0, 16.0]]},
         "lr": {"low": 1e-3, "high": 6e-3, "log": True},

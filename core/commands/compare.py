@@ -96,16 +96,17 @@ def existing(args: argparse.Namespace, question: Question, project: Project) -> 
 
 
 def decide(
-    args: argparse.Namespace, question: Question, project: Project, source: Source, stop: Stop
+    args: argparse.Namespace, question: Question, project: Project, source: Source, stop: Stop, first: bool = True
 ) -> tuple[int, Look | None]:
     """Train until a question has an answer, and print it. Returns the exit status and the last look.
 
     Args:
         args: as `train` takes them, and `json`.
+        first: this process has trained nothing yet.
     """
     dataset, catalog = question.candidates[0].spec["dataset"], project.catalog()
     prepare(args.out, catalog)  # fails now, not after the training, if --out cannot be written
-    status, display = 0, Display(Tally([]), args.verbose, args.ray is not None)
+    status, display = 0, Display(Tally([]), args.verbose, args.ray is not None, first)
 
     def more(todo: list[tuple[Candidate, int]]) -> Iterable[Record] | None:
         nonlocal status

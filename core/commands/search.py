@@ -85,7 +85,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
         return 130
     if question is None:
         raise UserError(f"no trial of {found.name} has a result; more trials (--trials) may have one")
-    status, _ = decide(args, question, project, source, stop)
+    status, _ = decide(args, question, project, source, stop, first=False)
     return 130 if status == 130 else answer(args, project, found.name, status)
 
 

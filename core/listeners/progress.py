@@ -43,15 +43,16 @@ class Display:
     Use it in a `with` statement, which removes the bar at the end.
     """
 
-    def __init__(self, tally: Tally, verbose: bool, on_cluster: bool = False) -> None:
+    def __init__(self, tally: Tally, verbose: bool, on_cluster: bool = False, first: bool = True) -> None:
         """
         Args:
             tally: counts the runs that end.
             verbose: show the epochs even if there are several runs.
             on_cluster: other processes train, and the bar counts the runs.
+            first: this process has trained nothing yet.
         """
         self.tally, self.verbose, self.on_cluster = tally, verbose, on_cluster
-        self.since, self.what = process_start(), "the process"
+        self.since, self.what = (process_start(), "the process") if first else (time.perf_counter(), "this experiment")
         self.noticed: set[str] = set()
         self.ended: set[Run] = set()  # a run ends twice if the rest of its cohort is too large and is tried again
         self.training: list[Run] = []  # the current cohort, without the runs that have ended

@@ -134,8 +134,7 @@ def step_inputs(
     state = to_device(steps.init_state(spec, info), device)
     data: dict[str, Any] = {"images": images, "labels": labels, "order": order}
     if whitening:
-        matrices = {name: model.cast(t, spec["precision"]) for name, t in whitening.items() if t.ndim == 2}
-        data["whitening"] = {**whitening, **matrices}
+        data["whitening"] = {n: model.cast(t, spec["precision"]) if t.ndim == 2 else t for n, t in whitening.items()}
     return state, data, steps.hyper_tensors(spec, steps_per_epoch, device, info)
 
 

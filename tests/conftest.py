@@ -159,8 +159,9 @@ def step_inputs(invented: dataset.Data) -> Callable[[Spec], tuple[dict, dict, di
         order = torch.randperm(6000, generator=generator)[: 8 * spec["batch_size"]].view(8, -1)
         data = {"images": invented.train_images, "labels": invented.train_labels, "order": order}
         if spec["whiten"]:
-            fixed = whitening(invented.train_images, torch.arange(1000), spec["whiten"], spec["whiten_eps"])
-            data["whitening"] = {**fixed, "weight": model.cast(fixed["weight"], spec["precision"])}
+            back = bool(spec["locality"])
+            fixed = whitening(invented.train_images, torch.arange(1000), spec["whiten"], spec["whiten_eps"], back)
+            data["whitening"] = {n: model.cast(t, spec["precision"]) if t.ndim == 2 else t for n, t in fixed.items()}
         return step.init_state(spec), data, step.hyper_tensors(spec, 8, torch.device("cpu"))
 
     return make

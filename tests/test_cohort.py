@@ -26,7 +26,8 @@ CHANGES = ({"lr": 1e-3, "seed": 0}, {"lr": 5e-4, "seed": 1, "dropout": 0.5}, {"w
 
 def members(small_spec, out):
     """Each has a local layer of its own: the centres of its units depend on the seed."""
-    return [Run(f"m{i}", small_spec(epochs=2, locality=[3], **change), out) for i, change in enumerate(CHANGES)]
+    shared = {"epochs": 2, "locality": [3], "whiten": 20}
+    return [Run(f"m{i}", small_spec(**shared, **change), out) for i, change in enumerate(CHANGES)]
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ VARIANTS = [
     {"optimizer": "nesterov", "schedule": "one-cycle", "clip": 0.5, "precision": "bfloat16"},
     {"norm": "layer", "expansion": 2, "activation": "gelu", "widths": [24, 24, 16]},
     {"locality": [2.0, 5.0], "ema": 0.9},
+    {"locality": [3.0], "whiten": 20, "augment": "flip"},
 ]
 
 

@@ -54,7 +54,7 @@ class StepDone(NamedTuple):
 
 
 class OnCluster(NamedTuple):
-    """A Ray cluster trains this run and `runs` - 1 others, or will. Comes about once a second, for only one of them."""
+    """A Ray cluster has this run and `runs` - 1 others. Comes once a second or more often, for only one of them."""
 
     runs: int
 

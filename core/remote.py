@@ -192,11 +192,11 @@ def train(
                     tasks[task.remote(tuple(SOFTWARE), specs, stored, chosen, compiled)] = group, locks
                 else:
                     locks.close()
+            if in_cluster := [run for group, _ in tasks.values() for run in group]:
+                listener(in_cluster[0], OnCluster(len(in_cluster)))
             if not at_once or not tasks:
                 time.sleep(cluster.LOOK)
                 continue
-            first, *others = (run for group, _ in tasks.values() for run in group)
-            listener(first, OnCluster(1 + len(others)))
             for ended in ray.wait(list(tasks), timeout=1)[0]:
                 group, locks = tasks.pop(ended)
                 with locks:

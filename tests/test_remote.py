@@ -24,6 +24,7 @@ from core import cli, cluster, remote, run_experiment
 from core.data import datasets
 from core.data.identity import data_identity
 from core.errors import UserError
+from core.events import OnCluster
 from core.runs.record import Failed, Finished, decode, encode, read_record, read_records
 from core.runs.run import Run
 from core.session import TooLarge
@@ -530,7 +531,11 @@ def test_a_run_that_diverges_or_kills_its_workers_has_failed_and_the_others_go_o
     tried = cluster_of(outcome)
     groups = seeds(small_spec, 3, tmp_path)
     groups[1] = [Run("x", {**groups[1][0].spec, "lr": 1e30, "optimizer": "sgd", "norm": "none"}, tmp_path)]
-    ended = {record.seed: record for record in remote.train(groups, invented, compiled=False)}
+    events = []
+    trained = remote.train(groups, invented, compiled=False, listener=lambda run, event: events.append(event))
+    ended = {record.seed: record for record in trained}
+    assert OnCluster(3) in events
+    assert OnCluster(1) in events
     assert tried == {"x 0": remote.DEATHS, "x 1": 1, "x 2": 1}
     assert {seed: type(record) for seed, record in ended.items()} == {0: Failed, 1: Failed, 2: Finished}
     assert ended[0].error.startswith("the worker died 3 times while it trained this run")

@@ -191,7 +191,7 @@ BASELINE = make(
 
 def cells(text):
     """The rows of the first table, by heading."""
-    return [dict(zip(markdown.COLUMNS, row, strict=True)) for row in rows(text)]
+    return [dict(zip((*markdown.COLUMNS, "time on"), row, strict=False)) for row in rows(text)]
 
 
 def test_a_row_has_the_numbers_of_the_record():
@@ -1191,6 +1191,22 @@ def test_a_table_with_times_of_several_machines_names_them():
     there = replace(there, environment=replace(there.environment, device_name="Another", threads=8))
     suite = section(markdown.markdown([here, there], SUITES), "Suite learning-rate")
     assert [row[-1] for row in table(suite)] == ["A processor, 2 threads", "Another, 8 threads"]
+
+
+def test_the_times_of_other_experiments_always_have_their_machine():
+    """A reader compares them with the times of the suites."""
+    others = section(markdown.markdown([make("lr-1e-3", lr=1e-3), make("mine", lr=1e-3)], SUITES), "Other experiments")
+    assert [row[-1] for row in table(others)] == ["A processor, 2 threads"]
+
+
+def test_a_local_prior_is_said_in_the_table_and_the_pictures_of_best_by_time():
+    for sigmas, name in (([], "x"), ([3.0], "x (local)")):
+        groups = stats.groups([on_all("x", 0.7, 0.71, locality=sigmas)])
+        text = section(markdown.markdown(list(groups[0]), SUITES), "Best by time")
+        assert table(text)[0][0] == name
+        assert ("has a prior that the published ones do not have" in text) is bool(sigmas)
+        for made in (published.against_time(groups), published.picture(groups)):
+            assert f": {name} 7" in made.alt
 
 
 def test_the_commands_have_the_options_of_a_run():

@@ -36,14 +36,15 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     """Returns 1 if a checkpoint differs from the record of its run, 2 if it, or the record, cannot be read."""
     with stop.quick_imports():
         from core import predict
+    source = options.source(args)
     if args.checkpoints:
-        paths = [options.run_file(args, project, word) for word in args.checkpoints]
+        paths = [options.run_file(args, project, word, dataset=source.own_name) for word in args.checkpoints]
     else:
         files = sorted((args.out / "checkpoints").glob("*/*.safetensors"))
         paths = [path for path in files if ".step-" not in path.name]
     if not paths:
         raise UserError(f"no checkpoint under {args.out / 'checkpoints'}; `uv run main.py` trains some")
-    status, source = 0, options.source(args)
+    status = 0
     good: dict[str, list[Path]] = defaultdict(list)  # by their data set
     for path in paths:  # before the data is read, and one at a time: memory may not hold all
         try:

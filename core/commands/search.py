@@ -68,7 +68,9 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
         trains = executor(args, source, stop, falls_behind=search.falls_behind)
         seconds = math.inf if args.minutes is None else 60 * args.minutes
         with Bars(args.verbose, args.trials, args.ray is not None) as display:
+            display.tally.done = search.count
             for result in search.train(trains, args.trials, seconds, [display, stop.listen], stop):
+                display.tally.done = search.count
                 match result:
                     case Skipped():
                         warn(f"{result.run.label} is being trained by {result.reason}; taking the next one")

@@ -26,14 +26,16 @@ def whitening(
 
     With `back`, the components become an image again: `back @ (weight @ x + bias)` is x less its mean, with these
     components at about unit variance and without the others. This is ZCA (Bell and Sejnowski 1997; Krizhevsky 2009),
-    times sqrt(inputs / components), so that the pixels have about unit variance, too.
+    times sqrt(inputs / components), so that the pixels have about unit variance, too, where eps is small.
 
     Args:
         images: uint8 [n, inputs], on any device. examples: int64 indices into them.
         components: how many, from 1 to `inputs`. eps: above 0.
+        back: for local layers, which need pixels. info: of the data set.
 
     Returns:
-        float32 on the CPU.
+        float32 on the CPU: `weight` [components, inputs] and `bias` [components]; with `back` also `back` [inputs,
+        components].
     """
     mean, variances, vectors = _principal_components(images, _Same(examples), info)
     weight = vectors[:components] * torch.rsqrt(variances[:components, None] + eps)

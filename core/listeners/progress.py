@@ -219,7 +219,7 @@ class Bars(Display):
     """Shows the trials of a search: a bar, but no line for a run that ends."""
 
     def __init__(self, verbose: bool, total: int, on_cluster: bool) -> None:
-        """`total`: the number of trials."""
+        """`total`: the number of trials. Whoever searches counts those that are done: `tally.done`."""
         super().__init__(Tally([]), verbose, on_cluster)
         self.tally.total = total
 
@@ -228,7 +228,7 @@ class Bars(Display):
         return self.verbose
 
     def _say_result(self, run: Run, record: Record, seconds: float) -> None:
-        self.tally.done += 1
+        pass
 
 
 def process_start() -> float:

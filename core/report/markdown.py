@@ -19,6 +19,10 @@ from core.runs.record import Failed, Finished, Record
 
 HEADER = "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit."
 OTHER = "Runs of other code or other data"
+LOCAL = (
+    'A "local" network has a prior that the published ones do not have: each unit has a place in the image, and starts '
+    "with small weights for what is far from it (the key `locality`, docs/accuracy.md). "
+)
 LEGEND = f"""- A row of a suite is an experiment, the best by validation first. Its n runs differ in the seed alone.
 - 57.12 ± 0.31% (56.74–57.50): the mean over the seeds, the standard deviation of one seed, and the 95% confidence
   interval of the mean (Student's t). Where n is 1, it is the interval of one accuracy measured on so many images
@@ -26,7 +30,7 @@ LEGEND = f"""- A row of a suite is an experiment, the best by validation first. 
 - The gap is train minus test accuracy, in points.
 - The time is that of all steps of a run, without compilation. Time and samples/s are medians over the runs of one
   machine: the one that trained the first seed of the row. If the rows of a table are of several machines, the column
-  "time on" names them.
+  "time on" names them; the table of other experiments always has it.
 - A comparison is a difference of accuracies, in points, with its 95% interval. It is paired over the seeds that both
   experiments have. With one seed there is no interval.
 - The intervals of all comparisons of a section hold together, and at every look: with 95%, none of them is wrong,
@@ -217,7 +221,8 @@ def best_by_time(groups: list[Group], shown: Mapping[str, str]) -> str:
         return ""
     return (
         "## Best by time\n\nThese runs were trained on all 50,000 images, as the published networks were. They have no "
-        "validation accuracy and take part in no choice. Accuracies are means over n seeds ± the standard deviation of "
+        f"validation accuracy and take part in no choice. {LOCAL if any(g[0].spec['locality'] for g in groups) else ''}"
+        "Accuracies are means over n seeds ± the standard deviation of "
         "one. Training is the time of all steps: the median over the runs on the machine that trained the first seed. "
         "With compilation, the longest time to a first step is added; it includes whitening and, unless the step was "
         "compiled before, compilation. PetaFLOP are 6 operations for each parameter and image, and the whitening of "

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main  # noqa: E402
-from core import cli, commands  # noqa: E402
+from core import cli, commands, compare  # noqa: E402
 from core.commands import options  # noqa: E402
 from core.compile import cache  # noqa: E402
 from core.data import cifar10  # noqa: E402
@@ -114,9 +114,8 @@ def readme(page: str) -> str:
     best, *others = rates
     said = answers().get(frozenset(SUITES[DEFAULT]))
     if not said:
-        differences = [
-            (other.label, stats.compare(best, other, "validation", math.comb(len(rates), 2))) for other in others
-        ]
+        pairs = math.comb(len(rates), 2)
+        differences = [(other.label, stats.compare(best, other, "validation", pairs)) for other in others]
         chance = {
             len(differences): "but each difference may be chance",
             0: "and no difference is likely to be chance",
@@ -127,7 +126,7 @@ def readme(page: str) -> str:
             for label, found in differences
         )
         said += ". With 95%, all of these intervals are right"
-        if all(found.seeds >= 7 for _, found in differences):  # fewer seeds have the interval of one look
+        if all(found.seeds >= compare.first_look(stats.ALPHA / pairs) for _, found in differences):
             said += ", and they stay right when seeds are added"
     page = re.sub("(?m)(?<=^How sure is that\\? ).*$", f"{said}.", page)
     rows = [

@@ -1,6 +1,6 @@
 """Spaces to search: specs in which a value is a range or a list of choices.
 
-uv run main.py search search-default        60 trials, and then a comparison on fresh seeds; not timed yet
+uv run main.py search search-default        60 trials, and then a comparison on fresh seeds: hours (docs/search.md)
 uv run main.py search search-local-minute   the same for local layers, each trial with the arithmetic of `minute`
 
 `base` is the experiment that a space varies: a key that the space leaves out has the value of the base. A range is

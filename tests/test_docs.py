@@ -200,6 +200,8 @@ def test_the_readme_says_what_comparisons_ended_with(committed):
     assert said == found[frozenset(words.split())]
     open_question = frozenset(["lr-1e-3", "lr-1e-3 dropout=0.1"])
     assert ("It has no answer yet" in page) is (open_question not in found)
+    said = re.search(r'`search search-default` .*? ended with "([^"]*)"', page)[1]
+    assert f"**{said}.**" in (ROOT / "results.md").read_text(encoding="utf-8")
 
 
 def test_the_readme_says_of_the_speed_what_the_page_of_speed_shows():

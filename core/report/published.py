@@ -195,7 +195,7 @@ def _paint(figure: "Figure", content: tuple[list[Point], list[Point]], _: Any) -
         ax.annotate(label, corner, (0, -13), units, "offset points", ha="right", fontsize=11)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.margins(0.1)
+    ax.margins(0.16, 0.1)
     ax.set(xlabel="petaFLOP of training", ylabel="test accuracy (%)")
     ax.grid(alpha=0.3)
     plots.legend(figure, ax)

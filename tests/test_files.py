@@ -77,7 +77,7 @@ def test_a_name_with_runs_on_several_data_sets_is_refused(keep, tmp_path):
             f"{official.stem} (cifar10), {own.stem} (synthetic)"
         )
     assert find_file(tmp_path, "x", 1).parent == own.parent, "only one data set has this seed"
-    assert find_file(tmp_path, "x", dataset="synthetic") == own
+    assert find_file(tmp_path, "x", dataset=lambda: "synthetic") == own
 
 
 def test_an_unknown_or_ambiguous_word_is_refused(keep, tmp_path):

@@ -38,7 +38,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
         from core import predict
     source = options.source(args)
     if args.checkpoints:
-        paths = [options.run_file(args, project, word, dataset=source.own_name) for word in args.checkpoints]
+        paths = [options.run_file(args, project, word, dataset=lambda: source.own_name) for word in args.checkpoints]
     else:
         files = sorted((args.out / "checkpoints").glob("*/*.safetensors"))
         paths = [path for path in files if ".step-" not in path.name]

@@ -231,10 +231,14 @@ def data_on_device(args: argparse.Namespace, source: Source) -> "Callable[[str],
 
 
 def run_file(
-    args: argparse.Namespace, project: Project, word: str, suffix: str = ".safetensors", dataset: str | None = None
+    args: argparse.Namespace,
+    project: Project,
+    word: str,
+    suffix: str = ".safetensors",
+    dataset: "Callable[[], str | None]" = lambda: None,
 ) -> Path:
-    """The weights or, with ".json", the record that `word` means. Of runs on several data sets, those on `dataset` are
-    meant."""
+    """The weights or, with ".json", the record that `word` means. Of runs on several data sets, those on the one that
+    `dataset` returns are meant."""
     name = current_name(word, project)
     spec = plan.experiments(project.suites).get(name)
     return files.find_file(args.out, name, args.seed, spec, former_names(name, project.former), suffix, dataset)

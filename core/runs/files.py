@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def find_file(
     spec: Mapping[str, Any] | None = None,
     former: Sequence[str] = (),
     suffix: str = ".safetensors",
-    dataset: str | None = None,
+    dataset: Callable[[], str | None] = lambda: None,
 ) -> Path:
     """The weights or the record for a word of the command line: a path, an id, or the name of an experiment.
 
@@ -96,7 +96,7 @@ def find_file(
         spec: the current spec of the experiment in experiments/, if there is one. Runs of this spec are preferred.
         former: earlier names of the experiment.
         suffix: .safetensors for the weights, .json for the record. A path may have the other one.
-        dataset: a data set; runs on it are preferred.
+        dataset: returns the data set that is meant, or None. Called only if a name has runs on several.
 
     Raises:
         UserError: there is no such file, or there are several.
@@ -115,9 +115,10 @@ def find_file(
         of_seed = "" if seed is None else f" --seed {seed}"
         train = f"`uv run main.py run {word}{of_seed}` trains it" if spec is not None else "names are in `main.py list`"
         raise UserError(f"there {what} of {word}{of_seed} under {out}; {train}")
-    runs = [run for run in runs if run.spec["dataset"] == dataset] or runs
     of_data = {run.spec["dataset"]: run for run in sorted(runs, key=lambda run: -run.seed)}  # the first seed of each
-    if len(of_data) > 1:  # none of them is preferred: an answer in the classes of another data set would look right
+    if len(of_data) > 1 and (meant := dataset()) in of_data:
+        runs = [run for run in runs if run.spec["dataset"] == meant]
+    elif len(of_data) > 1:  # none of them is preferred: an answer in the classes of another data set would look right
         ids = ", ".join(f"{run.id} ({name})" for name, run in sorted(of_data.items()))
         raise UserError(f"there are runs of {word} on several data sets: say which by its id, such as {ids}")
     wanted = None if spec is None else {**resolve(spec), "seed": 0}

@@ -185,6 +185,7 @@ class Field(NamedTuple):
 
 
 INFINITY = float("inf")
+
 FIELDS: dict[str, Field] = {
     # The network
     "widths": Field([1024, 512, 256], List(16, Integer(1, 65536)), "Number of units of each hidden layer."),
@@ -222,8 +223,8 @@ FIELDS: dict[str, Field] = {
     "whiten": Field(
         0,
         Integer(0, 3072),
-        "Number of principal components that the images are projected on. With `locality`, their projection becomes an "
-        "image again (ZCA). 0: no projection.",
+        "Number of principal components that the images are projected on. With `locality`, they become an image "
+        "again (ZCA). 0: no projection.",
     ),
     "whiten_eps": Field(
         0.01, Number(0, INFINITY, open=True), "Added to the variance of each principal component before the division."

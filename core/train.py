@@ -80,9 +80,8 @@ class Training:
             self.splits["validation"] = data.train_images, data.train_labels, validation.to(device)
         self.whitening: Whitening = {}
         if spec["whiten"]:
-            filters = whitening(
-                data.train_images, self.examples, spec["whiten"], spec["whiten_eps"], bool(spec["locality"]), data.info
-            )
+            count, eps, back = spec["whiten"], spec["whiten_eps"], bool(spec["locality"])
+            filters = whitening(data.train_images, self.examples, count, eps, back=back, info=data.info)
             self.whitening = to_device(filters, device)
         self.state, self.data, self.hyper = step_inputs(
             spec, data.train_images, data.train_labels, self.whitening, self.steps_per_epoch, data.info

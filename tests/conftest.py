@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core import plan
+from core import plan, train
 from core.data import cifar10 as dataset
 from core.data.whitening import whitening
-from core.functional import model, step
+from core.functional import step
 from core.predict import as_module
 from core.spec import Spec, resolve
 from experiments import SUITES
@@ -157,12 +157,13 @@ def step_inputs(invented: dataset.Data) -> Callable[[Spec], tuple[dict, dict, di
     def make(spec: Spec) -> tuple[dict, dict, dict]:
         generator = torch.Generator().manual_seed(spec["seed"] + 1)
         order = torch.randperm(6000, generator=generator)[: 8 * spec["batch_size"]].view(8, -1)
-        data = {"images": invented.train_images, "labels": invented.train_labels, "order": order}
+        fixed = {}
         if spec["whiten"]:
-            back = bool(spec["locality"])
-            fixed = whitening(invented.train_images, torch.arange(1000), spec["whiten"], spec["whiten_eps"], back)
-            data["whitening"] = {n: model.cast(t, spec["precision"]) if t.ndim == 2 else t for n, t in fixed.items()}
-        return step.init_state(spec), data, step.hyper_tensors(spec, 8, torch.device("cpu"))
+            count, eps, back = spec["whiten"], spec["whiten_eps"], bool(spec["locality"])
+            fixed = whitening(invented.train_images, torch.arange(1000), count, eps, back=back)
+        images, labels = invented.train_images, invented.train_labels
+        state, data, hyper = train.step_inputs(spec, images, labels, fixed, 8, invented.info)
+        return state, {**data, "order": order}, hyper
 
     return make
 

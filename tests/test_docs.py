@@ -116,22 +116,24 @@ def readme(page: str) -> str:
     if not said:
         pairs = math.comb(len(rates), 2)
         differences = [(other.label, stats.compare(best, other, "validation", pairs)) for other in others]
-        chance = {
-            len(differences): "but each difference may be chance",
-            0: "and no difference is likely to be chance",
-        }.get(sum(not found.significant for _, found in differences), "but not every difference is more than chance")
+        if not any(found.significant for _, found in differences):
+            chance = "but each difference may be chance"
+        elif all(found.significant for _, found in differences):
+            chance = "and the differences are more than chance"
+        else:
+            chance = "but not every difference is more than chance"
         said = f"Validation chooses **{best.label}**, {chance}: " + " and ".join(
             f"{100 * found.mean:.2f} points over {label} (95% interval {100 * (found.mean - found.half):.2f} to "
             f"{100 * (found.mean + found.half):.2f}, {found.seeds} common seeds)"
             for label, found in differences
         )
-        said += ". With 95%, all of these intervals are right"
+        said += ". All of these intervals are right with a probability of 95%"
         if all(found.seeds >= compare.first_look(stats.ALPHA / pairs) for _, found in differences):
-            said += ", and they stay right when seeds are added"
+            said += ", and that stays so when seeds are added"
     page = re.sub("(?m)(?<=^How sure is that\\? ).*$", f"{said}.", page)
     rows = [
         (
-            published.label(group),
+            published.recipe(group),
             str(len(group)),
             stats.spread(stats.accuracies(group, "test")),
             f"**{stats.spread(published.flipped(group))}**",

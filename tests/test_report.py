@@ -144,10 +144,14 @@ def table(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+def parts(text):
+    """The sections of the suites, and that of the other experiments."""
+    return [part for part in text.split("\n## ") if part.startswith(("Suite ", "Other experiments"))]
+
+
 def rows(text):
     """The cells of the tables of the suites, and of that of the other experiments."""
-    parts = [part for part in text.split("\n## ") if part.startswith(("Suite ", "Other experiments"))]
-    return [row for part in parts for row in table(part)]
+    return [row for part in parts(text) for row in table(part)]
 
 
 def section(text, heading):
@@ -190,8 +194,12 @@ BASELINE = make(
 
 
 def cells(text):
-    """The rows of the first table, by heading."""
-    return [dict(zip((*markdown.COLUMNS, "time on"), row, strict=False)) for row in rows(text)]
+    """The same rows, by heading."""
+    found = []
+    for part in parts(text):
+        headings = (*markdown.COLUMNS, *["time on"] * part.startswith("Other experiments"))
+        found += [dict(zip(headings, row, strict=True)) for row in table(part)]
+    return found
 
 
 def test_a_row_has_the_numbers_of_the_record():

@@ -84,7 +84,8 @@ class Display:
                 self._first_step(run, event)
             case StepDone():
                 self._update(completed=event.step)
-                self._break_silence(event.step)
+                if self._is_silent():
+                    self._say_step(event.step)
             case OnCluster():
                 if self._is_silent():
                     self._say(f"the cluster has {event.runs:,} run{'s' * (event.runs > 1)} ({progress(self.tally)})")
@@ -113,12 +114,10 @@ class Display:
         """Whether, off a terminal, nothing was said for a while."""
         return not console.is_interactive and time.perf_counter() - self.said >= SILENCE
 
-    def _break_silence(self, step: int) -> None:
+    def _say_step(self, step: int) -> None:
         """Say how far the run is."""
-        if not self._is_silent():
-            return
-        now, (first, then, total) = time.perf_counter(), self.first
-        left = duration((now - then) / max(1, step - first) * (total - step))
+        first, then, total = self.first
+        left = duration((time.perf_counter() - then) / max(1, step - first) * (total - step))
         self._say(f"{self.description}: step {step:,} of {total:,}{self.note}, about {left} left")
 
     def _show(self, description: str, *more: ProgressColumn, **task: Any) -> None:

@@ -44,10 +44,10 @@ PUBLISHED = [
 ]
 
 
-def petaflop(parameters: int, examples: float, whitened: int = 0) -> float:
+def petaflop(parameters: int, examples: float, products: int = 0) -> float:
     """10**15 operations of training: for each example and parameter two forward and four backward (Kaplan et al. 2020),
-    and the products of each image with `whitened` vectors."""
-    return (6 * parameters + 2 * 3072 * whitened) * examples / 1e15
+    and the products of each image with so many vectors, which whiten it."""
+    return (6 * parameters + 2 * 3072 * products) * examples / 1e15
 
 
 def whitened(spec: Spec) -> int:
@@ -70,7 +70,7 @@ def shifted(group: Group) -> list[float]:
     return [record.shifted.accuracy for record in group if record.shifted]
 
 
-def label(group: Group) -> str:
+def recipe(group: Group) -> str:
     """Its name; of networks with a local prior, "minute (local)"."""
     return f"{group.label} (local)" if group[0].spec["locality"] else group.label
 
@@ -88,7 +88,7 @@ def _evaluated(group: Group, accuracies: list[float], bold: str = "") -> str:
 
 SHIFTED = "test, with shifts and mirror images"
 RUNS: dict[str, Callable[[Group], str]] = {
-    "recipe": label,
+    "recipe": recipe,
     "n": lambda g: str(len(g)),
     "test": lambda g: stats.spread(stats.accuracies(g, "test")),
     "test, with mirror images": lambda g: _evaluated(g, flipped(g), "**"),
@@ -131,7 +131,7 @@ def against_time(groups: Iterable[Group]) -> plots.Picture:
     by_machine: dict[str, list[Point]] = defaultdict(list)
     for group in sorted(best, key=stats.training):
         seconds, accuracy = stats.training(group), 100 * stats.accuracy(group, "test")
-        point = Point(f"{plots.short(label(group))} {accuracy:.1f}%", round(seconds, 3), round(accuracy, 3))
+        point = Point(f"{plots.short(recipe(group))} {accuracy:.1f}%", round(seconds, 3), round(accuracy, 3))
         by_machine[stats.where(group)].append(point)
     numbers = (
         f"{name}: {', '.join(f'{p.label} after {p.cost:.0f} s' for p in points)}" for name, points in by_machine.items()
@@ -171,7 +171,7 @@ def _scatter(ax: Any, points: list[Point], marker: str, color: str, label: str, 
 def picture(groups: list[Group]) -> plots.Picture:
     """Accuracy against arithmetic, with published results; of very many groups, the most accurate."""
     points = [
-        Point(plots.short(label(group)), round(work(group[0]), 6), round(100 * fmean(accuracies), 3))
+        Point(plots.short(recipe(group)), round(work(group[0]), 6), round(100 * fmean(accuracies), 3))
         for group in groups
         if (accuracies := flipped(group))
     ]

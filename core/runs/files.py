@@ -116,11 +116,11 @@ def find_file(
         train = f"`uv run main.py run {word}{of_seed}` trains it" if spec is not None else "names are in `main.py list`"
         raise UserError(f"there {what} of {word}{of_seed} under {out}; {train}")
     of_data = {run.spec["dataset"]: run for run in sorted(runs, key=lambda run: -run.seed)}  # the first seed of each
-    if len(of_data) > 1 and (meant := dataset()) in of_data:
+    if len(of_data) > 1:
+        if (meant := dataset()) not in of_data:  # to guess would be an answer in the classes of other images
+            ids = ", ".join(f"{run.id} ({name})" for name, run in sorted(of_data.items()))
+            raise UserError(f"there are runs of {word} on several data sets: say which by its id, such as {ids}")
         runs = [run for run in runs if run.spec["dataset"] == meant]
-    elif len(of_data) > 1:  # none of them is preferred: an answer in the classes of another data set would look right
-        ids = ", ".join(f"{run.id} ({name})" for name, run in sorted(of_data.items()))
-        raise UserError(f"there are runs of {word} on several data sets: say which by its id, such as {ids}")
     wanted = None if spec is None else {**resolve(spec), "seed": 0}
     runs = [run for run in runs if {**run.spec, "seed": 0} == wanted] or runs
     first = min(run.seed for run in runs)

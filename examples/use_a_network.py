@@ -8,7 +8,7 @@ import json
 import sys
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def load(path: str):
@@ -30,10 +30,18 @@ def load(path: str):
     return lambda images: model(torch.from_numpy(images)).numpy(), json.loads(files["classes.json"])
 
 
+def read(path: str) -> np.ndarray:
+    """A photo as `predict` of this project reads it: upright, its central square, as uint8 [3, 32, 32]."""
+    photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    side = min(photo.size)
+    left, top = ((length - side) // 2 for length in photo.size)
+    square = photo.crop((left, top, left + side, top + side))
+    return np.array(square.resize((32, 32), Image.Resampling.LANCZOS)).transpose(2, 0, 1)  # the red plane first
+
+
 if __name__ == "__main__":
     network, classes = load(sys.argv[1])
-    pixels = np.array(Image.open(sys.argv[2]).convert("RGB").resize((32, 32), Image.Resampling.LANCZOS))
-    logits = network(pixels.transpose(2, 0, 1)[None])[0]  # the red plane first
+    logits = network(read(sys.argv[2])[None])[0]
     probabilities = np.exp(logits - logits.max())
     probabilities /= probabilities.sum()
     for i in probabilities.argsort()[:-4:-1]:

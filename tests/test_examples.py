@@ -7,10 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from core import export, predict
 from core.export import FORMATS
+from core.images import read
 from core.spec import resolve
 from examples.minimal import train
 from tests.conftest import ROOT, lacking
@@ -28,17 +29,22 @@ def test_the_minimal_example_trains(cifar10):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_an_exported_network_is_used_without_this_project(tmp_path, small_spec, invented, kind, monkeypatch, capsys):
-    """The example prints the three most likely classes, as `predict` finds them."""
+    """The example prints the three most likely classes, as `predict` finds them; here of a tall photo that was taken
+    upside down."""
     if missing := [name for name in FORMATS[kind].needs if importlib.util.find_spec(name) is None]:
         lacking(f"{', '.join(missing)} not installed (`uv sync --group {kind}`)")
     write_checkpoint(tmp_path / "x.safetensors", small_spec(), invented)
     network, path = predict.load(tmp_path / "x.safetensors"), tmp_path / f"network{FORMATS[kind].suffix}"
     images = invented.test_images.view(-1, 3, 32, 32)
     export.export(network, kind, path, images)
-    Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
-    monkeypatch.setattr(sys, "argv", ["use_a_network.py", str(path), str(tmp_path / "photo.png")])
-    runpy.run_path(str(ROOT / "examples" / "use_a_network.py"), run_name="__main__")
-    top = np.argsort(-network(images[:1])[0].numpy(), kind="stable")[:3]
+    photo, upside_down = tmp_path / "photo.jpg", Image.Exif()
+    upside_down[ExifTags.Base.Orientation] = 3
+    Image.fromarray(images[:5].permute(0, 2, 3, 1).reshape(160, 32, 3).numpy()[:, :31]).save(photo, exif=upside_down)
+    monkeypatch.setattr(sys, "argv", ["use_a_network.py", str(path), str(photo)])
+    example = runpy.run_path(str(ROOT / "examples" / "use_a_network.py"), run_name="__main__")
+    pixels = read(photo)
+    assert np.array_equal(example["read"](photo), pixels)
+    top = np.argsort(-network(pixels[None])[0].numpy(), kind="stable")[:3]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [network.info.classes[i] for i in top]
     assert "core" not in (ROOT / "examples" / "use_a_network.py").read_text(encoding="utf-8")

@@ -127,9 +127,9 @@ def readme(page: str) -> str:
             f"{100 * (found.mean + found.half):.2f}, {found.seeds} common seeds)"
             for label, found in differences
         )
-        said += ". All of these intervals are right with a probability of 95%"
+        said += ". With a probability of 95%, all of these intervals contain the true difference"
         if all(found.seeds >= compare.first_look(stats.ALPHA / pairs) for _, found in differences):
-            said += ", and that stays so when seeds are added"
+            said += ", however many seeds are added"
     page = re.sub("(?m)(?<=^How sure is that\\? ).*$", f"{said}.", page)
     rows = [
         (
@@ -314,6 +314,7 @@ ELSEWHERE = {
     "uv run python -m examples.minimal": ("tests/test_examples.py", "train(data, resolve("),
     "uv run python examples/use_a_network.py network.pt2 photo.png": ("tests/test_examples.py", "use_a_network.py"),
     "uv run --group onnx main.py export demo --format onnx": ("tests/test_export.py", "params=FORMATS"),
+    "uv run --group onnx main.py export lr-1e-3 --format onnx": ("tests/test_export.py", "params=FORMATS"),
     "uv run main.py export lr-1e-3 --format torch --output network.pt2": ("tests/test_export.py", "params=FORMATS"),
     "uv run main.py evaluate lr-1e-3 --data-folder photos --out photos-runs": (
         "tests/test_datasets.py",

@@ -47,7 +47,7 @@ def test_the_sweep_of_a_notebook(invented, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("page", "begins", "packages"),
     [
-        ("README.md", "from core import predict, records", []),
+        ("README.md", "from core import predict, run_experiment", []),
         ("docs/listeners.md", "from core import run_experiment", []),
         ("docs/json.md", "import pandas", ["pandas"]),
     ],
@@ -70,7 +70,7 @@ def test_the_python_of_a_page(page, begins, packages, invented, tmp_path, monkey
     exec(source_of(page, begins), names)
     if page == "README.md":
         assert names["probabilities"].shape == (8, 10)
-        assert [row["experiment"] for row in names["table"]] == ["small"]
+        assert names["record"].name == "small"
     if page == "docs/listeners.md":
         assert (tmp_path / "epochs.csv").read_text().startswith("small,0,1,")
 

@@ -7,8 +7,8 @@ uv run main.py run two-hours                        two hours: no better than an
 uv run main.py run gpu                              six minutes on an NVIDIA H200; more than a day on two CPU cores
 uv run main.py run minute-ablation --seeds 3        what each ingredient of `minute` is worth: an hour or more
 
-`minute` has local layers, the others have dense ones. The recipes train on all images, and so have no validation
-accuracy. The suite `minute-ablation` trains `minute` and its variants with the validation split held out;
+`minute` and `ten-minutes` have local layers, the others have dense ones. The recipes train on all images, and so have no
+validation accuracy. The suite `minute-ablation` trains `minute` and its variants with the validation split held out;
 docs/accuracy.md has the search. Widths, dropout and epochs of `hour`, `two-hours` and `gpu` are guesses, but for the
 fourth layer of `gpu`; so are its mixup and the average of its weights.
 """
@@ -39,25 +39,29 @@ MINUTE: dict[str, Any] = {
 
 TEN_MINUTES: dict[str, Any] = {
     **SHARED,
-    "widths": [2048, 1024, 1024],
-    "dropout": 0.2,
+    "widths": [1536, 2048, 1536, 1024],
+    "locality": [1.5, 3.0, 6.0],
+    "dropout": 0.05,
     "shift": 4,
     "shift_fill": "reflect",
     "batch_size": 512,
-    "epochs": 280,
-    "lr": 2e-3,
-    "schedule": "cosine",
-    "ema": 0.9995,
+    "epochs": 53,
+    "lr": 4e-3,
+    "ema": 0.999,
 }
 
 HOUR: dict[str, Any] = {
-    **TEN_MINUTES,
+    **SHARED,
     "widths": [3072, 1536, 1536],
     "dropout": 0.3,
+    "shift": 4,
+    "shift_fill": "reflect",
     "cutout": 8,
     "batch_size": 1024,
-    "lr": 3e-3,
     "epochs": 1080,
+    "lr": 3e-3,
+    "schedule": "cosine",
+    "ema": 0.9995,
 }
 
 TWO_HOURS: dict[str, Any] = {

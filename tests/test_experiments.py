@@ -19,7 +19,7 @@ OFFICIAL = {
     "lr-1e-4": "833789983205",
     "baseline": "d3d8b29e540c",
     "minute": "54e1caaf1cac",
-    "ten-minutes": "9c2030e28979",
+    "ten-minutes": "43903cb45c3a",
     "hour": "fc6ecd2c8021",
     "two-hours": "da1cedf624f1",
     "gpu": "eb56bcef5f81",

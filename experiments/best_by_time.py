@@ -7,8 +7,8 @@ uv run main.py run two-hours                        two hours: no better than an
 uv run main.py run gpu                              six minutes on an NVIDIA H200; more than a day on two CPU cores
 uv run main.py run minute-ablation --seeds 3        what each ingredient of `minute` is worth: an hour or more
 
-`minute` and `ten-minutes` have local layers, the others have dense ones. The recipes train on all images, and so have no
-validation accuracy. The suite `minute-ablation` trains `minute` and its variants with the validation split held out;
+`minute` and `ten-minutes` have local layers, the others have dense ones. The recipes train on all images, and so have
+no validation accuracy. The suite `minute-ablation` trains `minute` and its variants with the validation split held out;
 docs/accuracy.md has the search. Widths, dropout and epochs of `hour`, `two-hours` and `gpu` are guesses, but for the
 fourth layer of `gpu`; so are its mixup and the average of its weights.
 """

@@ -145,8 +145,8 @@ def _paint_times(figure: "Figure", content: dict[str, list[Point]], _: Any) -> N
     ax = figure.subplots()
     ax.set_xscale("log")
     for i, (name, points) in enumerate(content.items()):
-        _scatter(ax, points, "osD^v"[i % 5], f"C{i}", name, -17, "center")
-    ax.margins(0.18, 0.12)
+        _scatter(ax, points, "osD^v"[i % 5], f"C{i}", name)
+    ax.margins(0.18, 0.16)
     low, high = ax.get_xlim()
     if sum(low <= seconds <= high for seconds in TICKS) < 2:
         low = max((seconds for seconds in TICKS if seconds < low), default=low)
@@ -158,14 +158,44 @@ def _paint_times(figure: "Figure", content: dict[str, list[Point]], _: Any) -> N
     ax.set(xlabel="training time", ylabel="test accuracy (%)")
     ax.grid(alpha=0.3)
     plots.legend(figure, ax, columns=1)
+    _name(figure, ax, [p for points in content.values() for p in points])
 
 
-def _scatter(ax: Any, points: list[Point], marker: str, color: str, label: str, second: int, side: str) -> None:
-    """Points with their names. The name of every second one is at another height, so neighbours do not overlap."""
+# Where the name of a point may stand: to the right of it and above it, in points, and its alignment.
+PLACES = (
+    (0, 7, "center"),
+    (0, -17, "center"),
+    (-9, -4, "right"),
+    (9, -4, "left"),
+    (0, 22, "center"),
+    (0, -32, "center"),
+)
+
+
+def _scatter(ax: Any, points: list[Point], marker: str, color: str, label: str) -> None:
     ax.plot([p.cost for p in points], [p.accuracy for p in points], marker, color=color, label=label)
-    for i, p in enumerate(points):
-        offset = 0, second if i % 2 else 7
-        ax.annotate(p.label, (p.cost, p.accuracy), offset, textcoords="offset points", ha=side)
+
+
+def _name(figure: "Figure", ax: Any, points: list[Point]) -> None:
+    """Write the names beside the points, from the highest point on: each in the first place where it is inside the
+    axes, and on no point and no other text. If there is no such place, it stands in the last one."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # from here on, the axes stay where they are
+    marks = ax.transData.transform([(p.cost, p.accuracy) for p in points])
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in marks]
+    taken += [text.get_window_extent() for text in ax.texts]
+    for p in sorted(points, key=lambda p: -p.accuracy):
+        for i, (right, above, side) in enumerate(PLACES, start=1):
+            name = ax.annotate(
+                p.label, (p.cost, p.accuracy), (right, above), textcoords="offset points", ha=side, in_layout=False
+            )
+            box = name.get_window_extent()
+            is_inside = ax.bbox.containsx(box.x0) and ax.bbox.containsx(box.x1) and ax.bbox.containsy(box.y1)
+            if i == len(PLACES) or (is_inside and not box.count_overlaps(taken)):
+                break
+            name.remove()
+        taken.append(box)
 
 
 def picture(groups: list[Group]) -> plots.Picture:
@@ -187,8 +217,9 @@ def picture(groups: list[Group]) -> plots.Picture:
 def _paint(figure: "Figure", content: tuple[list[Point], list[Point]], _: Any) -> None:
     ours, papers = content
     ax = figure.subplots()
-    _scatter(ax, ours, "o", "C0", "here, with mirror images", 22, "center")
-    _scatter(ax, [p for p in papers if p.cost], "D", "C1", "published", 7, "right")
+    known = [p for p in papers if p.cost]
+    _scatter(ax, ours, "o", "C0", "here, with mirror images")
+    _scatter(ax, known, "D", "C1", "published")
     for label, _cost, accuracy in (p for p in papers if not p.cost):
         ax.axhline(accuracy, color="C1", linestyle=":")
         corner, units = (0.99, accuracy), ax.get_yaxis_transform()
@@ -199,3 +230,4 @@ def _paint(figure: "Figure", content: tuple[list[Point], list[Point]], _: Any) -
     ax.set(xlabel="petaFLOP of training", ylabel="test accuracy (%)")
     ax.grid(alpha=0.3)
     plots.legend(figure, ax)
+    _name(figure, ax, [*ours, *known])

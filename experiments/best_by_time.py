@@ -1,16 +1,18 @@
-"""The best accuracy for a given time of training: on two CPU cores with bfloat16 (AVX512_BF16 or AMX), and on a GPU.
+"""Recipes for the best accuracy in a given time of training, with bfloat16.
+
+The times are those of two CPU cores with AVX512_BF16 or AMX, and for `gpu` of a GPU.
 
 uv run main.py run minute                           about a minute of training
 uv run main.py run ten-minutes                      ten minutes
 uv run main.py run hour                             an hour
-uv run main.py run two-hours                        two hours: no better than an hour
+uv run main.py run two-hours                        two hours
 uv run main.py run gpu                              six minutes on an NVIDIA H200; more than a day on two CPU cores
 uv run main.py run minute-ablation --seeds 3        what each ingredient of `minute` is worth: an hour or more
 
-`minute` and `ten-minutes` have local layers, the others have dense ones. The recipes train on all images, and so have
-no validation accuracy. The suite `minute-ablation` trains `minute` and its variants with the validation split held out;
-docs/accuracy.md has the search. Widths, dropout and epochs of `hour`, `two-hours` and `gpu` are guesses, but for the
-fourth layer of `gpu`; so are its mixup and the average of its weights.
+`minute` and `ten-minutes` have local layers. The others have dense ones, and are less accurate than `ten-minutes`. The
+recipes train on all images, and so have no validation accuracy. The suite `minute-ablation` trains `minute` and its
+variants with the validation split held out; docs/accuracy.md has the search. Widths, dropout and epochs of `hour`,
+`two-hours` and `gpu` are guesses, but for the fourth layer of `gpu`; so are its mixup and the average of its weights.
 """
 
 from typing import Any

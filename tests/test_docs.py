@@ -127,7 +127,7 @@ def readme(page: str) -> str:
             f"{100 * (found.mean + found.half):.2f}, {found.seeds} common seeds)"
             for label, found in differences
         )
-        said += ". With a probability of 95%, all of these intervals contain the true difference"
+        said += ". With a probability of 95%, all of these intervals contain their true differences"
         if all(found.seeds >= compare.first_look(stats.ALPHA / pairs) for _, found in differences):
             said += ", however many seeds are added"
     page = re.sub("(?m)(?<=^How sure is that\\? ).*$", f"{said}.", page)
@@ -314,7 +314,6 @@ ELSEWHERE = {
     "uv run python -m examples.minimal": ("tests/test_examples.py", "train(data, resolve("),
     "uv run python examples/use_a_network.py network.pt2 photo.png": ("tests/test_examples.py", "use_a_network.py"),
     "uv run --group onnx main.py export demo --format onnx": ("tests/test_export.py", "params=FORMATS"),
-    "uv run --group onnx main.py export lr-1e-3 --format onnx": ("tests/test_export.py", "params=FORMATS"),
     "uv run main.py export lr-1e-3 --format torch --output network.pt2": ("tests/test_export.py", "params=FORMATS"),
     "uv run main.py evaluate lr-1e-3 --data-folder photos --out photos-runs": (
         "tests/test_datasets.py",

@@ -177,24 +177,22 @@ def _scatter(ax: Any, points: list[Point], marker: str, color: str, label: str) 
 
 
 def _name(figure: "Figure", ax: Any, points: list[Point]) -> None:
-    """Write the names beside the points, from the highest point on: each in the first place where it is inside the
-    axes, and on no point and no other text. If there is no such place, it stands in the last one."""
+    """Write the name of each point beside it, and begin with the highest point. A name takes the first place that is
+    inside the axes and covers no point and no other text; if there is none, the last place."""
     from matplotlib.transforms import Bbox
 
-    figure.draw_without_rendering()  # from here on, the axes stay where they are
+    figure.draw_without_rendering()  # the layout: names do not change it
     marks = ax.transData.transform([(p.cost, p.accuracy) for p in points])
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in marks]
     taken += [text.get_window_extent() for text in ax.texts]
     for p in sorted(points, key=lambda p: -p.accuracy):
-        for i, (right, above, side) in enumerate(PLACES, start=1):
-            name = ax.annotate(
-                p.label, (p.cost, p.accuracy), (right, above), textcoords="offset points", ha=side, in_layout=False
-            )
+        name = ax.annotate(p.label, (p.cost, p.accuracy), (0, 0), textcoords="offset points", in_layout=False)
+        for right, above, side in PLACES:
+            name.set(position=(right, above), ha=side)
             box = name.get_window_extent()
             is_inside = ax.bbox.containsx(box.x0) and ax.bbox.containsx(box.x1) and ax.bbox.containsy(box.y1)
-            if i == len(PLACES) or (is_inside and not box.count_overlaps(taken)):
+            if is_inside and not box.count_overlaps(taken):
                 break
-            name.remove()
         taken.append(box)
 
 

@@ -9,10 +9,10 @@ uv run main.py run two-hours                        two hours
 uv run main.py run gpu                              six minutes on an NVIDIA H200; more than a day on two CPU cores
 uv run main.py run minute-ablation --seeds 3        what each ingredient of `minute` is worth: an hour or more
 
-`minute` and `ten-minutes` have local layers. The others have dense ones, and are less accurate than `ten-minutes`. The
-recipes train on all images, and so have no validation accuracy. The suite `minute-ablation` trains `minute` and its
-variants with the validation split held out; docs/accuracy.md has the search. Widths, dropout and epochs of `hour`,
-`two-hours` and `gpu` are guesses, but for the fourth layer of `gpu`; so are its mixup and the average of its weights.
+`minute`, `ten-minutes` and `hour` have local layers. The others have dense ones, and are less accurate than `ten-minutes`.
+The recipes train on all images, and so have no validation accuracy. The suite `minute-ablation` trains `minute` and its
+variants with the validation split held out; docs/accuracy.md has the search. Guesses are: the dropout of `hour`; widths,
+dropout and epochs of `two-hours` and `gpu`, but for the fourth layer of `gpu`; its mixup and the average of its weights.
 """
 
 from typing import Any
@@ -54,23 +54,31 @@ TEN_MINUTES: dict[str, Any] = {
 
 HOUR: dict[str, Any] = {
     **SHARED,
-    "widths": [3072, 1536, 1536],
-    "dropout": 0.3,
+    "widths": [2048, 2560, 2048, 1024],
+    "locality": [1.5, 3.0, 6.0],
+    "dropout": 0.15,
     "shift": 4,
     "shift_fill": "reflect",
     "cutout": 8,
-    "batch_size": 1024,
-    "epochs": 1080,
-    "lr": 3e-3,
+    "batch_size": 512,
+    "epochs": 180,
+    "lr": 5e-3,
     "schedule": "cosine",
     "ema": 0.9995,
 }
 
 TWO_HOURS: dict[str, Any] = {
-    **HOUR,
+    **SHARED,
     "widths": [4096, 2048, 2048],
     "dropout": 0.4,
+    "shift": 4,
+    "shift_fill": "reflect",
+    "cutout": 8,
+    "batch_size": 1024,
     "epochs": 1250,
+    "lr": 3e-3,
+    "schedule": "cosine",
+    "ema": 0.9995,
 }
 
 GPU: dict[str, Any] = {

@@ -20,7 +20,7 @@ OFFICIAL = {
     "baseline": "d3d8b29e540c",
     "minute": "54e1caaf1cac",
     "ten-minutes": "43903cb45c3a",
-    "hour": "fc6ecd2c8021",
+    "hour": "a8280929edd2",
     "two-hours": "da1cedf624f1",
     "gpu": "eb56bcef5f81",
 }

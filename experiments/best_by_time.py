@@ -9,10 +9,11 @@ uv run main.py run two-hours                        two hours
 uv run main.py run gpu                              six minutes on an NVIDIA H200; more than a day on two CPU cores
 uv run main.py run minute-ablation --seeds 3        what each ingredient of `minute` is worth: an hour or more
 
-`minute`, `ten-minutes` and `hour` have local layers. The others have dense ones, and are less accurate than `ten-minutes`.
-The recipes train on all images, and so have no validation accuracy. The suite `minute-ablation` trains `minute` and its
-variants with the validation split held out; docs/accuracy.md has the search. Guesses are: the dropout of `hour`; widths,
-dropout and epochs of `two-hours` and `gpu`, but for the fourth layer of `gpu`; its mixup and the average of its weights.
+`minute`, `ten-minutes` and `hour` have local layers. The others are dense, and less accurate than `ten-minutes`. The
+recipes train on all images, and so have no validation accuracy. The suite `minute-ablation` trains `minute` and its
+variants with the validation split held out; docs/accuracy.md has the search. Guesses are: the dropout of `hour`; the
+widths, dropout and epochs of `two-hours` and `gpu`, but for the fourth layer of `gpu`; its mixup and its average of the
+weights.
 """
 
 from typing import Any

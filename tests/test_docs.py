@@ -89,7 +89,7 @@ def answers() -> dict[frozenset[str], str]:
     """The sentences that comparisons ended with, by the labels of their candidates."""
     return {
         frozenset(each.label for each in question.candidates): questions.sentence(question, look)
-        for question, _, look in questions.asked(ROOT, read_records(ROOT), FORMER_NAMES)
+        for question, _, look in questions.asked(ROOT, list(read_records(ROOT)), FORMER_NAMES)
         if look.answer
     }
 

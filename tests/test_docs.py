@@ -106,10 +106,11 @@ def readme(page: str) -> str:
             stats.spread(stats.accuracies(group, "validation")),
             f"**{stats.spread(stats.accuracies(group, 'test'))}**",
             f"{stats.training(group):.0f} s",
+            stats.timed(group)[0].environment.device_name,
         )
         for group in rates
     ]
-    page = with_table(page, ("experiment", "learning rate", "seeds", "validation", "test", "training"), rows)
+    page = with_table(page, ("experiment", "learning rate", "seeds", "validation", "test", "training", "on"), rows)
     page = re.sub(r"run learning-rate --seeds \d+", f"run learning-rate --seeds {min(map(len, rates))}", page)
     best, *others = rates
     said = answers().get(frozenset(SUITES[DEFAULT]))

@@ -21,7 +21,7 @@ OFFICIAL = {
     "minute": "54e1caaf1cac",
     "ten-minutes": "43903cb45c3a",
     "hour": "a8280929edd2",
-    "two-hours": "da1cedf624f1",
+    "two-hours": "ac095a89bf43",
     "gpu": "eb56bcef5f81",
 }
 

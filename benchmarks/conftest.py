@@ -4,10 +4,14 @@ import datetime
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import pytest
+import torch
 
+from benchmarks import harness
 from core.data import archive, cifar10
 from core.mode import COMPILED
+from core.runs.provenance import environment
 
 IDLE = 0.05  # of the processors' time may be used by others
 BATCHES = (128, 512)
@@ -44,10 +48,8 @@ def choose(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
 @pytest.fixture(scope="module", autouse=True)
 def idle(request: pytest.FixtureRequest, board: Board) -> None:
     """Warn if something else was running before the measurements of a file."""
-    from benchmarks.harness import busy_share
-
-    share = busy_share()
-    if share is not None and share > IDLE:
+    share = psutil.cpu_percent(0.5) / 100
+    if share > IDLE:
         board.warnings.append(f"the machine was {share:.0%} busy before {request.node.name}: do not trust its figures")
 
 
@@ -62,7 +64,6 @@ def data() -> cifar10.Data:
 @pytest.fixture(scope="session")
 def data_on(data: cifar10.Data) -> Callable[[str], cifar10.Data]:
     """CIFAR-10 on a device; without that device the test is skipped."""
-    import torch
 
     def on(device: str) -> cifar10.Data:
         if device == "cuda" and not torch.cuda.is_available():
@@ -77,8 +78,6 @@ def epochs(
     data: cifar10.Data, board: Board, choose: Callable[[int, int], int]
 ) -> Iterator[Callable[[int, str], dict[str, Any]]]:
     """A function from (batch size, device) to the result of every contestant, in interleaved rounds."""
-    from benchmarks import harness
-
     rounds = choose(9, 3)  # with 9, of 39 steps at batch 128, the whole epoch of 45,000 images
     workers: dict[str, harness.Worker] = {}
 
@@ -114,8 +113,6 @@ COLUMNS = {
 
 def write_epoch(write: Callable[[str], None], batch: int, device: str, results: dict[str, Any]) -> None:
     """The table of one comparison."""
-    from benchmarks import harness
-
     write(f"Epoch at batch {batch} on {device}; the fastest peer is {harness.fastest_peer(results)}:")
     write(f"  {'':<25} {'samples/s':>10}" + "".join(f" {head:>9}" for head in COLUMNS.values()) + f" {'loss':>7}")
     for name, entry in harness.contestants(device).items():
@@ -130,8 +127,6 @@ def write_epoch(write: Callable[[str], None], batch: int, device: str, results: 
 
 def write_forms(write: Callable[[str], None]) -> None:
     """What the columns mean, and in which form each contestant took part."""
-    from benchmarks import harness
-
     write("How many times as fast: naive and JAX in float32; the fastest peer of the same precision, and of any;")
     write("the limit is products + Adam of the same precision.")
     for kind, contestant in harness.KINDS.items():
@@ -139,10 +134,6 @@ def write_forms(write: Callable[[str], None]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    import torch
-
-    from core.runs.provenance import environment
-
     board = config.stash[board_key]
     if "gpu" in config.option.markexpr and not torch.cuda.is_available():
         board.warnings.append("there is no CUDA device: what is marked gpu has not run, and nothing is shown about it")

@@ -139,12 +139,6 @@ def command(words: tuple[str, ...], where: list[str]) -> dict[str, Any]:
     return {"command": " ".join(words), "seconds": time.perf_counter() - start, "said": said, "records": records}
 
 
-def verify(size: Size, where: list[str]) -> Results:
-    """The same run twice, in two processes: the same bits?"""
-    yield command(("run", *size.verified), where)
-    yield command(("verify", *size.verified), where)
-
-
 def start(size: Size, where: list[str], out: Path) -> Results:
     """The seconds to the first step of main.py, with an empty compile cache and with a filled one."""
     with tempfile.TemporaryDirectory() as cache:
@@ -163,7 +157,8 @@ def measure(section: str, size: Size, folder: Path, data: Path) -> Results:
         case "cohorts":
             yield from cohorts(size, data)
         case "verify":
-            yield from verify(size, [*where, "--out", str(folder)])
+            for word in ("run", "verify"):  # the same run twice, in two processes: the same bits?
+                yield command((word, *size.verified), [*where, "--out", str(folder)])
         case "start":
             yield from start(size, where, folder)
         case "recipe":

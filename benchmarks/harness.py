@@ -222,19 +222,3 @@ class Replay:
 
 
 replay = Replay()
-
-
-def busy_share(seconds: float = 0.5) -> float | None:
-    """The share of the processors' time that was used, by whomever, while this process slept; None where unknown."""
-
-    def ticks() -> tuple[int, int]:
-        values = [int(v) for v in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-        return sum(values), values[3] + values[4]
-
-    try:
-        total, idle = ticks()
-        time.sleep(seconds)
-        total_after, idle_after = ticks()
-    except OSError:
-        return None
-    return 1 - (idle_after - idle) / max(total_after - total, 1)

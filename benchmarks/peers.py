@@ -60,7 +60,7 @@ class Ours(Contestant):
 
     def __init__(self, work: Work) -> None:
         self.state = to_device(steps.init_state(work.spec), work.device)
-        hyper = steps.hyper_tensors(work.spec, work.steps, work.device)
+        hyper = to_device(steps.hyper_tensors(work.spec, work.steps), work.device)
         data = {"images": work.images, "labels": work.labels, "order": work.order}
         self.advance = fused.fuse(work.spec, self.state, data, hyper).advance
         self.batch, self.device, self.counted = work.batch, work.device, 0

@@ -66,6 +66,11 @@ class Interval(NamedTuple):
     deviation: float  # of single values
     n: int
 
+    @property
+    def significant(self) -> bool:
+        """Whether the interval does not contain 0."""
+        return abs(self.mean) > self.half
+
     def __str__(self) -> str:
         return f"{self.mean:.2f} ± {self.half:.2f}" if self.half < math.inf else f"{self.mean:.2f} (too few seeds)"
 
@@ -218,10 +223,6 @@ class Pair(NamedTuple):
     worse: str
     difference: Interval
 
-    @property
-    def significant(self) -> bool:
-        return self.difference.mean > self.difference.half
-
 
 def pair(question: Question, known: Known, a: str, b: str, most: int = MAX_SEEDS) -> Pair:
     """Compare two candidates over the first `most` seeds that both have."""
@@ -259,7 +260,9 @@ class Look(NamedTuple):
     @property
     def beaten(self) -> list[Pair]:
         """A pair for each candidate that is beaten; if there is one, that with the best candidate."""
-        significant = sorted((p for p in self.pairs if p.significant), key=lambda p: p.better == self.left[0])
+        significant = sorted(
+            (p for p in self.pairs if p.difference.significant), key=lambda p: p.better == self.left[0]
+        )
         return sorted({pair.worse: pair for pair in significant}.values(), key=lambda pair: pair.difference.mean)
 
     @property
@@ -274,7 +277,7 @@ class Look(NamedTuple):
 def look(question: Question, known: Known) -> Look:
     labels = [candidate.label for candidate in question.candidates]
     pairs = [pair(question, known, a, b) for a, b in combinations(labels, 2)]
-    beaten = {pair.worse for pair in pairs if pair.significant}
+    beaten = {pair.worse for pair in pairs if pair.difference.significant}
     left = [label for label in labels if label not in beaten] or labels
     common = set.intersection(*(set(known[label]) for label in left))
     if common:

@@ -5,7 +5,6 @@ This module joins what trains a run (core.session) with what shows it (core.list
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -58,9 +57,7 @@ def run_experiment(
     with contextlib.ExitStack() as stack:
         listeners = list(listeners)
         if hasattr(sys, "ps1") if progress is None else progress:
-            display = stack.enter_context(Display(Tally([run]), verbose=True))
-            display.since, display.what = time.perf_counter(), "this experiment"
-            listeners.append(display)
+            listeners.append(stack.enter_context(Display(Tally([run]), verbose=True, first=False)))
         stack.enter_context(stop.during_call())
         try:
             [result] = run_cohort(

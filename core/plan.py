@@ -148,17 +148,6 @@ def experiments(suites: Suites) -> Experiments:
     return {name: spec for members in catalog(suites).values() for name, spec in members.items()}
 
 
-def pick(suites: Suites, names: Iterable[str]) -> Experiments:
-    """The experiments of these names. Raises UserError if one is unknown."""
-    known, picked = catalog(suites), Experiments()
-    for name in names:
-        if name not in known:
-            written = dict.fromkeys([*suites, *(name for suite in suites.values() for name in suite)])
-            raise UserError(f"unknown experiment {name!r}{nearest(name, list(written))}")
-        picked |= known[name]
-    return picked
-
-
 # Words of a command line
 
 
@@ -269,14 +258,18 @@ def chosen(
     Raises:
         UserError: a word is unknown, a key is given twice, or a spec is not valid.
     """
-    suites = project.named
-    given = split_words(words, catalog(suites))
+    suites, known = project.named, catalog(project.named)
+    given = split_words(words, known)
     if twice := values.keys() & (given.values.keys() | given.axes.keys()):
         raise UserError(f"{min(twice)} is given twice, once as an option")
     if "seed" in given.values and seeds is not None:
         raise UserError("seed is given twice, once as --seeds")
     members: Experiments = {}
-    for name, spec in pick(suites, given.names or [project.default]).items():
-        fixed = {key: value for key, value in spec.items() if key not in given.axes}
-        members |= expand(name, fixed | given.axes)
+    for word in given.names or [project.default]:
+        if word not in known:
+            written = dict.fromkeys([*suites, *(name for suite in suites.values() for name in suite)])
+            raise UserError(f"unknown experiment {word!r}{nearest(word, list(written))}")
+        for name, spec in known[word].items():
+            fixed = {key: value for key, value in spec.items() if key not in given.axes}
+            members |= expand(name, fixed | given.axes)
     return runs(members, {**values, **given.values}, seeds, out, project.former)

@@ -41,11 +41,6 @@ class Network(NamedTuple):
         """The data set that the network was trained on."""
         return self.about.data_info
 
-    def to(self, device: str | torch.device) -> "Network":
-        """The same network on a device."""
-        params, stats = ({name: t.to(device) for name, t in part.items()} for part in (self.params, self.stats))
-        return Network(params, stats, self.about)
-
     @property
     def device(self) -> torch.device:
         return next(iter(self.params.values())).device
@@ -140,8 +135,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Network:
     """
     tensors, about = checkpoint.load(local(path), Weights, template)
     parts = model.template(model.folded(about.spec), about.data_info)
-    params, stats = ({name: tensors[name] for name in names} for names in parts)
-    return Network(params, stats, about).to(device)
+    params, stats = ({name: tensors[name].to(device) for name in names} for names in parts)
+    return Network(params, stats, about)
 
 
 @isolated()

@@ -95,8 +95,8 @@ def work(group: list[tuple[str, Spec]], stored: list[Any], device: str, compiled
 
     Args:
         group: the names and specs of runs that are trained together.
-        stored: a reference to the four tensors of the data, as NumPy arrays in Ray's object store, and its `info`. In a
-            list, Ray hands over the reference itself.
+        stored: a reference to the four tensors of the data, as NumPy arrays in Ray's object store, and its `info`. It
+            is in a list, because Ray replaces a bare reference by the data.
 
     Raises:
         core.session.TooLarge: as `run_cohort`.
@@ -118,7 +118,7 @@ def _mapped(stored: Any, info: DataInfo, device: str) -> Data:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes into the images
-        return Data.of(map(torch.from_numpy, ray.get(stored)), info).to(torch.device(device))
+        return Data._make([*map(torch.from_numpy, ray.get(stored)), info]).to(torch.device(device))
 
 
 def train(
@@ -153,7 +153,6 @@ def train(
     data_name, coming = data_identity(data), iter(groups)
     waiting = deque(itertools.islice(coming, 1))
     started = in_progress(waiting[0][0].out) if waiting else frozenset()
-    sizes = functools.cache(functools.partial(split_sizes, data))
     tasks: dict[Any, tuple[list[Run], contextlib.ExitStack]] = {}  # with the locks of their runs
     deaths: Counter[Run] = Counter()  # of workers that were training the run
 
@@ -215,7 +214,7 @@ def train(
                         # One by one, and at the end, when other tasks have freed their memory.
                         waiting.extend([run] for run in group)
                         continue
-                    checked = [check(run, each, data_name, sizes) for run, each in zip(group, trained, strict=True)]
+                    checked = [check(run, each, data, data_name) for run, each in zip(group, trained, strict=True)]
                     for run, record, each in zip(group, checked, trained, strict=True):
                         yield end(run, keep(run, record, each.weights, started))
 
@@ -260,18 +259,11 @@ def _device(asked: str, resources: dict[str, float]) -> str:
     return "cuda" if gpus and asked != "cpu" else "cpu"
 
 
-def split_sizes(data: Data, train_on: str) -> list[int | None]:
-    """How many images a run trains on, validates with (None: with none), and is tested on."""
-    examples, validation = loader.to_train_on(data.train_labels, train_on, data.info)
-    return [len(examples), None if validation is None else len(validation), len(data.test_labels)]
-
-
-def check(run: Run, trained: Trained, data: str, sizes: Callable[[str], list[int | None]]) -> Finished | Failed:
+def check(run: Run, trained: Trained, data: Data, data_name: str) -> Finished | Failed:
     """The record that a worker returned, if it belongs to this run.
 
     Args:
-        data: the identity of the data; see core.data.identity.
-        sizes: from `train_on` to what `split_sizes` returns.
+        data_name: the identity of the data; see core.data.identity.
 
     Raises:
         ClusterError: it belongs to another run, or its digest is not that of the weights.
@@ -280,34 +272,26 @@ def check(run: Run, trained: Trained, data: str, sizes: Callable[[str], list[int
         record = records.decode(trained.record)
         if isinstance(record, Partial):
             raise ValueError("it is not trained to its end")
-        returned: dict[str, Any] = {
-            "name": record.name,
-            "id": record.spec_id,
-            **{f"spec.{key}": value for key, value in record.spec.items()},  # `decode` has checked the number of epochs
-            "code": record.environment.code,
-            "torch": record.environment.torch,
-            "data": record.data,
-        }
-        expected: dict[str, Any] = {
-            "name": run.name,
-            "id": run.id,
-            **{f"spec.{key}": value for key, value in run.spec.items()},
-            "code": CODE,
-            "torch": SOFTWARE.torch,
-            "data": data,
+        pairs: dict[str, tuple[Any, Any]] = {  # what was returned, and what is expected
+            "name": (record.name, run.name),
+            "id": (record.spec_id, run.id),
+            **{f"spec.{key}": (record.spec[key], value) for key, value in run.spec.items()},
+            "code": (record.environment.code, CODE),
+            "torch": (record.environment.torch, SOFTWARE.torch),
+            "data": (record.data, data_name),
         }
         if isinstance(record, Finished):
+            train, validation = loader.to_train_on(data.train_labels, run.spec["train_on"], data.info)
+            sizes = [len(train), None if validation is None else len(validation), len(data.test_labels)]
             splits = record.metrics.train, record.metrics.validation, record.metrics.test
-            returned["images"] = [split and split.n for split in splits]
-            returned["digest"] = record.digest
-            expected["images"] = sizes(run.spec["train_on"])
-            expected["digest"] = checkpoint.digest(safetensors.torch.load(trained.weights))
+            pairs["images"] = [split and split.n for split in splits], sizes
+            pairs["digest"] = record.digest, checkpoint.digest(safetensors.torch.load(trained.weights))
     except (ValueError, KeyError, safetensors.SafetensorError) as error:
         raise ClusterError(f"a worker returned no result of {run.label} ({error}); it is not kept") from None
-    for key, value in expected.items():
-        if returned[key] != value:
+    for key, (returned, expected) in pairs.items():
+        if returned != expected:
             raise ClusterError(
-                f"a worker returned {run.label} with {key} {returned[key]}, expected {value}; it is not kept"
+                f"a worker returned {run.label} with {key} {returned}, expected {expected}; it is not kept"
             )
     return record
 

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import math
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,16 +34,6 @@ class SearchError(UserError):
     """A search cannot go on; the message says why."""
 
 
-class _Unlocked:
-    """In the place of Optuna's lock, which a killed process leaves behind: a search holds a lock of its own."""
-
-    def acquire(self) -> bool:
-        return True
-
-    def release(self) -> None:
-        pass
-
-
 class Search:
     """A search in progress. Use it in a `with` statement: no other process may search the same space meanwhile.
 
@@ -55,7 +46,7 @@ class Search:
     def __init__(self, space: Space, out: Path, data: str | None) -> None:
         """`data`: the identity of the data; None for whatever it is."""
         self.space, self.out, self.data = space, out, data
-        self.records: dict[str, Finished | Partial | Failed] = {}
+        self.records: dict[str, Record] = {}
         self.told: list[str] = []
         self.count = 0
         self._open: dict[str, list[Any]] = {}  # trials that are trained now, by the ids of their runs
@@ -73,17 +64,15 @@ class Search:
                 f"Optuna is not installed: `uv run --group search main.py search {self.space.name}` has it"
             ) from None
         file = self.out / f"{PREFIX}{self.space.name}"
-        self._lock = locked(file.with_name(f"{file.name}.lock"), file.with_name(f"{file.name}.owner"), timeout=1)
-        self._lock.__enter__()
-        try:
+        with contextlib.ExitStack() as stack:
+            lock, owner = file.with_name(f"{file.name}.lock"), file.with_name(f"{file.name}.owner")
+            stack.enter_context(locked(lock, owner, timeout=1))
             self._load(file.with_name(f"{file.name}.journal"))
-        except BaseException:
-            self._lock.__exit__(None, None, None)
-            raise
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._lock.__exit__(*error)
+        self._held.close()
 
     def _load(self, journal: Path) -> None:
         """Read what Optuna knows, and tell it what it does not know yet."""
@@ -102,7 +91,9 @@ class Search:
         storages = self.optuna.storages.journal
         try:
             _mend(journal)
-            storage = storages.JournalStorage(storages.JournalFileBackend(str(journal), lock_obj=_Unlocked()))
+            # A killed process would leave Optuna's own lock behind. The lock of the search guards the journal.
+            backend = storages.JournalFileBackend(str(journal), lock_obj=threading.Lock())
+            storage = storages.JournalStorage(backend)
             self._study = self.optuna.create_study(
                 storage=storage,
                 study_name=hashlib.sha256(about.encode()).hexdigest()[:12],

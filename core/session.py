@@ -109,8 +109,8 @@ def run_cohort(
         checkpoint_every: epochs between resume points.
         force: train from the start. A result stays until it is replaced.
         exact: refuse to go on from a resume point if the bits would differ from those of an uninterrupted run. Without
-            it, the run goes on and its record says so. The same holds, even with `exact`, for a run that was in
-            another cohort.
+            it, the run goes on and its record says so. A run that was in another cohort does the same even with
+            `exact`.
         falls_behind: asked after each epoch with the history so far. If it returns true before the last epoch, the runs
             that are trained together end there, each with a `Partial` record and one resume point.
 
@@ -199,7 +199,7 @@ def _failing(sessions: list["Session"]) -> Iterator[None]:
                 "workers with the method 'spawn' of multiprocessing"
             ) from error
         if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise  # only its message tells that a RuntimeError is one of the CPU's memory
+            raise  # too little memory of the CPU is a RuntimeError: only its message tells
         if not sessions:
             raise UserError("there is not enough memory for the data") from error
         if len(sessions) > 1:

@@ -45,7 +45,7 @@ class Stop:
         return self.requested is not None
 
     def listen(self, run: Any, event: Any) -> None:
-        """A listener. It is the last of all, since after it a signal may raise.
+        """A listener. Put it last: after it, a signal may raise, and a later listener would miss the event.
 
         There are steps to save from the first step of a cohort, which follows its compilation, to the end of its last
         run.

@@ -91,7 +91,7 @@ class Trials(Struct):
         keys: the keys that are searched.
         log: those with a range of logarithms.
         trials: the ids of the trials in their order.
-        comparison: the file of the question which of the best is best on fresh seeds; empty until it is asked.
+        comparison: the file of the comparison of the best trials on fresh seeds; empty until there is one.
     """
 
     name: Name

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from core.errors import UserError
 
 Spec = dict[str, Any]
-LARGEST = sys.float_info.max
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 
 
@@ -102,7 +101,7 @@ class Number(NamedTuple):
     open: bool = False
 
     def __str__(self) -> str:
-        if self.high == float("inf"):
+        if self.high == math.inf:
             return f"a finite number {'above' if self.open else 'of at least'} {self.low:g}"
         return f"a number {'above' if self.open else 'of at least'} {self.low:g} and below {self.high:g}"
 
@@ -110,7 +109,7 @@ class Number(NamedTuple):
         if type(value) not in (int, float):
             return False
         above = self.low < value if self.open else self.low <= value
-        return above and value < min(self.high, LARGEST)  # a larger integer cannot become a float
+        return above and value < min(self.high, sys.float_info.max)  # a larger integer cannot become a float
 
     def parse(self, text: str) -> Any:
         return float(text) if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) else text
@@ -184,8 +183,6 @@ class Field(NamedTuple):
     switch: bool = False
 
 
-INFINITY = float("inf")
-
 FIELDS: dict[str, Field] = {
     # The network
     "widths": Field([1024, 512, 256], List(16, Integer(1, 65536)), "Number of units of each hidden layer."),
@@ -200,7 +197,7 @@ FIELDS: dict[str, Field] = {
     ),
     "locality": Field(
         [],
-        List(16, Number(0.1, INFINITY)),
+        List(16, Number(0.1, math.inf)),
         "Reach of the units of the first, second, ... hidden layer in the image: the sigma of a Gaussian, in pixels. "
         "The layers after the last value are dense.",
         dynamic="derived",
@@ -227,7 +224,7 @@ FIELDS: dict[str, Field] = {
         "again (ZCA). 0: no projection.",
     ),
     "whiten_eps": Field(
-        0.01, Number(0, INFINITY, open=True), "Added to the variance of each principal component before the division."
+        0.01, Number(0, math.inf, open=True), "Added to the variance of each principal component before the division."
     ),
     "augment": Field(
         "none",
@@ -264,7 +261,7 @@ FIELDS: dict[str, Field] = {
     "epochs": Field(20, Integer(1, 100_000), "Number of passes over the training images.", dynamic="derived"),
     # The optimization
     "optimizer": Field("adam", Choice(("adam", "adamw", "sgd", "nesterov", "muon")), "Rule that updates the weights."),
-    "lr": Field(1e-3, Number(0, INFINITY, open=True), "Learning rate, the largest of the schedule.", dynamic="float64"),
+    "lr": Field(1e-3, Number(0, math.inf, open=True), "Learning rate, the largest of the schedule.", dynamic="float64"),
     "schedule": Field(
         "constant",
         Choice(("constant", "linear", "cosine", "one-cycle")),
@@ -274,11 +271,11 @@ FIELDS: dict[str, Field] = {
         0.0, Number(0, 100_000), "Number of epochs in which the learning rate rises linearly.", dynamic="derived"
     ),
     "weight_decay": Field(
-        0.0, Number(0, INFINITY), "Weight decay. It is decoupled with adamw and muon.", dynamic="float64"
+        0.0, Number(0, math.inf), "Weight decay. It is decoupled with adamw and muon.", dynamic="float64"
     ),
     "clip": Field(
         0.0,
-        Number(0, INFINITY),
+        Number(0, math.inf),
         "Largest norm of all gradients together. 0: no limit.",
         dynamic="float64",
         switch=True,
@@ -384,8 +381,8 @@ def spec_id(resolved: Spec) -> str:
 
 
 def static(resolved: Spec) -> Spec:
-    """The part of a resolved spec that is constant in the compiled step: no dynamic values, and switches as booleans.
-    One compilation serves all specs that agree on it."""
+    """The part of a resolved spec that is constant in the compiled step, without dynamic values. A switch is a boolean,
+    `locality` is the number of local layers. One compilation serves all specs that agree on this part."""
     switches = {key: _switched(resolved[key]) for key, field in FIELDS.items() if field.switch}
     return {key: resolved[key] for key, field in FIELDS.items() if not field.dynamic} | switches
 

@@ -67,7 +67,7 @@ def warn(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print a line on stderr about what is no error. `--quiet` leaves it out, as it does the lines of `say`."""
+    """Print a note on stderr. It is no error: `--quiet` hides it, as it does the lines of `say`."""
     if not console.quiet:
         warn(text)
 
@@ -197,19 +197,19 @@ def table(tally: Tally) -> None:
         columns = ["experiment", "lr", "epochs", "train", "validation", "test", "95%", "samples/s"]
     rows = []
     for name in names:
-        spec, results = tally.specs[name], tally.results[name]
-        train, validation, test, images, speeds = zip(*results, strict=True)
-        low, high = stats.interval(test[0], images[0])
+        spec, group = tally.specs[name], tally.results[name]
+        test = group[0].metrics.test
+        low, high = stats.interval(test.accuracy, test.n)
         row = {
             "experiment": name,
             "lr": f"{spec['lr']:g}",
             "epochs": str(spec["epochs"]),
-            "seeds": str(len(results)),
-            "train": stats.spread(train),
-            "validation": "none" if None in validation else stats.spread(validation),
-            "test": stats.spread(test),
+            "seeds": str(len(group)),
+            "train": stats.spread_on(group, "train"),
+            "validation": stats.spread_on(group, "validation"),
+            "test": stats.spread_on(group, "test"),
             "95%": f"{100 * low:.1f}-{100 * high:.1f}",
-            "samples/s": f"{median_high(speeds):,}",
+            "samples/s": f"{median_high(map(stats.speed, group)):,}",
         }
         rows.append([row[column] for column in columns])
     if names:

@@ -101,10 +101,6 @@ class Training:
         params, stats = self.network
         return {**params, **stats}
 
-    def evaluate(self, split: str) -> dict[str, Any]:
-        """Loss and accuracy on train, validation or test, in evaluation mode; see core.functional.step.summary."""
-        return steps.summary(self.answers(split))
-
     def answers(self, split: str, tta: str = "none") -> steps.Answers:
         """The answers of the network to each image of train, validation or test; see core.functional.step.answers."""
         images, labels, examples = self.splits[split]
@@ -134,7 +130,7 @@ def step_inputs(
     data: dict[str, Any] = {"images": images, "labels": labels, "order": order}
     if whitening:
         data["whitening"] = {n: model.cast(t, spec["precision"]) if t.ndim == 2 else t for n, t in whitening.items()}
-    return state, data, steps.hyper_tensors(spec, steps_per_epoch, device, info)
+    return state, data, to_device(steps.hyper_tensors(spec, steps_per_epoch, info), device)
 
 
 def fit(
@@ -155,7 +151,7 @@ def fit(
         ModeChanged, FirstStep, StepDone and EpochDone. The last event of a training may be Diverged or Stopped.
     """
     live, lead, made = list(trainings), trainings[0], None
-    # How long an epoch waits for the device at its end. Not every device keeps a CPU busy meanwhile.
+    # Seconds that the end of an epoch may wait for the device. The CPU may be idle then: that is no pause.
     wait = 0.0 if lead.device.type == "cpu" else float("inf")
     trees = (lead.state, lead.data, lead.hyper) if len(trainings) == 1 else stack(trainings)
     while live and lead.step < lead.total:
@@ -251,7 +247,7 @@ def _end_epoch(training: Training) -> EpochDone:
     training.check_finite()
     val_loss = val_accuracy = None
     if "validation" in training.splits:
-        validation = training.evaluate("validation")
+        validation = steps.summary(training.answers("validation"))
         val_loss, val_accuracy = validation["loss"], validation["accuracy"]
         training.check_finite({"validation loss": torch.tensor(val_loss)})
     last = torch.tensor(training.step - 1, dtype=torch.int32, device=training.device)

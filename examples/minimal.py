@@ -25,7 +25,7 @@ def train(data: Data, spec: Spec, device: torch.device, compiled: bool = True) -
     # The state is all that training changes: parameters, batch-norm statistics, Adam's moments, the number of the step.
     state = tree_map(lambda t: t.to(device), step.init_state(spec))
     # Learning rate, dropout rate and seed are tensors, so one compilation serves all their values.
-    hyper = step.hyper_tensors(spec, steps, device)
+    hyper = tree_map(lambda t: t.to(device), step.hyper_tensors(spec, steps))
     order = torch.empty(steps, spec["batch_size"], dtype=torch.int64, device=device)
     epoch_data = {"images": images, "labels": labels, "order": order}
 

@@ -178,7 +178,7 @@ def inputs_of_default(real: dataset.Data, **changes: Any) -> tuple[Spec, dict, d
     steps = (TRAIN_IMAGES - VALIDATION_IMAGES) // batch
     data = {"images": real.train_images[:TRAIN_IMAGES], "labels": real.train_labels[:TRAIN_IMAGES]}
     data["order"] = torch.arange(steps * batch).view(steps, batch)
-    return spec, step.init_state(spec), data, step.hyper_tensors(spec, steps, torch.device("cpu"))
+    return spec, step.init_state(spec), data, step.hyper_tensors(spec, steps)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from core import spec
 from core.data import archive as archives
 from core.data import cifar10
 from core.data.tensors import DataError
@@ -181,7 +182,7 @@ def test_real_data(data_dir):
     real = cifar10.read(data_dir)
     assert real.train_labels.bincount().tolist() == [5000] * 10
     assert real.test_labels.bincount().tolist() == [1000] * 10
-    first = [cifar10.CLASSES[label] for label in real.test_labels[:4]]
+    first = [spec.CIFAR10.classes[label] for label in real.test_labels[:4]]
     assert first == ["cat", "ship", "ship", "airplane"]
     assert real.train_images[0, [0, 1024, 2048]].tolist() == [59, 62, 63]  # red, green and blue of the first pixel
 

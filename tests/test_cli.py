@@ -20,7 +20,7 @@ from core.plan import Project
 from core.runs import checkpoint, files
 from core.runs.provenance import environment
 from core.runs.record import Metrics, Weights
-from core.spec import resolve, spec_id
+from core.spec import CIFAR10, resolve, spec_id
 from experiments import SUITES
 from tests.conftest import EXPERIMENTS, ROOT
 from tests.test_store import STRANGE
@@ -352,7 +352,7 @@ def test_evaluate_agrees_with_the_record(call, official):
     assert f"{100 * test['accuracy']:.2f}% of 10,000 test images" in done.stdout
     assert f"loss {test['loss']:.4f}; as recorded" in done.stdout
     assert "95% interval" in done.stdout
-    for label, hit in zip(dataset.CLASSES, test["correct"], strict=True):
+    for label, hit in zip(CIFAR10.classes, test["correct"], strict=True):
         assert f"{label} {100 * hit / 1000:.1f}%" in done.stdout
 
 

@@ -579,7 +579,7 @@ assert cache.problem() is None
 spec = resolve({"widths": [8], "batch_size": 4})
 images, labels = torch.zeros(8, 3072, dtype=torch.uint8), torch.arange(8)
 data = {"images": images, "labels": labels, "order": torch.arange(8).view(2, 4)}
-hyper = step.hyper_tensors(spec, 2, torch.device("cpu"))
+hyper = step.hyper_tensors(spec, 2)
 fused.fuse(spec, step.init_state(spec), data, hyper, compiled=False).advance()
 def build(scratch):
     (scratch / "x.so").write_bytes(b"library")

@@ -124,12 +124,12 @@ def readme(page: str) -> str:
         else:
             chance = "but not every difference is more than chance"
         said = f"Validation chooses **{best.label}**, {chance}: " + " and ".join(
-            f"{100 * found.mean:.2f} points over {label} (95% interval {100 * (found.mean - found.half):.2f} to "
-            f"{100 * (found.mean + found.half):.2f}, {found.seeds} common seeds)"
+            f"{found.mean:.2f} points over {label} (95% interval {found.mean - found.half:.2f} to "
+            f"{found.mean + found.half:.2f}, {found.n} common seeds)"
             for label, found in differences
         )
         said += ". With a probability of 95%, all of these intervals contain their true differences"
-        if all(found.seeds >= compare.first_look(stats.ALPHA / pairs) for _, found in differences):
+        if all(found.n >= compare.first_look(stats.ALPHA / pairs) for _, found in differences):
             said += ", however many seeds are added"
     page = re.sub("(?m)(?<=^How sure is that\\? ).*$", f"{said}.", page)
     rows = [

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from core import images, predict
-from core.data.cifar10 import CLASSES
 from core.images import ImageError
+from core.spec import CIFAR10
 from tests.test_cli import assert_refused
 from tests.test_predict import write_checkpoint
 from tests.test_store import STRANGE
@@ -324,7 +324,7 @@ def test_images_and_folders_of_them(call, weights, folder):
     assert [line.split(": ")[0] for line in lines] == [str(p) for p in (good, folder / "a.png", good, good)]
     probabilities = predict.load(weights)(images.read(good)[None]).softmax(1)[0].tolist()
     order = sorted(range(10), key=lambda i: -probabilities[i])[:3]
-    assert lines[0] == f"{good}: " + ", ".join(f"{CLASSES[i]} {100 * probabilities[i]:.2f}%" for i in order)
+    assert lines[0] == f"{good}: " + ", ".join(f"{CIFAR10.classes[i]} {100 * probabilities[i]:.2f}%" for i in order)
     said, wide, gone, long, nothing, half, other = done.stderr.splitlines()
     assert said.startswith("there are only 10 classes, and every image gets one of them: airplane, ")
     assert wide.startswith(f"error: cannot read {folder / 'b.png'} as an image: it has more than")
@@ -343,7 +343,7 @@ def test_predictions_as_json(call, weights, folder):
     assert found["image"] == str(good)
     probabilities = predict.load(weights)(images.read(good)[None]).softmax(1)[0].tolist()
     order = sorted(range(10), key=lambda i: -probabilities[i])[:3]
-    assert [entry["class"] for entry in found["classes"]] == [CLASSES[i] for i in order]
+    assert [entry["class"] for entry in found["classes"]] == [CIFAR10.classes[i] for i in order]
     expected = pytest.approx([probabilities[i] for i in order], abs=1e-6)
     assert [entry["probability"] for entry in found["classes"]] == expected
 

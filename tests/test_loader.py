@@ -107,7 +107,7 @@ def test_normalise_constants_are_the_statistics_of_the_training_images(cifar10):
 def augmented(images, seed=0, step=0, **changes):
     """What a train step makes of uint8 images [batch, 3072]: float32 [batch, 3, 32, 32]."""
     spec = resolve({"seed": seed, **changes})
-    hyper = hyper_tensors(spec, 10, torch.device("cpu"))
+    hyper = hyper_tensors(spec, 10)
     return augment.augment(images, spec, hyper, torch.tensor(step, dtype=torch.int32)).view(-1, 3, 32, 32)
 
 

@@ -227,7 +227,7 @@ def test_hyper_tensors_hold_the_values_of_the_spec():
     values = {"lr": 3e-4, "weight_decay": 0.1, "clip": 0.5, "dropout": 0.25, "label_smoothing": 0.1, "seed": 7}
     values |= {"ema": 0.9, "rotate": 5.0, "zoom": 0.1, "cutout": 8}
     spec = resolve({**values, "epochs": 6, "warmup_epochs": 1.5, "mixup": 1.0})
-    tensors = hyper_tensors(spec, 10, torch.device("cpu"))
+    tensors = hyper_tensors(spec, 10)
     # Beta(1, 1) is the uniform distribution.
     torch.testing.assert_close(tensors.pop("mixup"), torch.linspace(0, 1, 1025))
     found = {name: t.item() for name, t in tensors.items()}

@@ -26,7 +26,7 @@ from core.errors import UserError
 from core.report import best_run, markdown, plots, published, rebuild, stats, tables
 from core.report.catalog import Catalog
 from core.runs.record import UNSET, Answers, Failed, Finished, Flipped, Mistake, Partial, decode, encode
-from core.spec import FIELDS, SpecError, resolve, spec_id
+from core.spec import CIFAR10, FIELDS, SpecError, resolve, spec_id
 from core.store import StoreError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1266,7 +1266,7 @@ def test_the_pictures_are_those_of_the_best_by_validation(tmp_path, cifar_folder
     best = section((tmp_path / "results.md").read_text(), heading)
     assert "| airplane | 57.5 | 42.5 | 0.0 |" in best
     first = records[1].answers.mistakes[0]
-    label, predicted = dataset.CLASSES[first.label], dataset.CLASSES[first.predicted]
+    label, predicted = CIFAR10.classes[first.label], CIFAR10.classes[first.predicted]
     assert f"| {first.index} | {label} | {predicted} | 99.0000% |" in best
     for path in (best_run.CONFUSION, best_run.MISTAKES, best_run.FILTERS):
         assert re.search(rf"!\[[^\]]{{30,}}\]\({path}\)", best), "it has a text for who cannot see it"
@@ -1276,7 +1276,7 @@ def test_the_pictures_are_those_of_the_best_by_validation(tmp_path, cifar_folder
 
 def test_the_confusion_matrix_is_the_mean_over_the_seeds_that_have_one():
     group = stats.groups([answered(make("a", test=0.5)), answered(make("a", seed=1, test=0.7)), make("a", seed=2)])[0]
-    picture = best_run.confusion(group, dataset.CLASSES)
+    picture = best_run.confusion(group, CIFAR10.classes)
     _, percent = picture.content
     assert percent[9] == pytest.approx([40, 0, 0, 0, 0, 0, 0, 0, 0, 60])
     assert "mean of 2 seeds" in picture.title

@@ -316,7 +316,7 @@ def test_a_key_reaches_the_step_as_a_tensor_or_is_part_of_the_compilation(key):
     if key in SWITCHES:  # on in both
         one = one | {key: [1.0] if key == "locality" else ANOTHER[key] / 2}
     same_step = static_key(one) == static_key(other)
-    one, other = (step.hyper_tensors(spec, 10, torch.device("cpu")) for spec in (one, other))
+    one, other = (step.hyper_tensors(spec, 10) for spec in (one, other))
     one, other = flatten(one), flatten(other)
     same_tensors = all(torch.equal(one[name], other[name]) for name in one)
     assert (same_step, same_tensors) == ((True, False) if key in DYNAMIC else (False, True))

@@ -42,9 +42,9 @@ def test_a_paired_comparison_uses_the_seeds_of_both():
     found = stats.compare(a, b, "validation")
     test = reference.ttest_rel([0.50, 0.54, 0.52], [0.493, 0.531, 0.512])
     low, high = test.confidence_interval(0.95)
-    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
-    assert (found.seeds, found.significant) == (3, bool(test.pvalue < 0.05)) == (3, True)
-    assert found.deviation == pytest.approx(np.std([0.007, 0.009, 0.008], ddof=1))
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((100 * low, 100 * high))
+    assert (found.n, found.significant) == (3, bool(test.pvalue < 0.05)) == (3, True)
+    assert found.deviation == pytest.approx(np.std([0.7, 0.9, 0.8], ddof=1))
     # Not paired, the same differences are lost among the seeds.
     assert reference.ttest_ind([0.50, 0.54, 0.52], [0.493, 0.531, 0.512]).pvalue > 0.5
 
@@ -52,8 +52,8 @@ def test_a_paired_comparison_uses_the_seeds_of_both():
 def test_without_two_common_seeds_there_is_no_interval():
     for other in ({0: 0.56}, {2: 0.56, 3: 0.56}):
         found = stats.compare(runs("a", {0: 0.58}), runs("b", other, lr=0.1), "validation")
-        assert found.mean == pytest.approx(0.02)
-        assert (found.half, found.significant, found.seeds) == (math.inf, False, int(0 in other))
+        assert found.mean == pytest.approx(2.0)
+        assert (found.half, found.significant, found.n) == (math.inf, False, int(0 in other))
 
 
 @pytest.mark.parametrize(("turn", "hits"), [(0, 0.57), (5, 0.57), (300, 0.56), (1, 0.58), (0, 0.60)])

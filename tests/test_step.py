@@ -152,7 +152,7 @@ def test_the_loss_falls_on_real_images(small_spec, cifar10_slice):
     spec = small_spec(widths=[64, 32])
     images, labels = (t[:512] for t in cifar10_slice)
     train_step, state = step.make_train_step(static(spec)), step.init_state(spec)
-    hyper = step.hyper_tensors(spec, 8, torch.device("cpu"))
+    hyper = step.hyper_tensors(spec, 8)
     before = step.evaluate(state["params"], state["stats"], images, labels, spec)
     for epoch in range(10):
         order = loader.epoch_order(torch.arange(512), 64, spec["seed"], epoch)

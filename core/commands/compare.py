@@ -97,8 +97,8 @@ def existing(args: argparse.Namespace, question: Question, project: Project) -> 
 
 def decide(
     args: argparse.Namespace, question: Question, project: Project, source: Source, stop: Stop, first: bool = True
-) -> tuple[int, Look | None]:
-    """Train until a question has an answer, and print it. Returns the exit status and the last look.
+) -> tuple[int, list[Record]]:
+    """Train until a question has an answer, and print it. Returns the exit status and all records.
 
     Args:
         args: as `train` takes them, and `json`.
@@ -118,25 +118,24 @@ def decide(
                 raise UserError(f"{record.name} seed {record.seed} failed, so there is no answer: {record.error}")
         return None if status == 130 else records
 
-    if source.identity(dataset) is None:
-        source.load(dataset)
-    question.data = source.identity(dataset) or ""
+    question.data = source.identity(dataset, fetch=True) or ""
     records, found = existing(args, question, project), None
     question.write(args.out)
     for found in compare.rounds(question, records, more):
         say(questions.line(found))
         if args.json:
             terminal.as_json(about(found))
-    asked = questions.asked(args.out, rebuild(args.out, catalog, args.data), project.former)
+    made = rebuild(args.out, catalog, args.data)
     if status == 130 or found is None:
-        return 130, found
+        return 130, made
+    asked = questions.asked(args.out, made, project.former)
     [known] = [each.known for each in asked if each.question.file == question.file]
     answer = {"sentence": questions.sentence(question, found), "test": questions.on_test(found, known)}
     for line in filter(None, answer.values()):
         say(line)
     if args.json:
         terminal.as_json({**about(found), **answer})
-    return 0 if found.answer else 1, found
+    return 0 if found.answer else 1, made
 
 
 def about(found: Look) -> dict[str, Any]:

@@ -216,7 +216,7 @@ def source(args: argparse.Namespace) -> Source:
 
 
 def data_on_device(args: argparse.Namespace, source: Source) -> "Callable[[str], tuple[Data, torch.device]]":
-    """A function from the name of a data set to its data on the device of this call, which keeps only the last one."""
+    """A function that loads a data set by name onto the device of this call. It keeps only the last one."""
     kept: dict[str, tuple[Data, torch.device]] = {}
 
     def load(name: str) -> "tuple[Data, torch.device]":

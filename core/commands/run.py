@@ -19,7 +19,7 @@ from core.runs import files
 from core.runs.record import Failed, Finished, Record, RecordError, read_records
 from core.runs.run import OtherCode, Run
 from core.signals import Stop
-from core.spec import spec_id, static_key
+from core.spec import static_key
 from core.tally import Tally
 from core.terminal import say, warn
 
@@ -56,7 +56,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     tally, todo = Tally(runs), []
     for run, result in with_results(args, runs, source, tally):
         if result:
-            tally.add(result)
+            tally.add(result, title=run.title)
             if args.json:
                 terminal.as_json(row(result))
         else:
@@ -125,8 +125,8 @@ def say_finished(tally: Tally) -> None:
         say(f"{tally.done:,} of {tally.total:,} runs are finished already; --force trains them again")
     elif tally.done:
         [(name, [result])] = tally.results.items()
-        accuracy = stats.percent(result.test)
-        say(f"{name} ({spec_id(tally.specs[name])}) is finished: {accuracy} test accuracy; --force trains it again")
+        accuracy = stats.percent(result.metrics.test.accuracy)
+        say(f"{name} ({result.spec_id}) is finished: {accuracy} test accuracy; --force trains it again")
 
 
 def train(
@@ -180,25 +180,19 @@ def executor(args: argparse.Namespace, source: Source, stop: Stop, **more: Any) 
     Args:
         more: options of core.session.run_cohort for the runs of this process.
     """
+    from core import schedule, session
 
     on_device = options.data_on_device(args, source)
+    settings = {
+        "checkpoint_every": args.checkpoint_every,
+        "force": args.force,
+        "exact": not args.resume_anyway,
+        **more,
+    }
 
-    def here(groups: "Iterable[Group]", listener: Listener, should_stop: "ShouldStop") -> "Iterator[Result[Record]]":
-        with stop.quick_imports():
-            from core import schedule, session
-        settings = {
-            "checkpoint_every": args.checkpoint_every,
-            "force": args.force,
-            "exact": not args.resume_anyway,
-            **more,
-        }
-
-        def train(group: "Group", **how: Any) -> "Sequence[Record | Stopped]":
-            data, device = on_device(name := group[0].spec["dataset"])
-            return session.run_cohort(group, data, device, compiled=options.compiled(args, name), **settings, **how)
-
-        execute: Executor[Record] = schedule.one_after_another(train)
-        return execute(groups, listener, should_stop)
+    def train(group: "Group", **how: Any) -> "Sequence[Record | Stopped]":
+        data, device = on_device(name := group[0].spec["dataset"])
+        return session.run_cohort(group, data, device, compiled=options.compiled(args, name), **settings, **how)
 
     def on_cluster(
         groups: "Iterable[Group]", listener: Listener, should_stop: "ShouldStop"
@@ -211,6 +205,7 @@ def executor(args: argparse.Namespace, source: Source, stop: Stop, **more: Any) 
                 members, data, args.ray, args.device, compiled, args.force, listener, on_notice=warn
             )
 
+    here: Executor[Record] = schedule.one_after_another(train)
     return on_cluster if args.ray else here
 
 

@@ -58,11 +58,9 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
         return dry_run(args, found, stop)
     catalog = project.catalog()
     prepare(args.out, catalog)
-    dataset = found.spec["dataset"]
-    if source.identity(dataset) is None:
-        source.load(dataset)
+    data = source.identity(found.spec["dataset"], fetch=True)
     stopped = False
-    with Search(found, args.out, source.identity(dataset)) as search:
+    with Search(found, args.out, data) as search:
         if search.count:
             say(f"{len(search.told):,} of {args.trials:,} trials are known already")
         trains = executor(args, source, stop, falls_behind=search.falls_behind)
@@ -87,8 +85,10 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
         return 130
     if question is None:
         raise UserError(f"no trial of {found.name} has a result; more trials (--trials) may have one")
-    status, _ = decide(args, question, project, source, stop, first=False)
-    return 130 if status == 130 else answer(args, project, found.name, status)
+    status, records = decide(args, question, project, source, stop, first=False)
+    if status != 130:
+        answer(args, project, found.name, records)
+    return status
 
 
 def show(args: argparse.Namespace, record: Record, number: int, found: Space, best: list[Finished]) -> None:
@@ -129,9 +129,8 @@ def compared(found: Space, best: list[tuple[int, Finished]], max_seeds: int) -> 
     )
 
 
-def answer(args: argparse.Namespace, project: Project, name: str, status: int) -> int:
+def answer(args: argparse.Namespace, project: Project, name: str, records: list[Record]) -> None:
     """Say how good the best trial is, and print its spec."""
-    records = rebuild(args.out, project.catalog(), args.data)
     asked = questions.asked(args.out, records, project.former)
     [search] = [s for s in searches.searched(args.out, records, asked) if s.trials.name == name]
     number = searches.winner(search)
@@ -141,7 +140,6 @@ def answer(args: argparse.Namespace, project: Project, name: str, status: int) -
     say(f"to paste into experiments/: {spec}")
     if args.json:
         terminal.as_json({"search": name, "trial": number, "sentence": searches.sentence(search), "spec": spec})
-    return status
 
 
 def dry_run(args: argparse.Namespace, found: Space, stop: Stop) -> int:

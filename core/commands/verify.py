@@ -1,11 +1,10 @@
 """verify: trains finished runs again in a temporary folder and compares the bits of the weights."""
 
 import argparse
-from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from core.commands import options
-from core.events import Listener, Stopped
+from core.events import Stopped
 from core.listeners.progress import Display
 from core.plan import Project
 from core.runs.record import Finished
@@ -37,18 +36,13 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     for run in runs:
         check_finished(run, source.identity(run.spec["dataset"]))
 
-    def executor(
-        groups: Iterable[schedule.Group], listener: Listener, should_stop: schedule.ShouldStop
-    ) -> Iterator["schedule.Result[Verification]"]:
-        on_device = options.data_on_device(args, source)
+    on_device = options.data_on_device(args, source)
 
-        def again(group: schedule.Group, **how: Any) -> list["Verification | Stopped"]:
-            data, device = on_device(name := group[0].spec["dataset"])
-            compiled = options.compiled(args, name)
-            return [verify(group[0], data, device, compiled=compiled, **how)]
+    def again(group: schedule.Group, **how: Any) -> list["Verification | Stopped"]:
+        data, device = on_device(name := group[0].spec["dataset"])
+        return [verify(group[0], data, device, compiled=options.compiled(args, name), **how)]
 
-        return schedule.one_after_another(again)(groups, listener, should_stop)
-
+    executor: schedule.Executor[Verification] = schedule.one_after_another(again)
     tally, status = Tally(runs), 0
     options.no_effect(args, verbose=not tally.several and "a single run shows its epochs without it")
     with Display(tally, args.verbose) as display:

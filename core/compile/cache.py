@@ -37,7 +37,7 @@ VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # where torch keeps its own compiled files
 COMPILER_VARIABLES = ("TORCH", "AOT", "INDUCTOR")  # the prefixes of variables that set up torch's compilers
 # What messages say where the system lacked something, or a compiler was killed.
 LACKING = "Killed|No space left|allocate memory|out of memory|temporarily unavailable|can't start new thread"
-# What they say where something is not installed; what that is; the commands that install it on macOS and on Debian.
+# For each tool that is missing: words of a message, what is missing, the commands that install it on macOS and Debian.
 COMPILER = "xcode-select --install", "apt install g++"
 MISSING = (
     ("No working C", "no C++ compiler works", *COMPILER),
@@ -252,7 +252,7 @@ def _scratch_place(cache: Path) -> tuple[Path, str]:
 
 
 def _scratch_folders(cache: Path) -> Iterator[store.Leftover]:
-    """Those of killed processes, 130 MB each, and of processes that hold the lock."""
+    """All scratch folders, 130 MB each. Where a process is still compiling, it holds the lock."""
     place, middle = _scratch_place(cache)
     for scratch in place.glob(f"*.{middle}.*.scratch"):
         lock = cache / f"{scratch.name.split('.')[0]}.lock"

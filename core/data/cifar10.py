@@ -5,7 +5,6 @@ from typing import Any
 
 from core.data.archive import DIRECTORY_HASH, Archive, Progress
 from core.data.tensors import Data
-from core.spec import CIFAR10
 from core.store import local
 
 # The md5 that torchvision.datasets.CIFAR10 publishes, and the size in bytes.
@@ -30,7 +29,6 @@ ARCHIVE = Archive(
     ),
     tracked=True,
 )
-CLASSES = CIFAR10.classes
 
 
 def load(folder: str | Path, url: str | None = None, progress: Progress = lambda *_: None) -> Data:

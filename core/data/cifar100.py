@@ -46,7 +46,7 @@ def read(folder: Path) -> Data:
     for split in ("train", "test"):
         batch = ARCHIVE.read(folder, split)
         tensors += [torch.from_numpy(batch[b"data"]), torch.tensor(batch[b"fine_labels"], device="cpu")]
-    return Data.of(tensors, INFO)
+    return Data._make([*tensors, INFO])
 
 
 def test_images(folder: Path) -> Any:

@@ -99,7 +99,7 @@ def worth_compiling(name: str) -> bool:
 
 
 def home(name: str, where: Path) -> Path:
-    """The folder of the files of a data set, if `where` is asked for. data/ is versioned and holds CIFAR-10 alone."""
+    """The folder with the files of a data set: `where`, or datasets/ in place of data/, which holds CIFAR-10 alone."""
     archive = get(name).archive
     own = archive is not None and not archive.tracked and where.resolve() == (ROOT / "data").resolve()
     return ROOT / "datasets" if own else where
@@ -162,12 +162,12 @@ class Source:
                 self._read[name] = load(name, self.folder, self.url, progress)
         return self._read[name]
 
-    def identity(self, name: str) -> str | None:
-        """The identity of the data in records (core.data.identity); None if it is not known before it is fetched."""
+    def identity(self, name: str, fetch: bool = False) -> str | None:
+        """The identity of the data in records (core.data.identity); None if it is unknown until the data is fetched."""
         if entry := REGISTRY.get(name):
             if entry.identity:
                 return entry.identity
-            if entry.missing(home(name, self.folder)):
+            if not fetch and entry.missing(home(name, self.folder)):
                 return None
         from core.data.identity import data_identity
 

@@ -63,7 +63,7 @@ def load(folder: Path, test_share: float | None = None) -> Data:
         info = DataInfo(tuple(classes), (3, 32, 32), mean, std, held_out=max(1, min(counts) // 10))
     except ValueError as error:
         raise DataError(f"{folder} cannot be a data set: {error}") from None
-    return Data.of(tensors, info)
+    return Data._make([*tensors, info])
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:

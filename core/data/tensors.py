@@ -1,6 +1,6 @@
 """A data set in memory."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from core.errors import UserError
@@ -29,15 +29,9 @@ class Data(NamedTuple):
     test_labels: "Tensor"
     info: DataInfo = CIFAR10
 
-    @classmethod
-    def of(cls, tensors: "Iterable[Tensor]", info: DataInfo) -> "Data":
-        """The data of four tensors in the order of the fields."""
-        train_images, train_labels, test_images, test_labels = tensors
-        return cls(train_images, train_labels, test_images, test_labels, info)
-
     def map(self, function: "Callable[[Tensor], Tensor]") -> "Data":
         """The same data set with a function of each tensor."""
-        return Data.of(map(function, self.tensors.values()), self.info)
+        return Data._make([*map(function, self.tensors.values()), self.info])
 
     def to(self, device: "torch.device") -> "Data":
         """The same data set on a device, each tensor in one piece of memory."""

@@ -46,7 +46,7 @@ def _centres(seed: int, layer: int, units: int, info: DataInfo) -> Tensor:
 
 
 def rescaled(params: Tensors, envelope: Tensors) -> Tensors:
-    """The first trained weights `v` of local layers, from the weights of dense layers: each unit times
+    """The initial `v` of local layers: the initial weights of a dense layer, with each unit multiplied by
     sqrt(inputs / sum of its squared envelope). So its activations start on the scale of a dense layer's."""
     scales = {name: (g.shape[1] / g.double().square().sum(1, keepdim=True)).sqrt() for name, g in envelope.items()}
     return {name: p * scales[name].to(p.dtype) if name in scales else p for name, p in params.items()}

@@ -46,16 +46,11 @@ def init_state(spec: Spec, info: DataInfo = CIFAR10) -> State:
         "params": params,
         "effective": model.effective(params, spec, envelope),
         "stats": stats,
-        "average": {name: t.clone() for name, t in _averaged(params, stats).items()} if spec["ema"] > 0 else {},
+        "average": {n: t.clone() for n, t in {**params, **stats}.items() if spec["ema"] and t.is_floating_point()},
         "opt": optim.OPTIMIZERS[spec["optimizer"]].init(params),
         "step": torch.tensor(0, dtype=torch.int32),
         "metrics": metrics,
     }
-
-
-def _averaged(params: dict, stats: dict) -> dict:
-    """The tensors that the moving average covers: all but the counters."""
-    return {name: t for name, t in {**params, **stats}.items() if t.is_floating_point()}
 
 
 def moving_average(average: dict, new: dict, decay: Tensor, step: Tensor) -> dict:
@@ -86,25 +81,19 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
     return -(target * log_probabilities).sum(1)
 
 
-def hyper_tensors(spec: Spec, steps_per_epoch: int, device: torch.device, info: DataInfo = CIFAR10) -> dict[str, Any]:
-    """The dynamic values of a resolved spec as tensors on a device.
+def hyper_tensors(spec: Spec, steps_per_epoch: int, info: DataInfo = CIFAR10) -> dict[str, Any]:
+    """The dynamic values of a resolved spec as tensors on the CPU.
 
     Returns:
         0-d tensors; the quantiles of `mixup`, [1025]; with local layers `envelope`, what
         core.functional.locality.envelopes returns.
     """
-
-    def tensor(value: Any, dtype: str) -> Tensor:
-        if device.type == "mps" and dtype == "float64":  # MPS has no float64
-            dtype = "float32"
-        return torch.tensor(value, dtype=getattr(torch, dtype), device=device)
-
     values = {key: (spec[key], field.dynamic) for key, field in FIELDS.items() if field.dynamic not in ("", "derived")}
     values |= {name: (value, "float64") for name, value in optim.derived(spec, steps_per_epoch).items()}
     values |= {name: (value, "float32") for name, value in augment.derived(spec).items()}
-    hyper: dict[str, Any] = {name: tensor(value, dtype) for name, (value, dtype) in values.items()}
+    hyper: dict[str, Any] = {n: torch.tensor(v, dtype=getattr(torch, dtype)) for n, (v, dtype) in values.items()}
     if spec["locality"]:
-        hyper["envelope"] = {name: g.to(device) for name, g in locality.envelopes(spec, info).items()}
+        hyper["envelope"] = locality.envelopes(spec, info)
     return hyper
 
 

@@ -88,7 +88,8 @@ class Display:
                     self._say_step(event.step)
             case OnCluster():
                 if self._is_silent():
-                    self._say(f"the cluster has {event.runs:,} run{'s' * (event.runs > 1)} ({progress(self.tally)})")
+                    runs = "1 run" if event.runs == 1 else f"{event.runs:,} runs"
+                    self._say(f"the cluster has {runs} ({progress(self.tally)})")
             case EpochDone():
                 self._epoch(run, event)
             case Notice() | ModeChanged():
@@ -122,14 +123,12 @@ class Display:
 
     def _show(self, description: str, *more: ProgressColumn, **task: Any) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *more
-        # More than two refreshes a second would slow the training down.
-        shown = console.is_interactive
         self.bars = Progress(
             *columns,
             console=console,
-            refresh_per_second=2,
+            refresh_per_second=2,  # more would slow the training down
             transient=True,
-            disable=not shown,
+            disable=not console.is_interactive,
             redirect_stdout=False,  # the bar may be on stderr, and JSON on stdout
         )
         self.task = self.bars.add_task(description, **task)
@@ -201,7 +200,7 @@ class Display:
             counted = max(seconds, stats.seconds(record))  # of a resumed run, `seconds` is only the last part
         else:
             counted = seconds
-        self.tally.add(record, counted)
+        self.tally.add(record, counted, run.title)
         if isinstance(record, Failed):
             warn(f"{run.label} failed: {record.error}")
         elif isinstance(record, Finished) and self.tally.several:
@@ -220,11 +219,7 @@ class Bars(Display):
     def __init__(self, verbose: bool, total: int, on_cluster: bool) -> None:
         """`total`: the number of trials. Whoever searches counts those that are done: `tally.done`."""
         super().__init__(Tally([]), verbose, on_cluster)
-        self.tally.total = total
-
-    @property
-    def epochs(self) -> bool:
-        return self.verbose
+        self.tally.total, self.tally.several = total, True
 
     def _say_result(self, run: Run, record: Record, seconds: float) -> None:
         pass

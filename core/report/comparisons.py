@@ -9,7 +9,7 @@ from core import compare
 from core.compare import Interval
 from core.report import stats, text
 from core.report.catalog import Catalog
-from core.report.stats import Difference, Group
+from core.report.stats import Group
 from core.spec import FIELDS, canonical
 
 MAX_CHOICES = 5
@@ -26,7 +26,7 @@ class Comparison(NamedTuple):
     worse: str = "worse"
     rows: int = 1  # of its table; see stats.compare
 
-    def difference(self, split: str) -> Difference:
+    def difference(self, split: str) -> Interval:
         return stats.compare(self.a, self.b, split, self.rows)
 
     @property
@@ -35,22 +35,20 @@ class Comparison(NamedTuple):
         if not difference.significant:
             return "not significant" if difference.half < math.inf else "too few seeds"
         verdict = self.better if difference.mean > 0 else self.worse
-        one_look = difference.seeds < compare.first_look(stats.ALPHA / self.rows)
+        one_look = difference.n < compare.first_look(stats.ALPHA / self.rows)
         return f"{verdict} (one look)" if one_look else verdict
 
     def needed(self) -> str:
         difference = self.difference("validation")
         if difference.half == math.inf:
             return ""
-        mean, half, deviation = (100 * value for value in difference[:3])
-        points = Interval(mean, half, deviation, difference.seeds)
-        return f"{compare.needed(points, compare.DIFFERENCE, stats.ALPHA / self.rows):,}"
+        return f"{compare.needed(difference, compare.DIFFERENCE, stats.ALPHA / self.rows):,}"
 
     def points(self, split: str) -> str:
         """'+2.39 ± 1.18'; '+2.39' if there are too few seeds for an interval."""
         difference = self.difference(split)
-        half = f" ± {100 * difference.half:.2f}" if difference.half < math.inf else ""
-        return f"{100 * difference.mean:+.2f}{half}"
+        half = f" ± {difference.half:.2f}" if difference.half < math.inf else ""
+        return f"{difference.mean:+.2f}{half}"
 
     def images(self) -> str:
         """'700 : 749, p = 0.21'; empty if the records do not say which images were right."""
@@ -65,7 +63,7 @@ COLUMNS: dict[str, Callable[[Comparison], str]] = {
     "comparison": lambda c: c.name,
     "validation": lambda c: c.points("validation"),
     "test": lambda c: c.points("test"),
-    "seeds": lambda c: f"{c.difference('validation').seeds:,}",
+    "seeds": lambda c: f"{c.difference('validation').n:,}",
     "verdict": lambda c: c.verdict,
     "seeds needed": Comparison.needed,
     "images": Comparison.images,

@@ -1,6 +1,6 @@
 """What a record looks like in a notebook: a small table, or a line in a list of records; and its learning curves.
 
-To import this module gives these to the records, as methods: core/runs knows nothing of reports.
+Importing this module adds them to the classes of records as methods: core/runs knows nothing of reports.
 """
 
 import html

@@ -50,7 +50,7 @@ Columns = dict[str, Callable[[Group], str]]
 
 
 def _spread(split: str) -> Callable[[Group], str]:
-    return lambda group: stats.spread(stats.accuracies(group, split)) if getattr(group[0].metrics, split) else "none"
+    return lambda group: stats.spread_on(group, split)
 
 
 def _interval(group: Group, split: str) -> str:
@@ -249,7 +249,7 @@ def details(groups: list[Group], results: Results, catalog: Catalog) -> str:
     parts = [
         text.folded("How to read the tables", LEGEND) if groups else "",
         text.folded(OTHER, other_runs(results, catalog)) if results.other else "",
-        text.folded("Reproduce", reproduce(groups, catalog)) if groups else "",
+        text.folded("Reproduce", _shell([*_commands(groups, catalog), "uv run main.py evaluate"])) if groups else "",
         text.folded("Made on", made_on(groups)) if groups else "",
     ]
     return f"## Details\n{''.join(parts)}" if any(parts) else ""
@@ -307,11 +307,6 @@ def _note(dataset: str) -> str:
     """What a reader should know of results with a data set, after a space."""
     note = datasets.REGISTRY[dataset].note if dataset in datasets.REGISTRY else ""
     return f" {note}" if note else ""
-
-
-def reproduce(groups: list[Group], catalog: Catalog) -> str:
-    """Which commands train these runs again?"""
-    return _shell([*_commands(groups, catalog), "uv run main.py evaluate"])
 
 
 MACHINES: dict[str, Callable[[list[Finished]], str]] = {

@@ -19,7 +19,7 @@ TICKS = {1: "1 s", 10: "10 s", 60: "1 min", 600: "10 min", 3600: "1 h", 36_000: 
 
 
 class Published(NamedTuple):
-    """A fully connected network on CIFAR-10 in a paper. None: the paper does not say, or pre-trains, too."""
+    """A fully connected network on CIFAR-10 in a paper. None: the paper does not give it, or there was pre-training."""
 
     network: str
     accuracy: float  # on test, in percent

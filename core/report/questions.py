@@ -79,8 +79,8 @@ def sentence(question: Question, found: Look) -> str:
 def on_test(found: Look, known: Known) -> str:
     """What test says of the pair that the answer is about; empty if there is no answer.
 
-    Two networks that differ in the seed alone differ more on the test images than on all images that there are (Jordan
-    2023, arXiv:2304.01910), so the doubt about other seeds and that about other images are told apart.
+    Two networks that differ only in the seed differ more on the test images than on all possible images (Jordan 2023,
+    arXiv:2304.01910). So the sentence has two intervals: one for other seeds, one for other images.
     """
     if found.decided is None:
         return ""

@@ -44,7 +44,7 @@ def prepare(out: Path, catalog: Catalog) -> None:
 
 
 def check(out: Path, catalog: Catalog) -> None:
-    """Raise StoreError if a file with the name of a file of the report is not ours. Writes nothing."""
+    """Raise StoreError if the report would replace a file that this program did not write. Writes nothing."""
     for name in _names(out, catalog):
         path = out / name
         data = _on_disk(path).replace(b"\r\n", b"\n")  # Git may have changed the line ends

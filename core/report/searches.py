@@ -91,7 +91,7 @@ def sentence(search: Searched) -> str:
         return f"{found}; not compared on fresh seeds yet"
     seeds = sorted(known[mine].keys() & known[base].keys())
     fresh = 100 * fmean(compare.accuracy(known[mine][seed]) for seed in seeds)
-    if pair.significant:
+    if pair.difference.significant:
         verdict = "beats" if pair.better == mine else "is beaten by"
         against = f"{verdict} {base} by {pair.difference}"
     elif pair.difference.mean + pair.difference.half < question.within:

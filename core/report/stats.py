@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from core import code_hash
 from core.code_hash import same_numbers
-from core.compare import half_width as at_every_look
+from core.compare import Interval
+from core.compare import interval as at_every_look
 from core.data import cifar10
 from core.runs.record import UNSET, Finished, Partial, Record
 from core.spec import Spec, canonical
@@ -35,11 +36,7 @@ class Group(list[Finished]):
 Official = Callable[[str], Spec | None]
 
 
-def unknown(name: str) -> None:
-    """As `Official`: nothing is known of experiments/."""
-
-
-def groups(finished: Iterable[Finished], official: Official = unknown) -> list[Group]:
+def groups(finished: Iterable[Finished], official: Official = lambda name: None) -> list[Group]:
     """The runs, grouped by name, spec without seed, code and data, in the order of the first run of each group.
 
     Args:
@@ -79,7 +76,7 @@ class Results(NamedTuple):
         return same_numbers(record.environment.code) and record.data == self.data
 
 
-def results(records: Iterable[Record], official: Official = unknown) -> Results:
+def results(records: Iterable[Record], official: Official = lambda name: None) -> Results:
     """The experiments. The data are CIFAR-10, or the most frequent data if no run has CIFAR-10.
 
     Args:
@@ -201,6 +198,11 @@ def spread(accuracies: Sequence[float]) -> str:
     return f"{100 * fmean(accuracies):.2f} ± {100 * stdev(accuracies):.2f}%"
 
 
+def spread_on(group: Sequence[Finished], split: str) -> str:
+    """`spread` on a split; "none" if the runs have no images there."""
+    return spread(accuracies(group, split)) if getattr(group[0].metrics, split) else "none"
+
+
 # Intervals
 
 
@@ -230,31 +232,15 @@ def mean_interval(group: Group, split: str) -> tuple[float, float]:
 # Comparisons
 
 
-class Difference(NamedTuple):
-    """The accuracy of one group minus that of another, paired over the seeds that both have.
-
-    With fewer than two such seeds, the mean is that over all seeds of each group.
-    """
-
-    mean: float
-    half: float  # of the interval; infinite with fewer than two seeds
-    deviation: float  # of the differences of single seeds
-    seeds: int  # that both have
-
-    @property
-    def significant(self) -> bool:
-        """Whether the interval does not contain 0."""
-        return abs(self.mean) > self.half
-
-
 def _pairs(a: Group, b: Group) -> list[tuple[Finished, Finished]]:
     """The runs with the same seed, in the order of the seeds."""
     by_seed = {record.seed: record for record in b}
     return [(record, by_seed[record.seed]) for record in sorted(a, key=lambda r: r.seed) if record.seed in by_seed]
 
 
-def compare(a: Group, b: Group, split: str, rows: int = 1) -> Difference:
-    """The accuracy of `a` minus that of `b`.
+def compare(a: Group, b: Group, split: str, rows: int = 1) -> Interval:
+    """The accuracy of `a` minus that of `b`, in points, paired over the seeds that both have. With fewer than two such
+    seeds, the mean is that over all seeds of each group, and the interval is infinite.
 
     Args:
         rows: the 95% intervals of so many comparisons are valid together, and at every look (core.compare) from
@@ -262,14 +248,14 @@ def compare(a: Group, b: Group, split: str, rows: int = 1) -> Difference:
     """
     pairs = _pairs(a, b)
     if len(pairs) < 2:
-        return Difference(accuracy(a, split) - accuracy(b, split), math.inf, 0.0, len(pairs))
+        return Interval(100 * (accuracy(a, split) - accuracy(b, split)), math.inf, 0.0, len(pairs))
     of_a, of_b = (accuracies(runs, split) for runs in zip(*pairs, strict=True))
     differences = [one - other for one, other in zip(of_a, of_b, strict=True)]
     # Few seeds can have equal differences by chance: less than one image is never significant.
-    deviation, least = stdev(differences), 1 / getattr(a[0].metrics, split).n
-    half = at_every_look(deviation, len(pairs), ALPHA / rows)
-    half = half_width(differences, ALPHA / rows) if half == math.inf else half
-    return Difference(fmean(differences), max(half, least), deviation, len(pairs))
+    least = 1 / getattr(a[0].metrics, split).n
+    mean, half, deviation, n = at_every_look(differences, ALPHA / rows, least)
+    half = max(half_width(differences, ALPHA / rows), least) if half == math.inf else half
+    return Interval(100 * mean, 100 * half, 100 * deviation, n)
 
 
 def image_by_image(a: Group, b: Group) -> tuple[int, int, float] | None:
@@ -291,8 +277,8 @@ def image_by_image(a: Group, b: Group) -> tuple[int, int, float] | None:
 
 
 def over_images(pairs: Sequence[tuple[Finished, Finished]]) -> float | None:
-    """Half of the 95% interval, over other test images, of the mean test accuracy of the first networks minus that of
-    the second; None if not all records say which images were right."""
+    """Half of the 95% interval for other test images. It is that of the mean test accuracy of the first networks minus
+    that of the second ones; None if a record does not say which images were right."""
     import numpy as np
 
     def right(record: Finished) -> "np.ndarray":

@@ -23,7 +23,7 @@ def table(columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> s
 
 
 def folded(summary: str, content: str) -> str:
-    """What opens with a click on its summary."""
+    """A block that shows its summary. A click opens the content."""
     return f"\n<details><summary>{summary}</summary>\n\n{content}\n</details>\n"
 
 

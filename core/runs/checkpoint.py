@@ -75,7 +75,7 @@ def _signature(total: str) -> bytes:
 
 
 def load(path: Path, schema: type[Schema], template: Callable[[Schema], Shapes]) -> tuple[Tensors, Schema]:
-    """Read a file that `save` wrote. Its bytes and its tensors are in memory together, so it may have half of that.
+    """Read a file that `save` wrote, of at most half of the memory: its bytes and tensors are there at the same time.
 
     Args:
         schema: what the metadata must be.

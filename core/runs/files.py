@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.runs.record import Finished, read_each
+from core.runs.layout import read_each
+from core.runs.record import Finished, read_record
 from core.runs.run import InProgress, Run
 from core.spec import resolve
 from core.store import Held, Leftover, delete, local, locked, reserve, sweep
@@ -49,8 +50,8 @@ def sweep_all(out: Path) -> None:
 def leftovers(out: Path) -> Iterator[Leftover]:
     """The temporary files of dead processes under `out`, and the resume points of finished runs.
 
-    A run that is trained again with --force has a result and resume points. Those that are newer than the result let it
-    go on, and are none.
+    A run that is trained again with --force has a result and resume points. It needs those that are newer than the
+    result to go on, so they are no leftovers.
     """
     folder = out / "checkpoints"
     for path in (*out.glob("results.md.[0-9]*.tmp"), *folder.glob("*.[0-9]*.tmp")):
@@ -59,7 +60,7 @@ def leftovers(out: Path) -> Iterator[Leftover]:
         yield Leftover([path], DEAD, path.with_name(f"{path.name.split('.')[0]}.lock"))
     for name, run_id in sorted(in_progress(out)):
         record = folder / name / f"{run_id}.json"
-        if any(isinstance(each, Finished) for each in read_each([record] if record.exists() else [])):
+        if any(isinstance(each, Finished) for each in read_each(filter(Path.exists, [record]), read_record)):
             for path in sorted(record.parent.glob(f"{run_id}.step-*.safetensors")):
                 if path.stat().st_mtime <= record.stat().st_mtime:
                     yield Leftover([path], "resume point of a finished run", record.with_suffix(".lock"))
@@ -135,7 +136,7 @@ def _runs(out: Path, name: str, former: Sequence[str], suffix: str) -> list[Run]
     """The runs of an experiment that have such a file."""
     runs: dict[str, Run] = {}
     for folder in (name, *former):
-        for record in read_each(sorted((out / "checkpoints" / folder).glob("*.json"))):
+        for record in read_each(sorted((out / "checkpoints" / folder).glob("*.json")), read_record):
             run = Run(name, record.spec, out, former)
             if suffix == ".json" or (isinstance(record, Finished) and run.weights.exists()):
                 runs.setdefault(run.id, run)

@@ -3,7 +3,7 @@ the small files of that kind that a command writes for the report."""
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ WIDTH = 120  # characters of a line that holds several values
 MAX_BYTES = 1 << 20  # of a file that `read` takes
 
 T = TypeVar("T", bound=Struct)
+R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +36,18 @@ def read(path: Path, kind: type[T], what: str) -> T:
         raise StoreError(f"{path} is not {what}: {str(error)[:200]!r}") from None
 
 
-def read_all(paths: Iterable[Path], kind: type[T], what: str) -> list[T]:
-    """The contents of such files, in the order of their names. Skips another file, with a warning in the log."""
-    found = []
-    for path in sorted(paths):
+def read_each(paths: Iterable[Path], read: Callable[[Path], R]) -> Iterator[R]:
+    """What `read` returns for each of these files. Skips a file that it refuses, with a warning in the log."""
+    for path in paths:
         try:
-            found.append(read(path, kind, what))
+            yield read(path)
         except StoreError as error:
             log.warning("%s; it is skipped and stays as it is", error)
-    return found
+
+
+def read_all(paths: Iterable[Path], kind: type[T], what: str) -> list[T]:
+    """The contents of such files, in the order of their names; see `read_each`."""
+    return list(read_each(sorted(paths), lambda path: read(path, kind, what)))
 
 
 def write(path: Path, content: Struct, what: str) -> None:

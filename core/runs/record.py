@@ -6,9 +6,8 @@ A key that a later version adds gets a default, so older records stay valid. SCH
 changes its meaning.
 """
 
-import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +23,6 @@ from core.store import StoreError, atomic_write, local, read_file
 SCHEMA_VERSION = 1
 MAX_BYTES = 64 << 20  # of a record; that of the longest run, 100,000 epochs, has 25 MB
 
-log = logging.getLogger(__name__)
 
 # Text is shown in terminals, in Markdown and in pictures: no control, invisible, bidirectional or surrogate characters.
 UNSHOWN = r"\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff"
@@ -196,7 +194,7 @@ class Failed(About, tag_field="status", tag="failed"):
 
     @property
     def diverged(self) -> bool:
-        """Whether a number became NaN or infinite. Any other failure, such as too little memory, is none of the run."""
+        """Whether a number became NaN or infinite. Any other failure, such as too little memory, does not count."""
         return "NaN" in self.error
 
 
@@ -388,7 +386,7 @@ def read_record(path: Path) -> Record:
 
 
 def read_records(out: str | Path, former: Mapping[str, str] = {}) -> Iterator[Record]:
-    """Every record under `out`, in the order of their paths; see `read_each`.
+    """Every record under `out`, in the order of their paths; see core.runs.layout.read_each.
 
     Args:
         former: old names of experiments, with the new names. A record with an old name gets the new name. It is skipped
@@ -396,18 +394,9 @@ def read_records(out: str | Path, former: Mapping[str, str] = {}) -> Iterator[Re
     """
     folder = local(out) / "checkpoints"
     paths = (path for path in sorted(folder.glob("*/*.json")) if re.fullmatch(r"[0-9a-f]{12}\.json", path.name))
-    for record in read_each(paths):
+    for record in layout.read_each(paths, read_record):
         if (name := new_name(record.name, former)) != record.name:
             if (folder / name / f"{record.spec_id}.json").exists():
                 continue
             record.name = name
         yield record
-
-
-def read_each(paths: Iterable[Path]) -> Iterator[Record]:
-    """The records in these files. Skips a file that is not a record, with a warning in the log."""
-    for path in paths:
-        try:
-            yield read_record(path)
-        except RecordError as error:
-            log.warning("%s; it is skipped and stays as it is", error)

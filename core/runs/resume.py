@@ -91,7 +91,7 @@ def newest(
             continue
         if point.inexact and exact:
             raise ResumeError(f"{path} was made with {point.inexact}: {REMEDY}")
-        delete(*damaged)  # else one of them could be one of the two that are kept
+        delete(*damaged)  # else `save` would count a damaged one among the two that it keeps
         return point
     if damaged:
         raise ResumeError(f"every resume point of {about.name} is damaged; --force starts anew")
@@ -106,14 +106,19 @@ def step_of(path: Path) -> int:
 
 def _load(path: Path, about: About, state: dict[str, Tensor], steps_per_epoch: int) -> Restored:
     step = step_of(path)
-    rows = step // steps_per_epoch, len(COLUMNS)
-    shapes = {**checkpoint.shapes_of(state), "history": (rows, torch.float64)}
+    shape = step // steps_per_epoch, len(COLUMNS)
+    shapes = {**checkpoint.shapes_of(state), "history": (shape, torch.float64)}
     tensors, saved = checkpoint.load(path, ResumePoint, lambda _: shapes)
+    rows = tensors.pop("history").tolist()
+    steps, timed = (step - 1) % steps_per_epoch + 1, saved.progress.timed  # of the epoch in progress
+    loss, correct = tensors["metrics/loss"].item(), tensors["metrics/correct"].item()
     try:
         if int(tensors["step"]) != step or step > about.spec["epochs"] * steps_per_epoch:
             raise ValueError(f"it holds step {int(tensors['step'])}")
-        _check_sums(tensors, saved.progress, (step - 1) % steps_per_epoch + 1, about.spec["batch_size"])
-        history = _history(tensors.pop("history").tolist())
+        if not (0 <= loss <= 1e300 and 0 <= correct <= steps * about.spec["batch_size"] and timed <= steps):
+            raise ValueError(f"its sums are not those of {steps} steps")
+        entries = [{k: None if v == NONE else v for k, v in zip(COLUMNS, row, strict=True)} for row in rows]
+        history = msgspec.convert(entries, list[Epoch], strict=False)
         check_history(history, len(history), about.spec)
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
@@ -126,16 +131,3 @@ def _load(path: Path, about: About, state: dict[str, Tensor], steps_per_epoch: i
     changed = ["another spec"] if canonical(saved.spec) != canonical(about.spec) else []
     changed += filter(None, [difference(saved.environment, now)])
     return Restored(step, tensors, history, saved.progress, Mode.parse(now.mode), ", ".join(changed) or None)
-
-
-def _check_sums(tensors: dict[str, Tensor], progress: Progress, steps: int, batch_size: int) -> None:
-    """Raise ValueError if the sums cannot be those of the first `steps` steps of an epoch."""
-    loss, correct = tensors["metrics/loss"].item(), tensors["metrics/correct"].item()
-    if not (0 <= loss <= 1e300 and 0 <= correct <= steps * batch_size and progress.timed <= steps):
-        raise ValueError(f"its sums are not those of {steps} steps")
-
-
-def _history(rows: list[list[float]]) -> list[Epoch]:
-    """Epochs from rows of floats."""
-    entries = [{k: None if v == NONE else v for k, v in zip(COLUMNS, row, strict=True)} for row in rows]
-    return [msgspec.convert(entry, Epoch, strict=False) for entry in entries]

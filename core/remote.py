@@ -153,6 +153,7 @@ def train(
     data_name, coming = data_identity(data), iter(groups)
     waiting = deque(itertools.islice(coming, 1))
     started = in_progress(waiting[0][0].out) if waiting else frozenset()
+    sizes = functools.cache(functools.partial(split_sizes, data))  # thousands of runs may end at once
     tasks: dict[Any, tuple[list[Run], contextlib.ExitStack]] = {}  # with the locks of their runs
     deaths: Counter[Run] = Counter()  # of workers that were training the run
 
@@ -214,7 +215,7 @@ def train(
                         # One by one, and at the end, when other tasks have freed their memory.
                         waiting.extend([run] for run in group)
                         continue
-                    checked = [check(run, each, data, data_name) for run, each in zip(group, trained, strict=True)]
+                    checked = [check(run, each, data_name, sizes) for run, each in zip(group, trained, strict=True)]
                     for run, record, each in zip(group, checked, trained, strict=True):
                         yield end(run, keep(run, record, each.weights, started))
 
@@ -259,11 +260,18 @@ def _device(asked: str, resources: dict[str, float]) -> str:
     return "cuda" if gpus and asked != "cpu" else "cpu"
 
 
-def check(run: Run, trained: Trained, data: Data, data_name: str) -> Finished | Failed:
+def split_sizes(data: Data, train_on: str) -> list[int | None]:
+    """How many images a run trains on, validates with (None: with none), and is tested on."""
+    examples, validation = loader.to_train_on(data.train_labels, train_on, data.info)
+    return [len(examples), None if validation is None else len(validation), len(data.test_labels)]
+
+
+def check(run: Run, trained: Trained, data: str, sizes: Callable[[str], list[int | None]]) -> Finished | Failed:
     """The record that a worker returned, if it belongs to this run.
 
     Args:
-        data_name: the identity of the data; see core.data.identity.
+        data: the identity of the data; see core.data.identity.
+        sizes: from `train_on` to what `split_sizes` returns.
 
     Raises:
         ClusterError: it belongs to another run, or its digest is not that of the weights.
@@ -278,13 +286,11 @@ def check(run: Run, trained: Trained, data: Data, data_name: str) -> Finished | 
             **{f"spec.{key}": (record.spec[key], value) for key, value in run.spec.items()},
             "code": (record.environment.code, CODE),
             "torch": (record.environment.torch, SOFTWARE.torch),
-            "data": (record.data, data_name),
+            "data": (record.data, data),
         }
         if isinstance(record, Finished):
-            train, validation = loader.to_train_on(data.train_labels, run.spec["train_on"], data.info)
-            sizes = [len(train), None if validation is None else len(validation), len(data.test_labels)]
             splits = record.metrics.train, record.metrics.validation, record.metrics.test
-            pairs["images"] = [split and split.n for split in splits], sizes
+            pairs["images"] = [split and split.n for split in splits], sizes(run.spec["train_on"])
             pairs["digest"] = record.digest, checkpoint.digest(safetensors.torch.load(trained.weights))
     except (ValueError, KeyError, safetensors.SafetensorError) as error:
         raise ClusterError(f"a worker returned no result of {run.label} ({error}); it is not kept") from None

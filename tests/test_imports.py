@@ -30,7 +30,7 @@ RULES = {
     "remote": {"cluster", "code_hash", "events", "mode", "store", "spec", "data", "runs", "session", "schedule"},
     "plan": {"errors", "space", "spec", "runs", "report"},  # report: its catalog
     "estimate": {"mode", "spec", "functional", "data", "runs", "report"},
-    "tally": {"spec", "runs", "report", "estimate"},
+    "tally": {"spec", "runs", "estimate"},
     "terminal": {"errors", "spec", "report", "runs", "estimate", "tally"},
     "listeners": {"errors", "events", "report", "runs", "tally", "terminal"},
     "interactive": {"data", "events", "listeners", "report", "runs", "session", "signals", "spec", "tally"},

@@ -2,6 +2,7 @@
 simulated."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -444,30 +445,30 @@ def fewer(record):
 def test_a_result_of_another_run_is_refused(returned, invented, what, alter):
     run, trained = returned
     named, record = data_identity(invented), decode(trained.record)
-
-    assert remote.check(run, trained, invented, named) == record
+    sizes = functools.partial(remote.split_sizes, invented)
+    assert remote.check(run, trained, named, sizes) == record
     with pytest.raises(
         cluster.ClusterError, match=f"^a worker returned x seed 0 with {what} .*, expected .* not kept$"
     ):
-        remote.check(run, trained._replace(record=encode(alter(record))), invented, named)
+        remote.check(run, trained._replace(record=encode(alter(record))), named, sizes)
 
 
 def test_an_invalid_result_is_refused(returned, invented):
     run, trained = returned
     named = data_identity(invented)
-
+    sizes = functools.partial(remote.split_sizes, invented)
     tensors = safetensors.torch.load(trained.weights)
     first = next(iter(tensors))
     others = safetensors.torch.save(tensors | {first: -tensors[first]})
     for weights in (b"", trained.weights[:-4], others):
         with pytest.raises(cluster.ClusterError, match=r"it is not kept$"):
-            remote.check(run, trained._replace(weights=weights), invented, named)
+            remote.check(run, trained._replace(weights=weights), named, sizes)
     longer = json.loads(trained.record)
     longer["history"] = {key: [*column, 2] for key, column in longer["history"].items()}
     stopped = {**json.loads(trained.record), "status": "partial"}
     for bad in (b"{}", b"", json.dumps(longer).encode(), json.dumps(stopped).encode()):
         with pytest.raises(cluster.ClusterError, match="a worker returned no result of x"):
-            remote.check(run, trained._replace(record=bad), invented, named)
+            remote.check(run, trained._replace(record=bad), named, sizes)
 
 
 @pytest.fixture

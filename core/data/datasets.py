@@ -163,7 +163,8 @@ class Source:
         return self._read[name]
 
     def identity(self, name: str, fetch: bool = False) -> str | None:
-        """The identity of the data in records (core.data.identity); None if it is unknown until the data is fetched."""
+        """The identity of the data in records (core.data.identity). If it is unknown until the data is fetched: with
+        `fetch`, fetch it; else None."""
         if entry := REGISTRY.get(name):
             if entry.identity:
                 return entry.identity

@@ -277,8 +277,8 @@ def image_by_image(a: Group, b: Group) -> tuple[int, int, float] | None:
 
 
 def over_images(pairs: Sequence[tuple[Finished, Finished]]) -> float | None:
-    """Half of the 95% interval for other test images. It is that of the mean test accuracy of the first networks minus
-    that of the second ones; None if a record does not say which images were right."""
+    """Half of the 95% interval, over other test images, of a difference: the mean test accuracy of the first networks
+    minus that of the second. None if a record does not say which images were right."""
     import numpy as np
 
     def right(record: Finished) -> "np.ndarray":

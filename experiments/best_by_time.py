@@ -10,9 +10,9 @@ uv run main.py run gpu                              six minutes on an NVIDIA H20
 uv run main.py run minute-ablation --seeds 3        what each ingredient of `minute` is worth: an hour or more
 
 All but `gpu` have local layers. `two-hours` is no better than `hour`. `gpu` is dense, and less accurate than
-`ten-minutes`. The recipes train on all images, and so have no validation accuracy. The suite `minute-ablation` trains `minute` and its variants with the validation
-split held out; docs/accuracy.md has the search. Guesses are: the dropout of `hour` and of `two-hours`; all that `gpu`
-does not share with the others, but for its fourth layer.
+`ten-minutes`. The recipes train on all images, and so have no validation accuracy. The suite `minute-ablation` trains
+`minute` and its variants with the validation split held out; docs/accuracy.md has the search. Guesses are: the dropout
+of `hour` and of `two-hours`; all that `gpu` does not share with the others, but for its fourth layer.
 """
 
 from typing import Any

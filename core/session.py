@@ -199,7 +199,7 @@ def _failing(sessions: list["Session"]) -> Iterator[None]:
                 "workers with the method 'spawn' of multiprocessing"
             ) from error
         if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise  # a lack of CPU memory is a RuntimeError, too, and only its message shows it
+            raise  # where the CPU has too little memory, torch raises a RuntimeError: only its message shows it
         if not sessions:
             raise UserError("there is not enough memory for the data") from error
         if len(sessions) > 1:

@@ -32,13 +32,19 @@ class Tally:
     def expect(self, runs: Iterable[Run]) -> None:
         """Count more runs."""
         for run in runs:
+            title = run.title or run.name
             self.total += 1
-            self.specs[run.title or run.name] = run.spec
-            self._left[run.title or run.name] += 1
+            self.specs[title] = run.spec
+            self._left[title] += 1
         self.several, self.seeds = self.total > 1, len(self.specs) < self.total
 
     def add(self, record: Record, seconds: float = 0.0, title: str = "") -> None:
-        """Count a run that has ended after `seconds` of training; 0 if it was finished already."""
+        """Count a run that has ended.
+
+        Args:
+            seconds: of its training; 0 if it was finished already.
+            title: of its experiment; by default, the name in the record.
+        """
         title = title or record.name
         self.done += 1
         self._left[title] -= 1

@@ -44,7 +44,7 @@ def test_every_command_works_on_windows(tmp_path):
     words = shlex.split(" , ".join(commands))
     env = {key: value for key, value in os.environ.items() if key not in HOME}
     env |= {**OFFLINE, "MPLCONFIGDIR": matplotlib.get_cachedir(), "COLUMNS": "200"}
-    env["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")  # the one of this folder may hold steps of older code
+    env["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")  # the cache of this checkout may hold steps of older code
     done = subprocess.run(
         (sys.executable, "-X", "warn_default_encoding", ROOT / "tests" / "windows.py", *words),
         env=env,

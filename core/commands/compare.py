@@ -119,23 +119,23 @@ def decide(
         return None if status == 130 else records
 
     question.data = source.identity(dataset, fetch=True) or ""
-    records, found = existing(args, question, project), None
+    known_before, found = existing(args, question, project), None
     question.write(args.out)
-    for found in compare.rounds(question, records, more):
+    for found in compare.rounds(question, known_before, more):
         say(questions.line(found))
         if args.json:
             terminal.as_json(about(found))
-    made = rebuild(args.out, catalog, args.data)
+    records = rebuild(args.out, catalog, args.data)
     if status == 130 or found is None:
-        return 130, made
-    asked = questions.asked(args.out, made, project.former)
+        return 130, records
+    asked = questions.asked(args.out, records, project.former)
     [known] = [each.known for each in asked if each.question.file == question.file]
     answer = {"sentence": questions.sentence(question, found), "test": questions.on_test(found, known)}
     for line in filter(None, answer.values()):
         say(line)
     if args.json:
         terminal.as_json({**about(found), **answer})
-    return 0 if found.answer else 1, made
+    return 0 if found.answer else 1, records
 
 
 def about(found: Look) -> dict[str, Any]:

@@ -53,7 +53,7 @@ OPTIONS: dict[str, Any] = {
     "aot_inductor.enable_line_tables": False,
     "pattern_matcher": False,
     # A result of more operations than this gets a buffer of its own until loops are fused. Each round of a random draw
-    # uses the round before three times, and by default inductor repeats that expression each time. Saves 11 s.
+    # uses the round before three times, and by default inductor repeats that expression each time. Buffers save 11 s.
     "realize_opcount_threshold": 10,
     "cpp.vec_isa_ok": True,  # on x86, build no program to try each of the CPU's vector instructions: saves 10 s
     "size_asserts": False,

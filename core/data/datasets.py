@@ -163,8 +163,11 @@ class Source:
         return self._read[name]
 
     def identity(self, name: str, fetch: bool = False) -> str | None:
-        """The identity of the data in records (core.data.identity). If it is unknown until the data is fetched: with
-        `fetch`, fetch it; else None."""
+        """The identity of the data in records (core.data.identity).
+
+        Args:
+            fetch: fetch data that is not on this disk. Without it, the identity of such data may be None: not known.
+        """
         if entry := REGISTRY.get(name):
             if entry.identity:
                 return entry.identity

@@ -28,7 +28,7 @@ def init_state(spec: Spec, info: DataInfo = CIFAR10) -> State:
         params: the parameters, float32.
         effective: as core.functional.model.effective returns it.
         stats: the batch-norm statistics.
-        average: the moving average of `params` and `stats`; empty without spec["ema"].
+        average: the moving average of `params` and `stats`, without the counters; empty without spec["ema"].
         opt: the state of the optimizer.
         step: the number of steps so far, int32.
         metrics: sums since the start of the epoch: the `loss` over all examples (float64), the number of `correct`
@@ -42,11 +42,14 @@ def init_state(spec: Spec, info: DataInfo = CIFAR10) -> State:
         "correct": torch.tensor(0),
         "bad_step": torch.tensor(NEVER, dtype=torch.int32),
     }
+    average = {}
+    if spec["ema"]:
+        average = {name: t.clone() for name, t in {**params, **stats}.items() if t.is_floating_point()}
     return {
         "params": params,
         "effective": model.effective(params, spec, envelope),
         "stats": stats,
-        "average": {n: t.clone() for n, t in {**params, **stats}.items() if spec["ema"] and t.is_floating_point()},
+        "average": average,
         "opt": optim.OPTIMIZERS[spec["optimizer"]].init(params),
         "step": torch.tensor(0, dtype=torch.int32),
         "metrics": metrics,

@@ -60,7 +60,8 @@ def leftovers(out: Path) -> Iterator[Leftover]:
         yield Leftover([path], DEAD, path.with_name(f"{path.name.split('.')[0]}.lock"))
     for name, run_id in sorted(in_progress(out)):
         record = folder / name / f"{run_id}.json"
-        if any(isinstance(each, Finished) for each in read_each(filter(Path.exists, [record]), read_record)):
+        written = [record] if record.exists() else []
+        if any(isinstance(each, Finished) for each in read_each(written, read_record)):
             for path in sorted(record.parent.glob(f"{run_id}.step-*.safetensors")):
                 if path.stat().st_mtime <= record.stat().st_mtime:
                     yield Leftover([path], "resume point of a finished run", record.with_suffix(".lock"))

@@ -36,11 +36,11 @@ def read(path: Path, kind: type[T], what: str) -> T:
         raise StoreError(f"{path} is not {what}: {str(error)[:200]!r}") from None
 
 
-def read_each(paths: Iterable[Path], read: Callable[[Path], R]) -> Iterator[R]:
-    """What `read` returns for each of these files. Skips a file that it refuses, with a warning in the log."""
+def read_each(paths: Iterable[Path], read_one: Callable[[Path], R]) -> Iterator[R]:
+    """What `read_one` returns for each of these files. Skips a file that it refuses, with a warning in the log."""
     for path in paths:
         try:
-            yield read(path)
+            yield read_one(path)
         except StoreError as error:
             log.warning("%s; it is skipped and stays as it is", error)
 

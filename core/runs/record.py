@@ -23,7 +23,6 @@ from core.store import StoreError, atomic_write, local, read_file
 SCHEMA_VERSION = 1
 MAX_BYTES = 64 << 20  # of a record; that of the longest run, 100,000 epochs, has 25 MB
 
-
 # Text is shown in terminals, in Markdown and in pictures: no control, invisible, bidirectional or surrogate characters.
 UNSHOWN = r"\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff"
 Text = Annotated[str, Meta(max_length=1000, pattern=rf"\A[^{UNSHOWN}]*\Z")]

@@ -76,7 +76,7 @@ FULL = Size(
     cohorts=dict.fromkeys(test_cohort.NETWORKS, (1, 4, 16, 64)),
     verified=("lr-1e-3",),
     started=test_start.RUN,
-    recipe=("gpu", "--checkpoint-every", "1000"),  # a resume point has a gigabyte
+    recipe=("gpu",),
 )
 DEMO = ("demo",)
 SMALL = Size("cpu", ("eager float32", "products float32"), 2, 1, {"narrow": (1, 2)}, DEMO, DEMO, DEMO)

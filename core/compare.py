@@ -140,9 +140,10 @@ class Question(Struct, kw_only=True):
         if not 50 <= self.confidence < 100:
             raise QuestionError(f"--confidence {self.confidence:g}, expected percent, at least 50 and below 100")
         if not first_look(self.alpha) <= self.max_seeds <= MAX_SEEDS:
+            least = first_look(self.alpha)
             raise QuestionError(
-                f"--max-seeds {self.max_seeds}, expected {first_look(self.alpha)} to {MAX_SEEDS:,}: fewer seeds cannot "
-                f"decide at {self.confidence:g}% between {len(labels)} candidates"
+                f"--max-seeds {self.max_seeds}, expected {least} to {MAX_SEEDS:,}: {len(labels)} candidates need at "
+                f"least {least} seeds at {self.confidence:g}%"
             )
 
     @property

@@ -20,7 +20,7 @@ from core.events import Listener
 from core.runs.record import Epoch, Failed, Finished, Partial, Record, read_records
 from core.runs.run import Run
 from core.schedule import Executor, Interrupted, ShouldStop, Skipped, train_all
-from core.space import PREFIX, Range, Space, Trials, accuracy
+from core.space import PREFIX, Range, Space, Trials, accuracy, read_all
 from core.spec import FIELDS, Integer, SpecError, canonical
 from core.store import atomic_write, locked, read_file
 
@@ -32,6 +32,14 @@ MAX_JOURNAL = 1 << 30  # bytes
 
 class SearchError(UserError):
     """A search cannot go on; the message says why."""
+
+
+def import_optuna(search: str) -> Any:
+    """The module. Raises SearchError if it is not installed; `search` is the name for the command of the message."""
+    try:
+        return importlib.import_module("optuna")
+    except ImportError:
+        raise SearchError(f"Optuna is not installed: `uv run --group search main.py search {search}` has it") from None
 
 
 class Search:
@@ -57,12 +65,7 @@ class Search:
             SearchError: Optuna is not installed, or its journal is damaged.
             core.store.Held: another process searches.
         """
-        try:
-            self.optuna = importlib.import_module("optuna")
-        except ImportError:
-            raise SearchError(
-                f"Optuna is not installed: `uv run --group search main.py search {self.space.name}` has it"
-            ) from None
+        self.optuna = import_optuna(self.space.name)
         file = self.out / f"{PREFIX}{self.space.name}"
         with contextlib.ExitStack() as stack:
             lock, owner = file.with_name(f"{file.name}.lock"), file.with_name(f"{file.name}.owner")
@@ -115,7 +118,10 @@ class Search:
             elif trial.state in (self._state("COMPLETE"), self._state("PRUNED")):
                 known[self._run(trial).id] = trial.state
                 self._count(self._run(trial).id)
-        for run_id, record in self.records.items():
+        before = next((each.trials for each in read_all(self.out) if each.name == self.space.name), [])
+        # Without its journal, as in a clone, the search gives the trials their former numbers.
+        numbers = {run_id: number for number, run_id in enumerate(before)}
+        for run_id, record in sorted(self.records.items(), key=lambda each: numbers.get(each[0], len(before))):
             if run_id not in known or (isinstance(record, Finished) and known[run_id] != self._state("COMPLETE")):
                 self._add(record)
 

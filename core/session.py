@@ -88,7 +88,7 @@ def run_cohort(
     should_stop: Callable[[], bool] = lambda: False,
     *,
     compiled: bool = True,
-    checkpoint_every: int = 1,
+    checkpoint_every: int | None = None,
     force: bool = False,
     exact: bool = True,
     falls_behind: Callable[[Run, Sequence[Epoch]], bool] = lambda run, history: False,
@@ -106,7 +106,7 @@ def run_cohort(
         listeners: each is called with (run, event); see core.events.
         should_stop: asked between steps; the runs are then saved.
         compiled: fuse the step with torch.compile, or run it eager.
-        checkpoint_every: epochs between resume points.
+        checkpoint_every: epochs between resume points. By default, saving them takes at most a twentieth of the time.
         force: train from the start. A result stays until it is replaced.
         exact: refuse to go on from a resume point if the bits would differ from those of an uninterrupted run. Without
             it, the run goes on and its record says so. A run that was in another cohort does the same even with
@@ -211,11 +211,12 @@ def _failing(sessions: list["Session"]) -> Iterator[None]:
 def _train(
     sessions: list["Session"],
     should_stop: Callable[[], bool],
-    checkpoint_every: int,
+    checkpoint_every: int | None,
     exact: bool,
     falls_behind: Callable[[Run, Sequence[Epoch]], bool],
 ) -> None:
     """Train runs that are at the same step to their ends."""
+    pace = Pace(checkpoint_every)
     for session in sessions:
         session.join(len(sessions))
     by_training = {id(session.training): session for session in sessions}
@@ -229,7 +230,7 @@ def _train(
         for training, event in fit(trainings, should_end, may_change_mode=not (exact and resumed)):
             session = by_training[id(training)]
             try:
-                session.handle(event, checkpoint_every)
+                session.handle(event, pace)
                 if isinstance(event, EpochDone) and falls_behind(session.run, session.history):
                     for each in sessions:
                         each.behind = True
@@ -243,6 +244,34 @@ def _train(
                 session.finish()
             except NotFinite as error:
                 session.fail(str(error))
+
+
+class Pace:
+    """Decides after which epochs resume points are written: once for all runs of a cohort, because they go on from a
+    common step."""
+
+    SHARE = 0.05  # of the time, for saving
+
+    def __init__(self, every: int | None) -> None:
+        """Allow one every `every` epochs. With None, allow one if saving has taken at most its share so far."""
+        self.every, self.epoch, self.allowed = every, 0, False
+        self.started, self.saving = time.perf_counter(), 0.0
+
+    def allows(self, epoch: int) -> bool:
+        """Whether a run may be saved after this epoch."""
+        if self.every:
+            return epoch % self.every == 0
+        if epoch != self.epoch:
+            seconds = time.perf_counter() - self.started
+            self.epoch, self.allowed = epoch, self.saving <= self.SHARE * seconds
+        return self.allowed
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count the time of the block as saving."""
+        started = time.perf_counter()
+        yield
+        self.saving += time.perf_counter() - started
 
 
 class Session:
@@ -321,7 +350,7 @@ class Session:
     def notice(self, reason: str) -> None:
         self.tell(Notice(reason))
 
-    def handle(self, event: Event, checkpoint_every: int) -> None:
+    def handle(self, event: Event, pace: Pace) -> None:
         """Save what happened, then tell the listeners.
 
         Raises:
@@ -339,8 +368,9 @@ class Session:
                     self.notice(problem)
             case EpochDone():
                 self.history.append(Epoch(**{key: getattr(event, key) for key in Epoch.__struct_fields__}))
-                if len(self.history) % checkpoint_every == 0 or training.step == training.total:
-                    self.save()
+                if pace.allows(len(self.history)) or training.step == training.total:
+                    with pace.counted():
+                        self.save()
             case Diverged():
                 self.tell(event)
                 self.fail(event.reason)

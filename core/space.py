@@ -186,7 +186,9 @@ def _axis(key: str, given: Mapping[str, Any]) -> Range | list[Any]:
     for end in ("low", "high"):
         if not kind.accepts(given[end]):
             raise SpecError(f"{key} has the {end} end {given[end]!r}, expected {kind}")
-    low, high, log = given["low"], given["high"], bool(given.get("log", False))
+    low, high, log = given["low"], given["high"], given.get("log", False)
+    if not isinstance(log, bool):
+        raise SpecError(f"{key} has log = {log!r}, expected True or False")
     if low >= high:
         raise SpecError(f"the range of {key} is empty: low = {low:g} is not below high = {high:g}")
     if log and low <= 0:

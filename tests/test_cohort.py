@@ -1,6 +1,7 @@
 """Runs that are trained together: each has the numbers and the files that it would have alone."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,6 +153,22 @@ def test_a_cohort_killed_between_two_saves_is_resumed(together, uninterrupted, m
     again = together("cut")
     assert [record.digest for record in again] == [record.digest for record in uninterrupted]
     assert all(record.exact for record in again)
+
+
+def test_saving_takes_a_twentieth_of_the_time(small_spec, tmp_path, invented, monkeypatch):
+    """On a clock on which an epoch takes 1 s and each save 0.1 s. All members are saved after the same epochs."""
+
+    def save(run, state, *rest):
+        saved[run.name].append(int(state["step"]) // 15)
+        really(run, state, *rest)
+
+    runs = [replace(run, spec={**run.spec, "epochs": 14}) for run in members(small_spec, tmp_path)]
+    saved, really, heard = {run.name: [] for run in runs}, resume.save, Events()
+    clock = lambda: heard.kinds().count("EpochDone") / 3 + sum(map(len, saved.values())) / 10  # noqa: E731
+    monkeypatch.setattr(resume, "save", save)
+    monkeypatch.setattr(session, "time", SimpleNamespace(perf_counter=clock))
+    run_cohort(runs, invented, "cpu", [heard], **EAGER)
+    assert list(saved.values()) == [[1, 7, 13, 14]] * 3
 
 
 def test_a_run_from_another_cohort_is_resumed_and_marked(together, runs, tmp_path, invented):

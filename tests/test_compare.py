@@ -3,6 +3,7 @@
 uv run python -m tests.test_compare      prints the tables of docs/compare.md
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -19,6 +20,7 @@ from core.commands import run as run_command
 from core.compare import Candidate, Question
 from core.report import plots, questions, text
 from core.runs import layout
+from core.runs.run import Run
 from core.store import StoreError
 from experiments import SUITES
 from tests.conftest import ROOT
@@ -174,6 +176,13 @@ def test_the_three_answers_in_a_sentence():
     assert (found.answer, said[:46]) == ("", "a and b cannot be told apart on validation yet")
 
 
+def test_no_answer_depends_on_the_test_split():
+    records = records_of("a", [1.0, 1.2, 0.8, 1.0, 1.2, 0.8])
+    others = [make(r.name, test=0.9 - i / 100, validation=compare.accuracy(r), **r.spec) for i, r in enumerate(records)]
+    assert [r.metrics.test.accuracy for r in others] != [r.metrics.test.accuracy for r in records]
+    assert answer(others) == answer(records)
+
+
 def test_a_diverged_run_counts_as_chance_and_another_failure_as_nothing():
     records = records_of("a", [0, 0, 0, 0, 0])[:-1]
     found, said = answer([*records, failed("b", seed=4, lr=0.1)])
@@ -309,6 +318,18 @@ def test_a_comparison_goes_on_and_ends_with_a_sentence(ask, tmp_path, monkeypatc
     assert (tmp_path / "results.md").read_text() == report
 
 
+def test_a_comparison_whose_runs_another_process_trains_ends_without_an_answer(ask, tmp_path):
+    spec = {**SUITES["demo"]["demo"], "epochs": 1}
+    runs = [Run("demo", {**spec, **change, "seed": i}, tmp_path) for change in ({}, {"lr": 0.1}) for i in range(5)]
+    with contextlib.ExitStack() as locks:
+        for run in runs:
+            locks.enter_context(run.lock())
+        status, said, warned = ask("demo", "demo lr=0.1", "--max-seeds", "5")
+    assert status == 1
+    assert warned.count("is being trained by") == len(runs)
+    assert "cannot be told apart" in said
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -323,7 +344,11 @@ def test_a_comparison_goes_on_and_ends_with_a_sentence(ask, tmp_path, monkeypatc
         (["demo", "smoke"], "demo, smoke cannot be compared: expected one data set"),
         (["demo", "demo lr=0.1", "--within", "0"], "--within 0, expected points of accuracy above 0"),
         (["demo", "demo lr=0.1", "--confidence", "100"], "--confidence 100, expected percent"),
-        (["demo", "demo lr=0.1", "--max-seeds", "1"], "--max-seeds 1, expected 5 to 1,000"),
+        (
+            ["demo", "demo lr=0.1", "--max-seeds", "1"],
+            "--max-seeds 1, expected 5 to 1,000: 2 candidates need at least 5",
+        ),
+        (["demo", "demo lr=0.1", "--max-seeds", "2000"], "--max-seeds 2000, expected 5 to 1,000"),
     ],
 )
 def test_a_bad_question_is_one_sentence(ask, tmp_path, words, message):

@@ -227,6 +227,15 @@ def test_an_option_that_changes_nothing_says_so(ask, tmp_path):
         "force: there is no result to replace",
         "verbose: a single run shows its epochs without it",
     ]
+    training = ("--cohort", 2, "--checkpoint-every", 2, "--resume-anyway", "-v")
+    pair = ("compare", "demo widths=8 epochs=1", "demo widths=9 epochs=1", "--max-seeds", 5)
+    for words in (pair, demo, ("search", "search-default")):
+        said = without_effect(*words, "--dry-run", *training)
+        names = ("checkpoint-every", "cohort", "resume-anyway", "verbose")
+        assert sorted(said) == [f"{name}: --dry-run trains nothing" for name in names]
+    assert "resume-anyway: there is nothing to resume" in without_effect(
+        *pair, "--resume-anyway", "--out", tmp_path / "b"
+    )
     assert without_effect(*demo, "--force", "--resume-anyway", "--cohort", 2) == [
         "cohort: no two runs can be trained together",
         "resume-anyway: with --force, every run starts anew",

@@ -8,8 +8,9 @@ import re
 import pytest
 
 from core import plan, run_experiment, schedule, space
+from core.compare import Candidate, Question
 from core.errors import UserError
-from core.report import rebuild
+from core.report import rebuild, searches
 from core.report.catalog import Catalog
 from core.runs.record import Failed, Finished, Partial, read_record, read_records
 from core.runs.run import Run
@@ -63,6 +64,7 @@ def parse(**changes):
         ({"dropout": {"low": 0.0, "high": 0.5, "log": True}}, "dropout has low = 0, expected above 0 with log"),
         ({"dropout": {"low": 0.0, "high": 1.0}}, "dropout has the high end 1.0, expected a number of at least 0 and"),
         ({"dropout": {"low": 0.0}}, 'dropout = {\'low\': 0.0}, expected {"choices": [...]} or {"low": ..., '),
+        ({"lr": {"low": 1e-4, "high": 1e-2, "log": "no"}}, "lr has log = 'no', expected True or False"),
         ({"norm": {"low": 0, "high": 1}}, "norm = {'low': 0, 'high': 1}, expected {\"choices\": [...]}"),
         ({"norm": {"choices": []}}, "norm has the choices [], expected a list of at least one value"),
         ({"norm": {"choices": ["batch", "group"]}}, "norm has the choice 'group', expected one of batch, layer, none"),
@@ -143,6 +145,9 @@ def test_a_search_trains_what_optuna_proposes_and_goes_on_where_it_was(found):
         best = max(search.records.values(), key=lambda record: record.metrics.validation.accuracy)
         assert search.best(1) == [best]
     assert space.read_all(search.out) == [space.Trials("s", "tiny", ["dropout", "lr"], ["lr"], search.told)]
+    (search.out / "checkpoints" / "search-s.journal").unlink()  # a clone has none
+    with found("another", epochs=1) as again:
+        assert again.told == search.told, "the trials keep their numbers"
 
 
 def test_records_that_fit_are_told_first_and_what_was_trained_is_not_trained_again(found, tmp_path):
@@ -260,18 +265,6 @@ def test_two_processes_do_not_search_at_once_and_a_damaged_journal_is_named(foun
         pass
 
 
-def test_without_optuna_a_sentence_says_how_to_have_it(found, monkeypatch):
-    def absent(name):
-        raise ImportError(name)
-
-    monkeypatch.setattr(importlib, "import_module", absent)
-    with (
-        pytest.raises(UserError, match=r"^Optuna is not installed: `uv run --group search main.py search s` has it$"),
-        found(),
-    ):
-        pass
-
-
 # The command and the report
 
 
@@ -334,11 +327,46 @@ def test_a_bad_question_is_refused_before_anything_is_trained(main, tmp_path, ar
     assert not (tmp_path / "out").exists()
 
 
+def test_without_optuna_a_sentence_says_how_to_have_it(main, tmp_path, monkeypatch):
+    def absent(name):
+        if name == "optuna":
+            raise ImportError(name)
+        return really(name)
+
+    really = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", absent)
+    said = "error: Optuna is not installed: `uv run --group search main.py search s` has it"
+    status, out, text = main("s")
+    assert (status, out, text.splitlines()[1:]) == (2, "", [said])
+    assert not (tmp_path / "out").exists(), "no data is fetched"
+
+
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(main, tmp_path):
     status, text, _ = main("s", "--dry-run")
     assert status == 0
     assert [line.split(",")[0] for line in text.splitlines()] == ["60 trials", "comparison of 4 with 20 seeds"]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(0.05, "beats"), (-0.05, "is beaten by")])
+def test_the_best_trial_of_a_search_may_be_the_base(tmp_path, gain, verdict):
+    """It is not compared with itself. If it is the best on fresh seeds too, there is nothing to paste."""
+    lrs = (1e-3, 2e-3, 3e-3, 4e-3)
+    trials = [make("lr-1e-3" if lr == 1e-3 else "s", lr=lr, validation=0.6 - lr) for lr in lrs]
+    candidates = [Candidate(searches.label("s", n), "s", trials[n - 1].spec) for n in (2, 3, 4)]
+    question = Question(candidates=[*candidates, Candidate("lr-1e-3", "lr-1e-3", trials[0].spec)], first_seed=1)
+    question.data = trials[0].data
+    fresh = [(seed, seed % 3 / 1000) for seed in range(1, 9)]
+    records = [make("s", lr=lr, seed=seed, validation=0.5 + gain + noise) for lr in lrs[1:] for seed, noise in fresh]
+    records += [make("lr-1e-3", lr=1e-3, seed=seed, validation=0.5) for seed, _ in fresh]
+    write(tmp_path, [*trials, *records])
+    question.write(tmp_path)
+    space.Trials("s", "lr-1e-3", ["lr"], [], [r.spec_id for r in trials], question.file).write(tmp_path)
+    rebuild.rebuild(tmp_path, Catalog({"d": {"lr-1e-3": {}}}))
+    section = (tmp_path / "results.md").read_text().split("\n## Searches\n")[1].split("\n## ")[0]
+    assert "**trial 2, number 2 of the search, 59.8% on validation (chosen among 4); with 8 fresh seeds" in section
+    assert f"; {verdict} lr-1e-3 by " in section
+    assert ("to paste" in section) == (verdict == "beats")
 
 
 def test_the_report_of_a_search_stopped_trials_and_all(tmp_path):

@@ -23,7 +23,7 @@ from core.report.rebuild import rebuild
 from core.runs import checkpoint, files
 from core.runs.record import ResumePoint, read_record, read_records, write_record
 from core.runs.run import Run
-from core.store import Held, StoreError
+from core.store import Held, StoreError, locked
 from core.verify import check_finished
 from tests.conftest import FORK, ROOT
 from tests.test_report import failed, make
@@ -361,12 +361,27 @@ def test_the_sweep_deletes_leftovers_and_nothing_else(run, tmp_path):
         tmp_path / "results.md.77.tmp",
         tmp_path / "checkpoints" / "learning-curves.svg.77.tmp",
         tmp_path / "checkpoints" / "metrics.json.77.tmp",
+        tmp_path / "checkpoints" / "search-s.svg.77.tmp",
+        tmp_path / "checkpoints" / "search-s.journal.77.tmp",
+        tmp_path / "checkpoints" / "search-s.owner",
     ]
     for path in kept + swept:
         path.write_text("{}")
     files.sweep_all(tmp_path)
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in swept)
+
+
+def test_the_sweep_skips_a_search_in_progress(tmp_path):
+    folder = tmp_path / "checkpoints"
+    with locked(folder / "search-s.lock", folder / "search-s.owner"):
+        kept, swept = folder / "search-s.json.77.tmp", folder / "search-s.svg.77.tmp"
+        for path in (kept, swept):
+            path.touch()
+        files.sweep_all(tmp_path)
+        assert kept.exists()
+        assert (folder / "search-s.owner").exists()
+        assert not swept.exists(), "the report draws the picture"
 
 
 def test_the_sweep_skips_a_run_in_progress(run, tmp_path):

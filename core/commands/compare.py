@@ -53,7 +53,11 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
             candidates=candidates, within=args.within, max_seeds=args.max_seeds, confidence=args.confidence
         )
         options.print_notes(args, source, [as_run(args, project, each, 0) for each in candidates])
-        options.no_effect(args, **options.no_effect_on_cluster(args))
+        runs = [as_run(args, project, each, seed) for each in candidates for seed in question.seeds]
+        in_progress = files.in_progress(args.out)
+        resumable = any(run.is_in_progress(in_progress) for run in runs)
+        reasons = {"resume_anyway": not resumable and "there is nothing to resume"}
+        options.no_effect(args, **reasons | options.no_effect_here(args))
     if args.dry_run:
         return dry_run(args, question, project, source, stop)
     return decide(args, question, project, source, stop)[0]
@@ -120,7 +124,8 @@ def decide(
 
     question.data = source.identity(dataset, fetch=True) or ""
     known_before, found = existing(args, question, project), None
-    question.write(args.out)
+    with files.lock_results(args.out):
+        question.write(args.out)
     for found in compare.rounds(question, known_before, more):
         say(questions.line(found))
         if args.json:
@@ -129,7 +134,7 @@ def decide(
     if status == 130 or found is None:
         return 130, records
     asked = questions.asked(args.out, records, project.former)
-    [known] = [each.known for each in asked if each.question.file == question.file]
+    known = next((each.known for each in asked if each.question.file == question.file), {})
     answer = {"sentence": questions.sentence(question, found), "test": questions.on_test(found, known)}
     for line in filter(None, answer.values()):
         say(line)

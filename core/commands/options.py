@@ -110,7 +110,10 @@ def training() -> Parser:
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained, with an estimate")
     parser.add_argument(
-        "--checkpoint-every", type=parse_epochs, default=1, metavar="N", help="epochs between resume points"
+        "--checkpoint-every",
+        type=parse_epochs,
+        metavar="N",
+        help="epochs between resume points (default: saving takes at most a twentieth of the time)",
     )
     parser.add_argument("--resume-anyway", action="store_true", help="resume even where the result is not exact")
     return parser
@@ -175,8 +178,11 @@ def no_effect(args: argparse.Namespace, **reasons: str | bool | None) -> None:
             terminal.note(f"--{name.replace('_', '-')} has no effect: {reason}")
 
 
-def no_effect_on_cluster(args: argparse.Namespace) -> dict[str, str]:
-    """The options that have no effect with --ray, and why; none without it."""
+def no_effect_here(args: argparse.Namespace) -> dict[str, str]:
+    """The options that have no effect with --dry-run or --ray, and why; none without these."""
+    if args.dry_run:
+        names = ("checkpoint_every", "cohort", "minutes", "resume_anyway", "tensorboard", "verbose")
+        return dict.fromkeys(names, "--dry-run trains nothing")
     reasons = {
         "checkpoint_every": "a worker keeps no resume points",
         "resume_anyway": "on a cluster, every run starts anew",

@@ -39,7 +39,9 @@ def add_parser(commands: argparse._SubParsersAction, project: Project) -> argpar
         help=f"experiments, grids or suites (by default the suite {project.default}), and keys of the spec to change, "
         "such as lr=3e-4, widths=512,256 or activation=relu,gelu (a grid); list --keys shows all keys",
     )
-    parser.add_argument("--force", action="store_true", help="train again; the old result stays until then")
+    parser.add_argument(
+        "--force", action="store_true", help="train again; the old result stays until the new one exists"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a run, on stdout; messages go to stderr")
     parser.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard for TensorBoard")
     return parser
@@ -50,6 +52,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
         source = options.source(args)
         runs = options.chosen(args, project, source)
     if args.dry_run:
+        options.no_effect(args, **options.no_effect_here(args))
         return dry_run(args, runs, source, stop)
     catalog = project.catalog()
     prepare(args.out, catalog)  # fails now, not after the training, if --out cannot be written
@@ -117,7 +120,7 @@ def say_no_effect(args: argparse.Namespace, todo: Sequence[Run], several: bool) 
         "force": not replaced and "there is no result to replace",
         "verbose": not several and "a single run shows its epochs without it",
     }
-    options.no_effect(args, **reasons | options.no_effect_on_cluster(args))
+    options.no_effect(args, **reasons | options.no_effect_here(args))
 
 
 def say_finished(tally: Tally) -> None:

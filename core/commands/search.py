@@ -45,17 +45,20 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
         raise UserError(f"--trials {args.trials} --minutes {args.minutes}, expected at least 1 trial, and time for it")
     least = first_look((1 - CONFIDENCE / 100) / math.comb(BEST + 1, 2))
     if not least <= args.max_seeds <= MAX_SEEDS:
-        raise UserError(f"--max-seeds {args.max_seeds}, expected {least} to {MAX_SEEDS:,}: fewer have no interval")
+        raise UserError(f"--max-seeds {args.max_seeds}, expected {least} to {MAX_SEEDS:,}: fewer cannot decide")
     with stop.quick_imports():
         source = options.source(args)
         from core.schedule import Interrupted, Skipped
-        from core.search import Search
+        from core.search import Search, import_optuna
     if source.own is not None:
         found = found._replace(spec={**found.spec, "dataset": source.own_name})
     options.print_notes(args, source, [Run(found.name, found.spec, args.out)])
-    options.no_effect(args, **options.no_effect_on_cluster(args))
+    options.no_effect(args, **options.no_effect_here(args))
+    if "cohort" in args.given and not args.dry_run:
+        terminal.note("--cohort is for the comparison: trials are trained one by one")
     if args.dry_run:
         return dry_run(args, found, stop)
+    import_optuna(found.name)  # fails now, not after the data is fetched
     catalog = project.catalog()
     prepare(args.out, catalog)
     data = source.identity(found.spec["dataset"], fetch=True)
@@ -133,11 +136,12 @@ def answer(args: argparse.Namespace, project: Project, name: str, records: list[
     """Say how good the best trial is, and print its spec."""
     asked = questions.asked(args.out, records, project.former)
     [search] = [s for s in searches.searched(args.out, records, asked) if s.trials.name == name]
-    number = searches.winner(search)
+    number = search.winner
     assert number is not None  # a comparison needs a finished trial
     spec = searches.pasted(search.finished[number].spec)
     say(searches.sentence(search))
-    say(f"to paste into experiments/: {spec}")
+    if not search.is_beaten:
+        say(f"to paste into experiments/: {spec}")
     if args.json:
         terminal.as_json({"search": name, "trial": number, "sentence": searches.sentence(search), "spec": spec})
 

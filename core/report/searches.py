@@ -33,6 +33,36 @@ class Searched(NamedTuple):
         found = {number: record for number, record in self.records.items() if isinstance(record, Finished)}
         return dict(sorted(found.items(), key=lambda each: -accuracy(each[1])))
 
+    @property
+    def winner(self) -> int | None:
+        """The number of the trial that is best on fresh seeds; of the best one in the search if none was compared."""
+        best = next(iter(self.finished), None)
+        if self.asked is None:
+            return best
+        asked = {candidate.label for candidate in self.asked.question.candidates}
+        numbers = {name: n for n in self.finished if (name := label(self.trials.name, n)) in asked}
+        left = [numbers[each] for each in self.asked.look.left if each in numbers]
+        return next(iter([*left, *numbers.values()]), best)
+
+    @property
+    def against_base(self) -> compare.Pair | None:
+        """The winner and the base on fresh seeds; None if they have no such seed."""
+        if self.asked is None or self.winner is None:
+            return None
+        question, known, _ = self.asked
+        mine = label(self.trials.name, self.winner)
+        base = next(c.label for c in question.candidates if c.name != self.trials.name)
+        pair = compare.pair(question, known, mine, base) if mine in known else None
+        return pair if pair and pair.difference.n else None
+
+    @property
+    def is_beaten(self) -> bool:
+        """Whether the base is better than the winner."""
+        pair = self.against_base
+        if pair is None or self.winner is None:
+            return False
+        return pair.difference.significant and pair.worse == label(self.trials.name, self.winner)
+
 
 def searched(out: Path, records: Sequence[Record], asked: Iterable[Asked]) -> list[Searched]:
     """The searches under `out`, with their records."""
@@ -53,15 +83,6 @@ def other(records: Sequence[Record], searches: Iterable[Searched]) -> list[Recor
     return [record for record in records if record.name not in names]
 
 
-def winner(search: Searched) -> int | None:
-    """The number of the trial that is best on fresh seeds, or in the search if nothing was compared."""
-    best = next(iter(search.finished), None)
-    if search.asked is None:
-        return best
-    labels = {label(search.trials.name, number): number for number in search.finished}
-    return next((labels[each] for each in search.asked.look.left if each in labels), best)
-
-
 def label(name: str, number: int) -> str:
     """A trial as a candidate of a comparison."""
     return f"{name} trial {number}"
@@ -74,25 +95,22 @@ def pasted(spec: Spec) -> str:
 
 def sentence(search: Searched) -> str:
     """How good is the best trial, and how good is it on fresh seeds? Empty without a finished trial."""
-    number = winner(search)
+    number, pair = search.winner, search.against_base
     if number is None:
         return ""
     rank = list(search.finished).index(number)
     which = "best trial" if rank == 0 else f"trial {number}, number {rank + 1} of the search,"
     found = f"{which} {100 * accuracy(search.finished[number]):.1f}% on validation"
     found += f" (chosen among {len(search.trials.trials)})"
-    if search.asked is None:
+    if search.asked is None or pair is None:
         return f"{found}; not compared on fresh seeds yet"
     question, known, _ = search.asked
     mine = label(search.trials.name, number)
-    base = next(c.label for c in question.candidates if c.name != search.trials.name)
-    pair = compare.pair(question, known, mine, base)
-    if not pair.difference.n:
-        return f"{found}; not compared on fresh seeds yet"
+    base = pair.worse if pair.better == mine else pair.better
     seeds = sorted(known[mine].keys() & known[base].keys())
     fresh = 100 * fmean(compare.accuracy(known[mine][seed]) for seed in seeds)
     if pair.difference.significant:
-        verdict = "beats" if pair.better == mine else "is beaten by"
+        verdict = "is beaten by" if search.is_beaten else "beats"
         against = f"{verdict} {base} by {pair.difference}"
     elif pair.difference.mean + pair.difference.half < question.within:
         against = f"differs from {base} by less than {question.within:g} points ({pair.difference})"
@@ -112,7 +130,7 @@ def section(searches: Sequence[Searched], shown: Mapping[str, str]) -> str:
     """
     parts = []
     for search in searches:
-        if (best := winner(search)) is None:
+        if (best := search.winner) is None:
             continue
         trials, finished = search.trials, search.finished
         behind = sum(isinstance(record, Partial) for record in search.records.values())
@@ -121,12 +139,13 @@ def section(searches: Sequence[Searched], shown: Mapping[str, str]) -> str:
             [str(number), stats.percent(accuracy(record)), *(stats.shown(record.spec[key]) for key in trials.keys)]
             for number, record in list(finished.items())[:TOP]
         ]
+        spec = pasted(finished[best].spec)
+        to_paste = f"The spec of trial {best}, to paste into `experiments/`:\n\n```python\n{spec}\n```\n"
         parts.append(
             f"### {trials.name}\n\n**{sentence(search)}.** Of {len(trials.trials)} trials, {behind} fell behind and "
             f"stopped early, and {failed} failed. The best by validation:\n\n"
             f"{text.grid(('trial', 'validation', *trials.keys), rows)}{shown.get(picture_path(trials), '')}\n"
-            f"The spec of trial {best}, to paste into `experiments/`:\n\n"
-            f"```python\n{pasted(finished[best].spec)}\n```\n"
+            f"{'' if search.is_beaten else to_paste}"
         )
     if not parts:
         return ""

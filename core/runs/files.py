@@ -11,7 +11,7 @@ from core.runs.layout import read_each
 from core.runs.record import Finished, read_record
 from core.runs.run import InProgress, Run
 from core.spec import resolve
-from core.store import Held, Leftover, delete, local, locked, reserve, sweep
+from core.store import Held, Leftover, delete, local, locked, reserve
 
 DEAD = "temporary file of a dead process"
 SUFFIXES = {".safetensors": "are no weights", ".json": "is no record"}  # of a run, and what `find_file` says without it
@@ -30,36 +30,40 @@ def lock_results(out: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def sweep_all(out: Path) -> None:
-    """Delete the temporary files and owner files that killed processes left under `out`. Skips runs that another
-    process is training.
+    """Delete the temporary files and owner files that killed processes left under `out`. Skips those of live processes.
 
     Raises:
         StoreError: `out` cannot be written, or its file system has no locks.
     """
     with lock_results(out):
         reserve(out / "results.md", 1, 1)
-        sweep(out, "results.md")
-        sweep(out / "checkpoints", "")  # the pictures and tables of the report
-    left = [path for kind in ("tmp", "owner") for path in (out / "checkpoints").glob(f"*/*.{kind}")]
-    for folder, run_id in sorted({(path.parent, path.name.split(".")[0]) for path in left}):
-        with contextlib.suppress(Held), locked(folder / f"{run_id}.lock", timeout=0):
-            sweep(folder, f"{run_id}.")
-            delete(folder / f"{run_id}.owner")
+    for leftover in list(_of_dead_processes(out)):
+        with contextlib.suppress(Held), locked(leftover.lock, timeout=0):
+            delete(*leftover.paths)
+
+
+def _of_dead_processes(out: Path) -> Iterator[Leftover]:
+    """Temporary files and owner files. A process that is alive holds the lock: that of the run, of the search, or of
+    the report, which has all other files of checkpoints/."""
+    folder = out / "checkpoints"
+    for pattern in ("*.[0-9]*.tmp", "search-*.owner", "*/*.[0-9]*.tmp", "*/*.owner"):
+        for path in folder.glob(pattern):
+            name, kind = path.name.split(".")[:2]
+            of_report = path.parent == folder and (kind == "svg" or not name.startswith("search-"))
+            yield Leftover([path], DEAD, folder / "results.lock" if of_report else path.with_name(f"{name}.lock"))
+    for path in out.glob("results.md.[0-9]*.tmp"):
+        yield Leftover([path], DEAD, folder / "results.lock")
 
 
 def leftovers(out: Path) -> Iterator[Leftover]:
-    """The temporary files of dead processes under `out`, and the resume points of finished runs.
+    """What dead processes left under `out`, and the resume points of finished runs.
 
     A run that is trained again with --force has a result and resume points. It needs those that are newer than the
     result to go on, so they are no leftovers.
     """
-    folder = out / "checkpoints"
-    for path in (*out.glob("results.md.[0-9]*.tmp"), *folder.glob("*.[0-9]*.tmp")):
-        yield Leftover([path], DEAD, folder / "results.lock")
-    for path in (*folder.glob("*/*.[0-9]*.tmp"), *folder.glob("*/*.owner")):
-        yield Leftover([path], DEAD, path.with_name(f"{path.name.split('.')[0]}.lock"))
+    yield from _of_dead_processes(out)
     for name, run_id in sorted(in_progress(out)):
-        record = folder / name / f"{run_id}.json"
+        record = out / "checkpoints" / name / f"{run_id}.json"
         written = [record] if record.exists() else []
         if any(isinstance(each, Finished) for each in read_each(written, read_record)):
             for path in sorted(record.parent.glob(f"{run_id}.step-*.safetensors")):

@@ -106,7 +106,7 @@ def run_cohort(
         listeners: each is called with (run, event); see core.events.
         should_stop: asked between steps; the runs are then saved.
         compiled: fuse the step with torch.compile, or run it eager.
-        checkpoint_every: epochs between resume points. By default, saving them takes at most a twentieth of the time.
+        checkpoint_every: epochs between resume points. By default, as often as a twentieth of the time allows.
         force: train from the start. A result stays until it is replaced.
         exact: refuse to go on from a resume point if the bits would differ from those of an uninterrupted run. Without
             it, the run goes on and its record says so. A run that was in another cohort does the same even with

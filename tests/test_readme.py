@@ -89,7 +89,7 @@ def test_the_first_line_of_a_notebook_in_a_folder_of_its_own(tmp_path):
 
 def test_the_map_names_every_file_of_core():
     """In the block of docs/design.md: a file as core/x.py, or below the line of its folder, such as core/data/."""
-    block = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("## The house\n")[1].split("```")[1]
+    block = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("## The files\n")[1].split("```")[1]
     found, folder = [], ""
     for line in block.splitlines():
         places = re.match(r" *([\w./]+(?:, [\w./]+)*)", line)

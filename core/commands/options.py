@@ -113,7 +113,7 @@ def training() -> Parser:
         "--checkpoint-every",
         type=parse_epochs,
         metavar="N",
-        help="epochs between resume points (default: saving takes at most a twentieth of the time)",
+        help="epochs between resume points (default: as often as a twentieth of the time allows)",
     )
     parser.add_argument("--resume-anyway", action="store_true", help="resume even where the result is not exact")
     return parser

@@ -71,7 +71,7 @@ COLUMNS: dict[str, Callable[[Comparison], str]] = {
 
 
 def _against(best: Group, others: list[Group]) -> list[Comparison]:
-    """The best experiment against each other one. The intervals of all their pairs hold together."""
+    """The best experiment against each other one. The intervals of all their pairs are valid together."""
     pairs = math.comb(len(others) + 1, 2)
     return [Comparison(f"{best.label} minus {other.label}", best, other, rows=pairs) for other in others]
 

@@ -33,7 +33,7 @@ LEGEND = f"""- A row of a suite is an experiment, the best by validation first. 
   "time on" names them; the table of other experiments always has it.
 - A comparison is a difference of accuracies, in points, with its 95% interval. It is paired over the seeds that both
   experiments have. With one seed there is no interval.
-- The intervals of all comparisons of a section hold together, and at every look: with 95%, none of them is wrong,
+- The intervals of all comparisons of a section are valid together and at every look: with 95%, none of them is wrong,
   however often seeds were added (docs/compare.md). Few seeds have the interval of one look: it also holds for all
   comparisons of the section together, but only if the number of seeds was chosen in advance.
 - The verdict is by validation. A difference is significant if its interval does not contain 0.

@@ -232,7 +232,7 @@ def test_an_option_that_changes_nothing_says_so(ask, tmp_path):
     for words in (pair, demo, ("search", "search-default")):
         said = without_effect(*words, "--dry-run", *training)
         names = ("checkpoint-every", "cohort", "resume-anyway", "verbose")
-        assert sorted(said) == [f"{name}: --dry-run trains nothing" for name in names]
+        assert sorted(said) == [f"{name}: a dry run trains nothing" for name in names]
     assert "resume-anyway: there is nothing to resume" in without_effect(
         *pair, "--resume-anyway", "--out", tmp_path / "b"
     )

@@ -182,7 +182,7 @@ def no_effect_here(args: argparse.Namespace) -> dict[str, str]:
     """The options that have no effect with --dry-run or --ray, and why; none without these."""
     if args.dry_run:
         names = ("checkpoint_every", "cohort", "minutes", "resume_anyway", "tensorboard", "verbose")
-        return dict.fromkeys(names, "--dry-run trains nothing")
+        return dict.fromkeys(names, "a dry run trains nothing")
     reasons = {
         "checkpoint_every": "a worker keeps no resume points",
         "resume_anyway": "on a cluster, every run starts anew",

@@ -55,7 +55,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     options.print_notes(args, source, [Run(found.name, found.spec, args.out)])
     options.no_effect(args, **options.no_effect_here(args))
     if "cohort" in args.given and not args.dry_run:
-        terminal.note("--cohort is for the comparison: trials are trained one by one")
+        terminal.note("trials are trained one by one; cohorts are for the comparison")
     if args.dry_run:
         return dry_run(args, found, stop)
     import_optuna(found.name)  # fails now, not after the data is fetched

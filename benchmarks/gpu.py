@@ -2,9 +2,9 @@
 
     uv run --group peers python -m benchmarks.gpu [SECTION...] [--out DIR] [--work DIR] [--data DIR] [--small]
 
-Each section is a process with a time limit. Whatever ends it, OUT/SECTION.json has what was measured until then and how
-the section ended (`status`), and the next section begins. A section that no longer fits into the eight minutes is not
-started. Another call, with the names of such sections, repairs what is missing.
+Each section is a process with a time limit. Whatever ends it, OUT/SECTION.json has the results so far and how the
+section ended (`status`), and the next section begins. A section that no longer fits into the eight minutes is not
+started: name it in another call. `recipe` needs a call of its own.
 
 OUT is $OUT by default, or else gpu/. It gets these files alone; the records of the runs are in them. Logs and weights
 are in WORK, by default .cache/gpu, where a recipe that was cut off goes on. With --small, everything runs on the CPU in
@@ -42,8 +42,9 @@ LIMITS = {  # seconds of each section, in the order in which they run
     "start": 60,
     "epoch-128": 125,
     "epoch-4096": 125,
-    "recipe": 420,  # a call of its own
+    "recipe": 420,
 }
+OF_A_CALL = [section for section in LIMITS if section != "recipe"]
 SMALL_LIMIT = 60
 WAITS = (50, 50)  # seconds to get ready: for all but torch.compile, then for torch.compile, which times kernels
 
@@ -97,7 +98,9 @@ def epoch(batch: int, size: Size, data: Path) -> Results:
     names = [name for name in workers if name not in failed]
     yield {"left_out": failed | {name: reason for name, reason in absent.items() if reason}}
     steps = size.steps or 45_000 // batch
-    seconds = harness.interleave({n: functools.partial(workers[n].run, steps) for n in names}, size.rounds)
+    seconds = dict[str, list[float]]()
+    for seconds in harness.turns({n: functools.partial(workers[n].run, steps) for n in names}, size.rounds):
+        yield {"steps": steps, "seconds": seconds}
     found = {name: harness.Result(seconds[name], steps * batch, workers[name].loss) for name in names}
     for name, result in found.items():
         speed = round(result.samples_per_second)
@@ -119,9 +122,15 @@ def cohorts(size: Size, data: Path) -> Results:
         steps, images = 8, test_cohort.NETWORKS[network]["batch_size"]
         seconds = harness.interleave({n: functools.partial(workers[n].run, steps) for n in names}, 3 * size.rounds)
         found = {members[n]: harness.Result(seconds[n], steps * images * members[n], None) for n in names}
-        for n, ratio in test_cohort.against_one_by_one(found).items():
-            speed = round(found[n].samples_per_second)
-            yield {"network": network, "cohort": n, "model_samples_per_second": speed, "times_one_by_one": ratio}
+        ratios = test_cohort.against_one_by_one(found)
+        for n, result in found.items():
+            speed = round(result.samples_per_second)
+            yield {
+                "network": network,
+                "cohort": n,
+                "model_samples_per_second": speed,
+                "times_one_by_one": ratios.get(n),
+            }
 
 
 def command(words: tuple[str, ...], where: list[str]) -> dict[str, Any]:
@@ -217,7 +226,7 @@ def main(words: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     end, statuses = time.monotonic() + SECONDS, {}
     options = ["--out", str(out), "--work", str(work), "--data", str(data), *(["--small"] if args.small else [])]
-    for section in args.sections or LIMITS:
+    for section in args.sections or OF_A_CALL:
         file = out / f"{section}.json"
         limit = min(LIMITS[section], SMALL_LIMIT) if args.small else LIMITS[section]
         left = end - time.monotonic()
@@ -227,7 +236,8 @@ def main(words: list[str] | None = None) -> int:
             statuses[section] = run_apart(section, limit, file, work / f"{section}.log", options)
         else:
             statuses[section] = f"not started: it may take {limit:g} s, and {left:.0f} s are left"
-            write(file, {"section": section, "results": [], "status": statuses[section]})
+            if not file.exists():
+                write(file, {"section": section, "results": [], "status": statuses[section]})
         print(f"{section}: {statuses[section]}", flush=True)
     return int(any(status != "finished" for status in statuses.values()))
 

@@ -4,7 +4,7 @@ import importlib.util
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,11 +77,11 @@ class Result(NamedTuple):
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
-def fastest_peer(results: Mapping[str, Result], precision: str | None = None) -> str:
-    """The name of the fastest peer, of one precision or of any."""
+def fastest_peer(results: Mapping[str, Result], precision: str | None = None) -> str | None:
+    """The name of the fastest peer, of one precision or of any; None if none took part."""
     entries = {name: Entry(*name.rsplit(" ", 1)) for name in results}
     names = [name for name, e in entries.items() if e.kind in PEERS and precision in (None, e.precision)]
-    return max(names, key=lambda name: results[name].samples_per_second)
+    return max(names, key=lambda name: results[name].samples_per_second, default=None)
 
 
 def ratios(results: Mapping[str, Result], name: str) -> dict[str, float]:
@@ -98,17 +98,25 @@ def ratios(results: Mapping[str, Result], name: str) -> dict[str, float]:
     return {key: results[name].ratio(results[other]) for key, other in against.items() if other in results}
 
 
-def interleave(plays: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """The seconds of each contestant's rounds, taken in turn, after a warm-up round that compiles and does not count.
+def turns(plays: Mapping[str, Callable[[], float]], rounds: int) -> Iterator[dict[str, list[float]]]:
+    """Let the contestants take turns, after a warm-up round that compiles and does not count. Yields the seconds of all
+    their rounds so far, after each round.
 
     Args:
         plays: name -> a function that does one round and returns its seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in plays}
-    for _ in range(rounds + 1):
+    for counted in range(rounds + 1):
         for name, play in plays.items():
             seconds[name].append(play())
-    return {name: values[1:] for name, values in seconds.items()}
+        if counted:
+            yield {name: values[1:] for name, values in seconds.items()}
+
+
+def interleave(plays: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """The seconds of each contestant's rounds; see `turns`."""
+    *_, seconds = turns(plays, rounds)
+    return seconds
 
 
 def timed(play: Callable[[], Any]) -> Callable[[], float]:

@@ -15,8 +15,9 @@ def build(entry, data, size, folder=None, compiled=True):
 
 
 def against_one_by_one(results):
-    """Size -> how many times as fast as the same runs one by one: these take that many times as long as one."""
-    return {size: size * result.ratio(results[1]) for size, result in results.items()}
+    """Size -> how many times as fast as the same runs one by one: these take that many times as long as one. Empty if
+    that one did not take part."""
+    return {size: size * result.ratio(results[1]) for size, result in results.items() if 1 in results}
 
 
 @pytest.mark.benchmark(group="cohort", timer=harness.replay)

@@ -139,8 +139,8 @@ class Question(Struct, kw_only=True):
             raise QuestionError(f"--within {self.within:g}, expected points of accuracy above 0")
         if not 50 <= self.confidence < 100:
             raise QuestionError(f"--confidence {self.confidence:g}, expected percent, at least 50 and below 100")
-        if not first_look(self.alpha) <= self.max_seeds <= MAX_SEEDS:
-            least = first_look(self.alpha)
+        least = first_look(self.alpha)
+        if not least <= self.max_seeds <= MAX_SEEDS:
             raise QuestionError(
                 f"--max-seeds {self.max_seeds}, expected {least} to {MAX_SEEDS:,}: {len(labels)} candidates need at "
                 f"least {least} seeds at {self.confidence:g}%"

@@ -34,12 +34,12 @@ class SearchError(UserError):
     """A search cannot go on; the message says why."""
 
 
-def import_optuna(search: str) -> Any:
-    """The module. Raises SearchError if it is not installed; `search` is the name for the command of the message."""
+def import_optuna(name: str) -> Any:
+    """The module. If it is not installed, raises SearchError with the command that has it for the search `name`."""
     try:
         return importlib.import_module("optuna")
     except ImportError:
-        raise SearchError(f"Optuna is not installed: `uv run --group search main.py search {search}` has it") from None
+        raise SearchError(f"Optuna is not installed: `uv run --group search main.py search {name}` has it") from None
 
 
 class Search:
@@ -119,9 +119,8 @@ class Search:
                 known[self._run(trial).id] = trial.state
                 self._count(self._run(trial).id)
         before = next((each.trials for each in read_all(self.out) if each.name == self.space.name), [])
-        # Without its journal, as in a clone, the search gives the trials their former numbers.
-        numbers = {run_id: number for number, run_id in enumerate(before)}
-        for run_id, record in sorted(self.records.items(), key=lambda each: numbers.get(each[0], len(before))):
+        in_order = {i: self.records[i] for i in before if i in self.records} | self.records  # a clone has no journal
+        for run_id, record in in_order.items():
             if run_id not in known or (isinstance(record, Finished) and known[run_id] != self._state("COMPLETE")):
                 self._add(record)
 

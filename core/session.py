@@ -106,7 +106,8 @@ def run_cohort(
         listeners: each is called with (run, event); see core.events.
         should_stop: asked between steps; the runs are then saved.
         compiled: fuse the step with torch.compile, or run it eager.
-        checkpoint_every: epochs between resume points. By default, as often as a twentieth of the time allows.
+        checkpoint_every: epochs between resume points. By default, after each epoch, unless saving has taken more
+            than a twentieth of the time.
         force: train from the start. A result stays until it is replaced.
         exact: refuse to go on from a resume point if the bits would differ from those of an uninterrupted run. Without
             it, the run goes on and its record says so. A run that was in another cohort does the same even with
@@ -247,31 +248,33 @@ def _train(
 
 
 class Pace:
-    """Decides after which epochs resume points are written: once for all runs of a cohort, because they go on from a
+    """Decides after which epochs resume points are written: every `every` epochs or, with None, after each epoch unless
+    saving has taken more than SHARE of the time so far. It decides once for all runs of a cohort: they go on from a
     common step."""
 
-    SHARE = 0.05  # of the time, for saving
+    SHARE = 0.05
+    LONGEST = 600.0  # seconds without a resume point: a pause that fell into a save counts as saving
 
     def __init__(self, every: int | None) -> None:
-        """Allow one every `every` epochs. With None, allow one if saving has taken at most its share so far."""
-        self.every, self.epoch, self.allowed = every, 0, False
-        self.started, self.saving = time.perf_counter(), 0.0
+        self.every, self.allowed = every, dict[int, bool]()
+        self.started = self.last = time.perf_counter()
+        self.saving = 0.0
 
     def allows(self, epoch: int) -> bool:
-        """Whether a run may be saved after this epoch."""
-        if self.every:
+        """Whether a run is saved after this epoch."""
+        if self.every is not None:
             return epoch % self.every == 0
-        if epoch != self.epoch:
-            seconds = time.perf_counter() - self.started
-            self.epoch, self.allowed = epoch, self.saving <= self.SHARE * seconds
-        return self.allowed
+        now = time.perf_counter()
+        enough = self.saving <= self.SHARE * (now - self.started) or now - self.last > self.LONGEST
+        return self.allowed.setdefault(epoch, enough)  # the first run of a cohort decides
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
         """Count the time of the block as saving."""
         started = time.perf_counter()
         yield
-        self.saving += time.perf_counter() - started
+        self.last = time.perf_counter()
+        self.saving += self.last - started
 
 
 class Session:

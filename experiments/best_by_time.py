@@ -11,8 +11,9 @@ uv run main.py run minute-ablation --seeds 3        what each ingredient of `min
 
 All but `gpu` have local layers. `two-hours` is no better than `hour`. `gpu` is dense, and less accurate than
 `ten-minutes`. The recipes train on all images, and so have no validation accuracy. The suite `minute-ablation` trains
-`minute` and its variants with the validation split held out; docs/accuracy.md has the search. Guesses are the dropout
-of `hour` and of `two-hours`, and of `gpu` the widths (but not the fourth layer), dropout, mixup, epochs and EMA.
+`minute` and its variants with the validation split held out; docs/accuracy.md has the search. These are guesses: the
+widths, dropout, epochs and EMA of `hour`; the dropout, epochs and EMA of `two-hours`; the widths (but not the fourth
+layer), dropout, mixup, epochs and EMA of `gpu`.
 """
 
 from typing import Any

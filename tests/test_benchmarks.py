@@ -91,6 +91,7 @@ def test_ratios_take_the_peer_and_the_limit_of_the_precision():
     }
     results = {name: harness.Result([s, s, s], 100, None) for name, s in seconds.items()}
     assert harness.fastest_peer(results) == "eager float32"
+    assert harness.fastest_peer(results, "tf32") is None
     expected = {"to_naive": 8, "to_peer": 4, "to_any_peer": 3, "to_limit": 0.5}
     assert harness.ratios(results, "ours bfloat16") == expected  # no to_jax, as it did not take part
     results["jax float32"] = harness.Result([2.5] * 3, 100, None)
@@ -151,24 +152,39 @@ def test_runs_learn_together(cifar10, size):
 @pytest.mark.slow
 def test_what_a_gpu_says_is_kept_section_by_section(data_dir, tmp_path, monkeypatch):
     """In small, on the CPU: sections that finish, one that fails, one that is cut off, and one that is not started."""
-    limits = {"start": 0.5, "epoch-512": 50, "recipe": 50, "epoch-none": 50, "verify": 10_000}
+    finish = ("epoch-512", "cohorts", "verify", "start")
+    limits = {"recipe": 0.5, **dict.fromkeys(finish, 60), "epoch-none": 60, "epoch-128": 10_000}
     monkeypatch.setattr(gpu, "LIMITS", limits)
     monkeypatch.setattr(gpu, "SMALL_LIMIT", 10_000)
     out = tmp_path / "out"
-    assert gpu.main(["--small", "--out", str(out), "--work", str(tmp_path / "work"), "--data", str(data_dir)]) == 1
+    assert (
+        gpu.main([*limits, "--small", "--out", str(out), "--work", str(tmp_path / "work"), "--data", str(data_dir)])
+        == 1
+    )
     assert {file.name for file in out.iterdir()} == {f"{section}.json" for section in limits}
     found = {section: json.loads((out / f"{section}.json").read_text()) for section in limits}
-    assert found["start"]["status"] == "cut off after 0.5 s"
-    assert found["verify"]["status"].startswith("not started: it may take 10000 s")
+    assert found["recipe"]["status"] == "cut off after 0.5 s"
+    assert found["epoch-128"]["status"].startswith("not started: it may take 10000 s")
     assert found["epoch-none"]["status"] == "failed, exit status 2: see the log"
     assert "invalid choice" in found["epoch-none"]["log"][-1]
-    assert found["epoch-512"]["status"] == found["recipe"]["status"] == "finished"
+    assert {found[section]["status"] for section in finish} == {"finished"}, found
     assert found["epoch-512"]["machine"]["device"] == "cpu"
-    speeds = {each.get("contestant"): each.get("samples_per_second") for each in found["epoch-512"]["results"][:3]}
-    assert speeds.keys() == {None, *gpu.SMALL.contestants}
-    assert all(speeds[name] > 0 for name in gpu.SMALL.contestants)
-    [trained] = found["recipe"]["results"]
+    _, after_round, *rest = found["epoch-512"]["results"]
+    assert after_round["seconds"].keys() == set(gpu.SMALL.contestants)
+    speeds = {each["contestant"]: each["samples_per_second"] for each in rest if "samples_per_second" in each}
+    assert speeds.keys() == set(gpu.SMALL.contestants)
+    assert all(speed > 0 for speed in speeds.values())
+    _, *together = found["cohorts"]["results"]
+    assert [each["cohort"] for each in together] == [1, 2]
+    assert together[0]["times_one_by_one"] == 1
+    trained, verified = found["verify"]["results"]
     assert [record["name"] for record in trained["records"]] == ["demo"]
+    assert verified["command"] == "verify demo"
+    assert [each["caches"] for each in found["start"]["results"]] == ["cold", "warm"]
+    written = (out / "verify.json").read_bytes()
+    monkeypatch.setattr(gpu, "SECONDS", 0)
+    assert gpu.main(["verify", "--small", "--out", str(out), "--work", str(tmp_path / "work")]) == 1
+    assert (out / "verify.json").read_bytes() == written, "not started: the earlier results stay"
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,10 @@ def test_a_cohort_killed_between_two_saves_is_resumed(together, uninterrupted, m
     assert all(record.exact for record in again)
 
 
-def test_saving_takes_a_twentieth_of_the_time(small_spec, tmp_path, invented, monkeypatch):
+@pytest.mark.parametrize(("longest", "expected"), [(600.0, [1, 7, 13, 14]), (3.5, [1, 6, 11, 14])])
+def test_no_epoch_is_saved_while_saving_has_taken_more_than_a_twentieth(
+    small_spec, tmp_path, invented, monkeypatch, longest, expected
+):
     """On a clock on which an epoch takes 1 s and each save 0.1 s. All members are saved after the same epochs."""
 
     def save(run, state, *rest):
@@ -166,9 +169,10 @@ def test_saving_takes_a_twentieth_of_the_time(small_spec, tmp_path, invented, mo
     saved, really, heard = {run.name: [] for run in runs}, resume.save, Events()
     clock = lambda: heard.kinds().count("EpochDone") / 3 + sum(map(len, saved.values())) / 10  # noqa: E731
     monkeypatch.setattr(resume, "save", save)
+    monkeypatch.setattr(session.Pace, "LONGEST", longest)
     monkeypatch.setattr(session, "time", SimpleNamespace(perf_counter=clock))
     run_cohort(runs, invented, "cpu", [heard], **EAGER)
-    assert list(saved.values()) == [[1, 7, 13, 14]] * 3
+    assert list(saved.values()) == [expected] * 3
 
 
 def test_a_run_from_another_cohort_is_resumed_and_marked(together, runs, tmp_path, invented):

@@ -21,7 +21,7 @@ from core.compare import Candidate, Question
 from core.report import plots, questions, text
 from core.runs import layout
 from core.runs.run import Run
-from core.store import StoreError
+from core.store import StoreError, locked
 from experiments import SUITES
 from tests.conftest import ROOT
 from tests.test_report import failed, make
@@ -318,7 +318,8 @@ def test_a_comparison_goes_on_and_ends_with_a_sentence(ask, tmp_path, monkeypatc
     assert (tmp_path / "results.md").read_text() == report
 
 
-def test_a_comparison_whose_runs_another_process_trains_ends_without_an_answer(ask, tmp_path):
+def test_a_comparison_whose_runs_another_process_trains_ends_without_an_answer(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr("core.runs.run.locked", lambda *paths, timeout: locked(*paths, timeout=0))  # does not wait
     spec = {**SUITES["demo"]["demo"], "epochs": 1}
     runs = [Run("demo", {**spec, **change, "seed": i}, tmp_path) for change in ({}, {"lr": 0.1}) for i in range(5)]
     with contextlib.ExitStack() as locks:

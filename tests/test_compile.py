@@ -153,13 +153,16 @@ def test_compiled_steps_repeat_bit_for_bit(compiled):
 
 @compiles
 @pytest.mark.slow
-def test_another_shape_compiles(small_spec, step_inputs):
-    """Residual blocks, layer norm and all that augmentation has: one graph, counted by Dynamo, near the eager step. The
-    batch is no multiple of what a vector holds."""
+@pytest.mark.parametrize(
+    "shape",
+    [{"widths": [32], "expansion": 4, "norm": "layer"}, {"widths": [32, 16], "locality": [3.0, 6.0], "ema": 0.9}],
+    ids=["residual", "local"],
+)
+def test_another_shape_compiles(small_spec, step_inputs, shape):
+    """Residual blocks or local layers, and all that augmentation has: one graph, counted by Dynamo, near the eager
+    step. The batch is no multiple of what a vector holds."""
     spec = small_spec(
-        widths=[32],
-        expansion=4,
-        norm="layer",
+        **shape,
         activation="gelu",
         batch_size=50,
         augment="flip+shift",

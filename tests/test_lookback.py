@@ -14,6 +14,7 @@ from core import code_hash, histories, records
 from core.compile import cache
 from core.report import plots, tables
 from core.runs.run import Run
+from experiments import SUITES
 from tests.conftest import ROOT, lacking
 from tests.test_report import failed, make, on_all, write
 
@@ -212,7 +213,7 @@ def test_clean_leaves_what_a_live_process_uses(ask, caches, tmp_path):
 # Options without an effect
 
 
-def test_an_option_that_changes_nothing_says_so(ask, tmp_path):
+def test_an_option_that_changes_nothing_says_so(ask, tmp_path, monkeypatch):
     demo = ("run", "demo", "widths=8", "epochs=1")
 
     def without_effect(*argv, status=0):
@@ -233,9 +234,13 @@ def test_an_option_that_changes_nothing_says_so(ask, tmp_path):
         said = without_effect(*words, "--dry-run", *training)
         names = ("checkpoint-every", "cohort", "resume-anyway", "verbose")
         assert sorted(said) == [f"{name}: a dry run trains nothing" for name in names]
-    assert "resume-anyway: there is nothing to resume" in without_effect(
-        *pair, "--resume-anyway", "--out", tmp_path / "b"
-    )
+    monkeypatch.setattr("core.commands.compare.decide", lambda *rest: (0, []))
+    there = ("--resume-anyway", "--out", tmp_path / "compared")
+    assert without_effect(*pair, *there) == ["resume-anyway: there is nothing to resume"]
+    point = Run("demo", {**SUITES["demo"]["demo"], "widths": [8], "epochs": 1}, tmp_path / "compared").resume_point(1)
+    point.parent.mkdir(parents=True)
+    point.touch()
+    assert without_effect(*pair, *there) == []
     assert without_effect(*demo, "--force", "--resume-anyway", "--cohort", 2) == [
         "cohort: no two runs can be trained together",
         "resume-anyway: with --force, every run starts anew",

@@ -269,7 +269,11 @@ def test_a_finished_run_is_not_trained_again_without_force(train):
 
 @pytest.mark.parametrize(
     ("train", "after"),
-    [*(({}, after) for after in (1, 7, 14, 15, 16, 29, 40)), ({"norm": "layer", "expansion": 4}, 20)],
+    [
+        *(({}, after) for after in (1, 7, 14, 15, 16, 29, 40)),
+        ({"norm": "layer", "expansion": 4}, 20),
+        ({"locality": [2, 5], "ema": 0.9}, 20),
+    ],
     indirect=["train"],
     ids=str,
 )

@@ -374,13 +374,13 @@ def test_the_sweep_deletes_leftovers_and_nothing_else(run, tmp_path):
 
 def test_the_sweep_skips_a_search_in_progress(tmp_path):
     folder = tmp_path / "checkpoints"
-    with locked(folder / "search-s.lock", folder / "search-s.owner"):
-        kept, swept = folder / "search-s.json.77.tmp", folder / "search-s.svg.77.tmp"
+    with locked(folder / "search-s.2.lock", folder / "search-s.2.owner"):
+        kept, swept = folder / "search-s.2.json.77.tmp", folder / "search-s.2.svg.77.tmp"
         for path in (kept, swept):
             path.touch()
         files.sweep_all(tmp_path)
         assert kept.exists()
-        assert (folder / "search-s.owner").exists()
+        assert (folder / "search-s.2.owner").exists()
         assert not swept.exists(), "the report draws the picture"
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 if not hasattr(signal, "SIGKILL"):
     pytest.skip("needs SIGKILL", allow_module_level=True)
 EPOCHS = 10
-OPTIONS = ("--no-compile", "--device", "cpu", "--batch-size", 200)
+OPTIONS = ("--no-compile", "--device", "cpu", "--batch-size", 200, "--checkpoint-every", 1)
 
 
 @pytest.fixture(scope="module")

@@ -53,11 +53,11 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
             candidates=candidates, within=args.within, max_seeds=args.max_seeds, confidence=args.confidence
         )
         options.print_notes(args, source, [as_run(args, project, each, 0) for each in candidates])
-        runs = [as_run(args, project, each, seed) for each in candidates for seed in question.seeds]
-        in_progress = files.in_progress(args.out)
+        in_progress = files.in_progress(args.out) if "resume_anyway" in args.given else set()
+        runs = (as_run(args, project, each, seed) for each in candidates for seed in question.seeds if in_progress)
         resumable = any(run.is_in_progress(in_progress) for run in runs)
         reasons = {"resume_anyway": not resumable and "there is nothing to resume"}
-        options.no_effect(args, **reasons | options.no_effect_here(args))
+        options.no_effect(args, **reasons | options.reasons_without_effect(args))
     if args.dry_run:
         return dry_run(args, question, project, source, stop)
     return decide(args, question, project, source, stop)[0]
@@ -124,7 +124,7 @@ def decide(
 
     question.data = source.identity(dataset, fetch=True) or ""
     known_before, found = existing(args, question, project), None
-    with files.lock_results(args.out):
+    with files.lock_results(args.out):  # else another process may delete its temporary file
         question.write(args.out)
     for found in compare.rounds(question, known_before, more):
         say(questions.line(found))

@@ -113,7 +113,7 @@ def training() -> Parser:
         "--checkpoint-every",
         type=parse_epochs,
         metavar="N",
-        help="epochs between resume points (default: as often as a twentieth of the time allows)",
+        help="epochs between resume points (default: 1, or more so that saving takes at most a twentieth of the time)",
     )
     parser.add_argument("--resume-anyway", action="store_true", help="resume even where the result is not exact")
     return parser
@@ -178,7 +178,7 @@ def no_effect(args: argparse.Namespace, **reasons: str | bool | None) -> None:
             terminal.note(f"--{name.replace('_', '-')} has no effect: {reason}")
 
 
-def no_effect_here(args: argparse.Namespace) -> dict[str, str]:
+def reasons_without_effect(args: argparse.Namespace) -> dict[str, str]:
     """The options that have no effect with --dry-run or --ray, and why; none without these."""
     if args.dry_run:
         names = ("checkpoint_every", "cohort", "minutes", "resume_anyway", "tensorboard", "verbose")

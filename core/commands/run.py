@@ -52,7 +52,7 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
         source = options.source(args)
         runs = options.chosen(args, project, source)
     if args.dry_run:
-        options.no_effect(args, **options.no_effect_here(args))
+        options.no_effect(args, **options.reasons_without_effect(args))
         return dry_run(args, runs, source, stop)
     catalog = project.catalog()
     prepare(args.out, catalog)  # fails now, not after the training, if --out cannot be written
@@ -120,7 +120,7 @@ def say_no_effect(args: argparse.Namespace, todo: Sequence[Run], several: bool) 
         "force": not replaced and "there is no result to replace",
         "verbose": not several and "a single run shows its epochs without it",
     }
-    options.no_effect(args, **reasons | options.no_effect_here(args))
+    options.no_effect(args, **reasons | options.reasons_without_effect(args))
 
 
 def say_finished(tally: Tally) -> None:

@@ -45,7 +45,9 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
         raise UserError(f"--trials {args.trials} --minutes {args.minutes}, expected at least 1 trial, and time for it")
     least = first_look((1 - CONFIDENCE / 100) / math.comb(BEST + 1, 2))
     if not least <= args.max_seeds <= MAX_SEEDS:
-        raise UserError(f"--max-seeds {args.max_seeds}, expected {least} to {MAX_SEEDS:,}: fewer cannot decide")
+        raise UserError(
+            f"--max-seeds {args.max_seeds}, expected {least} to {MAX_SEEDS:,}: {BEST + 1} candidates need {least}"
+        )
     with stop.quick_imports():
         source = options.source(args)
         from core.schedule import Interrupted, Skipped
@@ -53,11 +55,11 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
     if source.own is not None:
         found = found._replace(spec={**found.spec, "dataset": source.own_name})
     options.print_notes(args, source, [Run(found.name, found.spec, args.out)])
-    options.no_effect(args, **options.no_effect_here(args))
-    if "cohort" in args.given and not args.dry_run:
-        terminal.note("trials are trained one by one; cohorts are for the comparison")
+    options.no_effect(args, **options.reasons_without_effect(args))
     if args.dry_run:
         return dry_run(args, found, stop)
+    if "cohort" in args.given:
+        terminal.note("no two trials are trained together; cohorts are for the comparison")
     import_optuna(found.name)  # fails now, not after the data is fetched
     catalog = project.catalog()
     prepare(args.out, catalog)
@@ -143,7 +145,8 @@ def answer(args: argparse.Namespace, project: Project, name: str, records: list[
     if not search.is_beaten:
         say(f"to paste into experiments/: {spec}")
     if args.json:
-        terminal.as_json({"search": name, "trial": number, "sentence": searches.sentence(search), "spec": spec})
+        about = {"search": name, "trial": number, "is_beaten": search.is_beaten, "spec": spec}
+        terminal.as_json({**about, "sentence": searches.sentence(search)})
 
 
 def dry_run(args: argparse.Namespace, found: Space, stop: Stop) -> int:

@@ -20,8 +20,9 @@ from core.runs.record import Failed, Finished, Record
 HEADER = "# Results\n\nWritten by `main.py` from the records in `checkpoints/`; do not edit."
 OTHER = "Runs of other code or other data"
 LOCAL = (
-    'A "local" network has a prior that the published ones do not have: each unit has a place in the image, and starts '
-    "with small weights for what is far from it (the key `locality`, docs/accuracy.md). "
+    'A "local" network has a prior that the published ones do not have: each unit of its first layers has a place in '
+    "the image, and its weights for what is far from it are scaled down throughout training (the key `locality`, "
+    "docs/accuracy.md). "
 )
 LEGEND = f"""- A row of a suite is an experiment, the best by validation first. Its n runs differ in the seed alone.
 - 57.12 ± 0.31% (56.74–57.50): the mean over the seeds, the standard deviation of one seed, and the 95% confidence

@@ -35,7 +35,8 @@ class Searched(NamedTuple):
 
     @property
     def winner(self) -> int | None:
-        """The number of the trial that is best on fresh seeds; of the best one in the search if none was compared."""
+        """The number of the trial that is best on fresh seeds. If none was compared, or the base beats all that were,
+        that of the best one in the search."""
         best = next(iter(self.finished), None)
         if self.asked is None:
             return best
@@ -45,23 +46,26 @@ class Searched(NamedTuple):
         return next(iter([*left, *numbers.values()]), best)
 
     @property
+    def base(self) -> str:
+        """The base as a candidate of the comparison; empty without a comparison."""
+        candidates = self.asked.question.candidates if self.asked else []
+        return next((each.label for each in candidates if each.name != self.trials.name), "")
+
+    @property
     def against_base(self) -> compare.Pair | None:
         """The winner and the base on fresh seeds; None if they have no such seed."""
         if self.asked is None or self.winner is None:
             return None
         question, known, _ = self.asked
         mine = label(self.trials.name, self.winner)
-        base = next(c.label for c in question.candidates if c.name != self.trials.name)
-        pair = compare.pair(question, known, mine, base) if mine in known else None
+        pair = compare.pair(question, known, mine, self.base) if mine in known else None
         return pair if pair and pair.difference.n else None
 
     @property
     def is_beaten(self) -> bool:
-        """Whether the base is better than the winner."""
+        """Whether the base is significantly better than the winner on fresh seeds."""
         pair = self.against_base
-        if pair is None or self.winner is None:
-            return False
-        return pair.difference.significant and pair.worse == label(self.trials.name, self.winner)
+        return pair is not None and pair.difference.significant and pair.better == self.base
 
 
 def searched(out: Path, records: Sequence[Record], asked: Iterable[Asked]) -> list[Searched]:
@@ -105,12 +109,11 @@ def sentence(search: Searched) -> str:
     if search.asked is None or pair is None:
         return f"{found}; not compared on fresh seeds yet"
     question, known, _ = search.asked
-    mine = label(search.trials.name, number)
-    base = pair.worse if pair.better == mine else pair.better
+    mine, base = label(search.trials.name, number), search.base
     seeds = sorted(known[mine].keys() & known[base].keys())
     fresh = 100 * fmean(compare.accuracy(known[mine][seed]) for seed in seeds)
     if pair.difference.significant:
-        verdict = "is beaten by" if search.is_beaten else "beats"
+        verdict = "beats" if pair.better == mine else "is beaten by"
         against = f"{verdict} {base} by {pair.difference}"
     elif pair.difference.mean + pair.difference.half < question.within:
         against = f"differs from {base} by less than {question.within:g} points ({pair.difference})"
@@ -140,12 +143,12 @@ def section(searches: Sequence[Searched], shown: Mapping[str, str]) -> str:
             for number, record in list(finished.items())[:TOP]
         ]
         spec = pasted(finished[best].spec)
-        to_paste = f"The spec of trial {best}, to paste into `experiments/`:\n\n```python\n{spec}\n```\n"
+        paste = f"The spec of trial {best}, to paste into `experiments/`:\n\n```python\n{spec}\n```\n"
         parts.append(
             f"### {trials.name}\n\n**{sentence(search)}.** Of {len(trials.trials)} trials, {behind} fell behind and "
             f"stopped early, and {failed} failed. The best by validation:\n\n"
             f"{text.grid(('trial', 'validation', *trials.keys), rows)}{shown.get(picture_path(trials), '')}\n"
-            f"{'' if search.is_beaten else to_paste}"
+            f"{'' if search.is_beaten else paste}"
         )
     if not parts:
         return ""

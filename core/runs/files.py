@@ -14,6 +14,8 @@ from core.spec import resolve
 from core.store import Held, Leftover, delete, local, locked, reserve
 
 DEAD = "temporary file of a dead process"
+# What a search writes under its own lock. All else that lies directly in checkpoints/ belongs to the report.
+OF_SEARCH = re.compile(r"(search-.+)\.(?:json|journal|owner)(?:\.\d+\.tmp)?")
 SUFFIXES = {".safetensors": "are no weights", ".json": "is no record"}  # of a run, and what `find_file` says without it
 
 
@@ -37,22 +39,20 @@ def sweep_all(out: Path) -> None:
     """
     with lock_results(out):
         reserve(out / "results.md", 1, 1)
-    for leftover in list(_of_dead_processes(out)):
+    for leftover in list(_temporary_files(out)):
         with contextlib.suppress(Held), locked(leftover.lock, timeout=0):
             delete(*leftover.paths)
 
 
-def _of_dead_processes(out: Path) -> Iterator[Leftover]:
-    """Temporary files and owner files. A process that is alive holds the lock: that of the run, of the search, or of
-    the report, which has all other files of checkpoints/."""
+def _temporary_files(out: Path) -> Iterator[Leftover]:
+    """Temporary files and owner files under `out`, each with the lock that its process holds while it is alive."""
     folder = out / "checkpoints"
-    for pattern in ("*.[0-9]*.tmp", "search-*.owner", "*/*.[0-9]*.tmp", "*/*.owner"):
+    for pattern in ("*/*.[0-9]*.tmp", "*/*.owner"):
         for path in folder.glob(pattern):
-            name, kind = path.name.split(".")[:2]
-            of_report = path.parent == folder and (kind == "svg" or not name.startswith("search-"))
-            yield Leftover([path], DEAD, folder / "results.lock" if of_report else path.with_name(f"{name}.lock"))
-    for path in out.glob("results.md.[0-9]*.tmp"):
-        yield Leftover([path], DEAD, folder / "results.lock")
+            yield Leftover([path], DEAD, path.with_name(f"{path.name.split('.')[0]}.lock"))
+    for path in (*folder.glob("*.[0-9]*.tmp"), *folder.glob("search-*.owner"), *out.glob("results.md.[0-9]*.tmp")):
+        search = OF_SEARCH.fullmatch(path.name)
+        yield Leftover([path], DEAD, folder / f"{search[1] if search else 'results'}.lock")
 
 
 def leftovers(out: Path) -> Iterator[Leftover]:
@@ -61,7 +61,7 @@ def leftovers(out: Path) -> Iterator[Leftover]:
     A run that is trained again with --force has a result and resume points. It needs those that are newer than the
     result to go on, so they are no leftovers.
     """
-    yield from _of_dead_processes(out)
+    yield from _temporary_files(out)
     for name, run_id in sorted(in_progress(out)):
         record = out / "checkpoints" / name / f"{run_id}.json"
         written = [record] if record.exists() else []

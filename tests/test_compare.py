@@ -20,6 +20,7 @@ from core.commands import run as run_command
 from core.compare import Candidate, Question
 from core.report import plots, questions, text
 from core.runs import layout
+from core.runs.record import read_records
 from core.runs.run import Run
 from core.store import StoreError, locked
 from experiments import SUITES
@@ -316,6 +317,12 @@ def test_a_comparison_goes_on_and_ends_with_a_sentence(ask, tmp_path, monkeypatc
     assert len(list(tmp_path.glob("checkpoints/compare-*.json"))) == 1
     assert main.main(["report", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "results.md").read_text() == report
+
+
+def test_a_comparison_trains_in_cohorts(ask, tmp_path):
+    assert ask("demo lr=5e-3", "demo lr=1e-5", "--cohort", "5", "--max-seeds", "5")[0] == 0
+    modes = [record.environment.mode for record in read_records(tmp_path)]
+    assert modes == ["eager, cohort of 5"] * 10
 
 
 def test_a_comparison_whose_runs_another_process_trains_ends_without_an_answer(ask, tmp_path, monkeypatch):

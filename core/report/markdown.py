@@ -228,7 +228,8 @@ def best_by_time(groups: list[Group], shown: Mapping[str, str]) -> str:
         "With compilation, the longest time to a first step is added; it includes whitening and, unless the step was "
         "compiled before, compilation. PetaFLOP are 6 operations for each parameter and image, and the whitening of "
         f"each image.\n\n{text.table(published.columns(groups), groups)}{shown.get(published.TIME, '')}"
-        "\nPublished results without convolution. No paper gives the time of training:\n\n"
+        "\nPublished results without convolution. Those of Neyshabur used Fast AutoAugment; docs/accuracy.md says what "
+        "each used. No paper gives the time of training:\n\n"
         f"{text.table(published.PAPERS, published.PUBLISHED)}{shown.get(published.PICTURE, '')}"
     )
 

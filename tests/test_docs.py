@@ -303,8 +303,11 @@ ELSEWHERE = {
     "uv run dvc config --local core.no_scm true": ("tests/test_dvc.py", '"config", "--local", "core.no_scm", "true"'),
     "git add .dvc/config checkpoints": ("tests/test_dvc.py", 'git(project, "add", "--all")'),
     'git commit -m "Runs, with weights"': ("tests/test_dvc.py", 'git(project, "commit"'),
-    "uv run --group peers python -m benchmarks.gpu": ("tests/test_benchmarks.py", 'gpu.main(["--small"'),
-    "uv run --group peers python -m benchmarks.gpu recipe": ("tests/test_benchmarks.py", 'gpu.main(["--small"'),
+    "uv run --group peers python -m benchmarks.gpu": ("tests/test_benchmarks.py", 'gpu.main([*limits, "--small"'),
+    "uv run --group peers python -m benchmarks.gpu recipe": (
+        "tests/test_benchmarks.py",
+        'gpu.main([*limits, "--small"',
+    ),
     "git checkout COMMIT": ("tests/test_checkout.py", '"checkout"'),
     "uv run ruff check .": (".ci/run", "ruff check ."),
     "uv run ruff format --check .": (".ci/run", "ruff format --check ."),

@@ -217,7 +217,7 @@ def _train(
     falls_behind: Callable[[Run, Sequence[Epoch]], bool],
 ) -> None:
     """Train runs that are at the same step to their ends."""
-    pace = Pace(checkpoint_every)
+    pace = resume.Pace(checkpoint_every)
     for session in sessions:
         session.join(len(sessions))
     by_training = {id(session.training): session for session in sessions}
@@ -245,36 +245,6 @@ def _train(
                 session.finish()
             except NotFinite as error:
                 session.fail(str(error))
-
-
-class Pace:
-    """Decides after which epochs resume points are written: every `every` epochs or, with None, after each epoch unless
-    saving has taken more than SHARE of the time so far. It decides once for all runs of a cohort: they go on from a
-    common step."""
-
-    SHARE = 0.05
-    LONGEST = 600.0  # seconds without a resume point: a pause that fell into a save counts as saving
-
-    def __init__(self, every: int | None) -> None:
-        self.every, self.allowed = every, dict[int, bool]()
-        self.started = self.last = time.perf_counter()
-        self.saving = 0.0
-
-    def allows(self, epoch: int) -> bool:
-        """Whether a run is saved after this epoch."""
-        if self.every is not None:
-            return epoch % self.every == 0
-        now = time.perf_counter()
-        enough = self.saving <= self.SHARE * (now - self.started) or now - self.last > self.LONGEST
-        return self.allowed.setdefault(epoch, enough)  # the first run of a cohort decides
-
-    @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count the time of the block as saving."""
-        started = time.perf_counter()
-        yield
-        self.last = time.perf_counter()
-        self.saving += self.last - started
 
 
 class Session:
@@ -353,7 +323,7 @@ class Session:
     def notice(self, reason: str) -> None:
         self.tell(Notice(reason))
 
-    def handle(self, event: Event, pace: Pace) -> None:
+    def handle(self, event: Event, pace: resume.Pace) -> None:
         """Save what happened, then tell the listeners.
 
         Raises:

@@ -169,8 +169,8 @@ def test_no_epoch_is_saved_while_saving_has_taken_more_than_a_twentieth(
     saved, really, heard = {run.name: [] for run in runs}, resume.save, Events()
     clock = lambda: heard.kinds().count("EpochDone") / 3 + sum(map(len, saved.values())) / 10  # noqa: E731
     monkeypatch.setattr(resume, "save", save)
-    monkeypatch.setattr(session.Pace, "LONGEST", longest)
-    monkeypatch.setattr(session, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(resume.Pace, "LONGEST", longest)
+    monkeypatch.setattr(resume, "time", SimpleNamespace(perf_counter=clock))
     run_cohort(runs, invented, "cpu", [heard], **EAGER)
     assert list(saved.values()) == [expected] * 3
 

@@ -3,7 +3,9 @@
 A resume point holds the flat state of a run, {"opt/exp_avg/1.weight": tensor, ...}, and its history.
 """
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +47,36 @@ class Restored(NamedTuple):
     progress: Progress
     mode: Mode
     inexact: str | None
+
+
+class Pace:
+    """Decides after which epochs resume points are written: every `every` epochs or, with None, after each epoch unless
+    saving has taken more than SHARE of the time so far. It decides once for all runs of a cohort: they go on from a
+    common step."""
+
+    SHARE = 0.05
+    LONGEST = 600.0  # seconds without a resume point: a pause that fell into a save counts as saving
+
+    def __init__(self, every: int | None) -> None:
+        self.every, self.allowed = every, dict[int, bool]()
+        self.started = self.last = time.perf_counter()
+        self.saving = 0.0
+
+    def allows(self, epoch: int) -> bool:
+        """Whether a run is saved after this epoch."""
+        if self.every is not None:
+            return epoch % self.every == 0
+        now = time.perf_counter()
+        enough = self.saving <= self.SHARE * (now - self.started) or now - self.last > self.LONGEST
+        return self.allowed.setdefault(epoch, enough)  # the first run of a cohort decides
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count the time of the block as saving."""
+        started = time.perf_counter()
+        yield
+        self.last = time.perf_counter()
+        self.saving += self.last - started
 
 
 def save(run: Run, state: dict[str, Tensor], history: list[Epoch], about: ResumePoint) -> None:

@@ -7,8 +7,8 @@ section ended (`status`), and the next section begins. A section that no longer 
 started: name it in another call. `recipe` needs a call of its own.
 
 OUT is $OUT by default, or else gpu/. It gets these files alone; the records of the runs are in them. Logs and weights
-are in WORK, by default .cache/gpu, where a recipe that was cut off goes on. With --small, everything runs on the CPU in
-two minutes: it shows that the script works, and its numbers mean nothing.
+are in WORK, by default .cache/gpu, where a recipe that was cut off goes on. With --small, the sections run on the CPU
+in two minutes: this shows that the script works, and the numbers mean nothing.
 """
 
 import argparse
@@ -44,7 +44,7 @@ LIMITS = {  # seconds of each section, in the order in which they run
     "epoch-4096": 125,
     "recipe": 420,
 }
-OF_A_CALL = [section for section in LIMITS if section != "recipe"]
+BY_DEFAULT = [section for section in LIMITS if section != "recipe"]
 SMALL_LIMIT = 60
 WAITS = (50, 50)  # seconds to get ready: for all but torch.compile, then for torch.compile, which times kernels
 
@@ -226,7 +226,7 @@ def main(words: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     end, statuses = time.monotonic() + SECONDS, {}
     options = ["--out", str(out), "--work", str(work), "--data", str(data), *(["--small"] if args.small else [])]
-    for section in args.sections or OF_A_CALL:
+    for section in args.sections or BY_DEFAULT:
         file = out / f"{section}.json"
         limit = min(LIMITS[section], SMALL_LIMIT) if args.small else LIMITS[section]
         left = end - time.monotonic()

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from core import plan, train
 from core.data import cifar10 as dataset
 from core.data.whitening import whitening
-from core.functional import step
+from core.functional import augment, step
+from core.functional.tree import tree_map
 from core.predict import as_module
 from core.spec import Spec, resolve
 from experiments import SUITES
@@ -164,6 +165,21 @@ def step_inputs(invented: dataset.Data) -> Callable[[Spec], tuple[dict, dict, di
         images, labels = invented.train_images, invented.train_labels
         state, data, hyper = train.step_inputs(spec, images, labels, fixed, 8, invented.info)
         return state, {**data, "order": order}, hyper
+
+    return make
+
+
+@pytest.fixture
+def step_inputs_in_float64(
+    step_inputs: Callable[[Spec], tuple[dict, dict, dict]], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Spec], tuple[dict, dict, dict]]:
+    """The same with a state in float64. Images are normalised to float64, too, by every caller."""
+    normalise = augment.normalise
+    monkeypatch.setattr(augment, "normalise", lambda *images: normalise(*images).double())
+
+    def make(spec: Spec) -> tuple[dict, dict, dict]:
+        state, data, hyper = step_inputs(spec)
+        return tree_map(lambda t: t.double() if t.dtype == torch.float32 else t, state), data, hyper
 
     return make
 

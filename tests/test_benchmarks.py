@@ -157,10 +157,8 @@ def test_what_a_gpu_says_is_kept_section_by_section(data_dir, tmp_path, monkeypa
     monkeypatch.setattr(gpu, "LIMITS", limits)
     monkeypatch.setattr(gpu, "SMALL_LIMIT", 10_000)
     out = tmp_path / "out"
-    assert (
-        gpu.main([*limits, "--small", "--out", str(out), "--work", str(tmp_path / "work"), "--data", str(data_dir)])
-        == 1
-    )
+    folders = ("--out", str(out), "--work", str(tmp_path / "work"))
+    assert gpu.main([*limits, "--small", *folders, "--data", str(data_dir)]) == 1
     assert {file.name for file in out.iterdir()} == {f"{section}.json" for section in limits}
     found = {section: json.loads((out / f"{section}.json").read_text()) for section in limits}
     assert found["start"]["status"] == "cut off after 0.5 s"
@@ -181,7 +179,7 @@ def test_what_a_gpu_says_is_kept_section_by_section(data_dir, tmp_path, monkeypa
     assert [record["name"] for record in trained["records"]] == ["demo"]
     written = (out / "recipe.json").read_bytes()
     monkeypatch.setattr(gpu, "SECONDS", 0)
-    assert gpu.main(["recipe", "--small", "--out", str(out), "--work", str(tmp_path / "work")]) == 1
+    assert gpu.main(["recipe", "--small", *folders]) == 1
     assert (out / "recipe.json").read_bytes() == written, "not started: the earlier results stay"
 
 

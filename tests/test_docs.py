@@ -203,7 +203,7 @@ def test_the_readme_says_what_comparisons_ended_with(committed):
     assert len(said) == 2
     for words, answer in said:
         assert answer == found[frozenset(shlex.split(words))]
-    said = re.search(r"`search search-default` .*? stopped with \*([^*]*)\*", page)[1]
+    said = re.search(r"`search search-default` .*? when we stopped it: \*([^*]*)\*", page)[1]
     assert f"**{said}.**" in (ROOT / "results.md").read_text(encoding="utf-8")
 
 

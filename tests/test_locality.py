@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from core import predict, run_experiment
 from core.functional import augment, locality, model, step
-from core.functional.tree import tree_map
 from core.mode import Mode
 from core.spec import resolve, static
 from core.train import Training, fit
@@ -56,13 +55,10 @@ def test_a_layer_starts_on_the_scale_of_a_dense_layer():
     assert torch.equal(local["params"]["9.weight"], dense["9.weight"])
 
 
-def test_the_gradient_is_that_of_autograd(small_spec, step_inputs, monkeypatch):
+def test_the_gradient_is_that_of_autograd(small_spec, step_inputs_in_float64):
     """With respect to the trained weights, in float64. With momentum at zero a step of SGD subtracts the gradient."""
-    normalise = augment.normalise
-    monkeypatch.setattr(augment, "normalise", lambda *images: normalise(*images).double())
     spec = small_spec(optimizer="sgd", lr=1.0, locality=[2.0, 5.0], dropout=0.0)
-    state, data, hyper = step_inputs(spec)
-    state = tree_map(lambda t: t.double() if t.dtype == torch.float32 else t, state)
+    state, data, hyper = step_inputs_in_float64(spec)
     state["effective"] = model.effective(state["params"], spec, hyper["envelope"])
     after = step.make_train_step(static(spec))(state, data, hyper)
     trained = {name: p.clone().requires_grad_() for name, p in state["params"].items()}

@@ -234,13 +234,13 @@ def test_an_option_that_changes_nothing_says_so(ask, tmp_path, monkeypatch):
         said = without_effect(*words, "--dry-run", *training)
         names = ("checkpoint-every", "cohort", "resume-anyway", "verbose")
         assert sorted(said) == [f"{name}: a dry run trains nothing" for name in names]
-    monkeypatch.setattr("core.commands.compare.decide", lambda *rest: (0, []))
+    monkeypatch.setattr("core.compare.rounds", lambda *rest: iter(()))  # as after a stop: nothing is trained
     there = ("--resume-anyway", "--out", tmp_path / "compared")
-    assert without_effect(*pair, *there) == ["resume-anyway: there is nothing to resume"]
+    assert without_effect(*pair, *there, status=130) == ["resume-anyway: there is nothing to resume"]
     point = Run("demo", {**SUITES["demo"]["demo"], "widths": [8], "epochs": 1}, tmp_path / "compared").resume_point(1)
     point.parent.mkdir(parents=True)
     point.touch()
-    assert without_effect(*pair, *there) == []
+    assert without_effect(*pair, *there, status=130) == []
     assert without_effect(*demo, "--force", "--resume-anyway", "--cohort", 2) == [
         "cohort: no two runs can be trained together",
         "resume-anyway: with --force, every run starts anew",

@@ -66,14 +66,11 @@ def batches(data, steps):
 @pytest.mark.parametrize(
     "changes", [{"norm": "batch"}, {"norm": "none"}, {"norm": "layer"}, {"norm": "layer", "expansion": 4}], ids=str
 )
-def test_three_steps_against_a_module_in_float64(small_spec, step_inputs, sequential, monkeypatch, changes):
+def test_three_steps_against_a_module_in_float64(small_spec, step_inputs_in_float64, sequential, changes):
     """In float64, so that Adam does not turn the rounding error of a zero gradient (a bias before batch norm has one)
     into a step of its own."""
-    normalise = augment.normalise
-    monkeypatch.setattr(augment, "normalise", lambda *images: normalise(*images).double())
     spec = small_spec(dropout=0.0, weight_decay=0.01, **changes)
-    state, data, hyper = step_inputs(spec)
-    state = tree_map(lambda t: t.double() if t.dtype == torch.float32 else t, state)
+    state, data, hyper = step_inputs_in_float64(spec)
     module = sequential(spec).double().train()
     module.load_state_dict({**state["params"], **state["stats"]}, strict=True)
     adam = torch.optim.Adam(module.parameters(), lr=spec["lr"], weight_decay=0.01)
@@ -90,17 +87,14 @@ def test_three_steps_against_a_module_in_float64(small_spec, step_inputs, sequen
 
 @pytest.mark.parametrize("name", ["nesterov", "muon"])
 def test_a_run_with_one_cycle_and_clipping_against_a_module_in_float64(
-    small_spec, step_inputs, sequential, monkeypatch, name
+    small_spec, step_inputs_in_float64, sequential, name
 ):
     """All eight steps of the cycle; gradients of both more and less than the largest norm."""
-    normalise = augment.normalise
-    monkeypatch.setattr(augment, "normalise", lambda *images: normalise(*images).double())
     # Without batch norm: what Adam makes of the rounding error of a zero gradient is not to be compared.
     spec = small_spec(
         dropout=0.0, norm="none", optimizer=name, lr=0.05, weight_decay=0.01, schedule="one-cycle", clip=1.25, epochs=1
     )
-    state, data, hyper = step_inputs(spec)
-    state = tree_map(lambda t: t.double() if t.dtype == torch.float32 else t, state)
+    state, data, hyper = step_inputs_in_float64(spec)
     module = sequential(spec).double().train()
     module.load_state_dict(state["params"], strict=True)
     peer = PEERS[name](list(module.parameters()), lr=spec["lr"], weight_decay=0.01)

@@ -8,7 +8,7 @@ from typing import Any
 from core import compare, plan, terminal
 from core.code_hash import same_numbers
 from core.commands import options
-from core.commands.run import measured, train
+from core.commands.run import measured, say_no_effect, train
 from core.compare import Candidate, Look, Question
 from core.data.datasets import Source
 from core.errors import UserError
@@ -53,12 +53,8 @@ def execute(args: argparse.Namespace, project: Project, stop: Stop) -> int:
             candidates=candidates, within=args.within, max_seeds=args.max_seeds, confidence=args.confidence
         )
         options.print_notes(args, source, [as_run(args, project, each, 0) for each in candidates])
-        in_progress = files.in_progress(args.out) if "resume_anyway" in args.given else set()
-        runs = (as_run(args, project, each, seed) for each in candidates for seed in question.seeds if in_progress)
-        resumable = any(run.is_in_progress(in_progress) for run in runs)
-        reasons = {"resume_anyway": not resumable and "there is nothing to resume"}
-        options.no_effect(args, **reasons | options.reasons_without_effect(args))
     if args.dry_run:
+        options.no_effect(args, **options.reasons_without_effect(args))
         return dry_run(args, question, project, source, stop)
     return decide(args, question, project, source, stop)[0]
 
@@ -124,7 +120,11 @@ def decide(
 
     question.data = source.identity(dataset, fetch=True) or ""
     known_before, found = existing(args, question, project), None
-    with files.lock_results(args.out):  # else another process may delete its temporary file
+    if first:
+        labels = [each.label for each in question.candidates]
+        left = compare.missing(question, compare.assign(question, known_before), labels, question.max_seeds)
+        say_no_effect(args, [as_run(args, project, *each) for each in left], several=True)
+    with files.lock_results(args.out):  # without it, another process may delete the temporary file
         question.write(args.out)
     for found in compare.rounds(question, known_before, more):
         say(questions.line(found))

@@ -35,8 +35,11 @@ class Searched(NamedTuple):
 
     @property
     def winner(self) -> int | None:
-        """The number of the trial that is best on fresh seeds. If none was compared, or the base beats all that were,
-        that of the best one in the search."""
+        """The number of the trial that is best on fresh seeds.
+
+        If the base beats all trials that were compared: of these, the one that was best in the search. If none was
+        compared: the best one of the search.
+        """
         best = next(iter(self.finished), None)
         if self.asked is None:
             return best

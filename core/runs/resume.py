@@ -55,7 +55,7 @@ class Pace:
     common step."""
 
     SHARE = 0.05
-    LONGEST = 600.0  # seconds without a resume point: a pause that fell into a save counts as saving
+    LONGEST = 600.0  # seconds without a resume point; without this limit, a pause during a save would stop all saving
 
     def __init__(self, every: int | None) -> None:
         self.every, self.allowed = every, dict[int, bool]()
